@@ -1,0 +1,81 @@
+"""LLaMA-Adapter: zero-init attention (https://arxiv.org/abs/2303.16199).
+
+Each of the upper layers owns K prompt vectors P (K, C). The layer's own frozen projections make keys and values of
+them, every token attends to these in a softmax of its own, and a gate per head, zero at the start, lets the result in:
+
+    y = softmax(q k^T / sqrt(hs)) v  +  tanh(gate) * softmax(q (W_k P)^T / sqrt(hs)) (W_v P)
+
+    q carries its rotary position, the prompt has none. gate = 0 makes it the base model exactly.
+
+Trained: P and the gates of layers start_layer and up; on LLaMA-7B 30 * (10 * 4096 + 32) = 1,229,760 numbers.
+As in the paper: tanh, one gate per head, P from N(0, 1). `gate="linear"` is the convention without tanh.
+"""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from lit_model import model
+from lit_model.packing import see_all
+
+
+@dataclass
+class Adapter:
+    """LLaMA-Adapter."""
+
+    prompt_length: int = 10
+    """number of prompt vectors K in each adapted layer"""
+    start_layer: int = 2
+    """the first adapted layer; those below stay as they are (the paper adapts the top 30 of 32)"""
+    gate: Literal["tanh", "linear"] = "tanh"
+    """how the gate is applied: tanh(gate) as in the paper, or gate itself"""
+
+
+@dataclass
+class Config(model.Config):
+    adapter: Adapter = field(default_factory=Adapter)
+
+
+class AdapterDelta(nn.Module):
+    def __init__(self, n_embd: int, n_head: int, options: Adapter):
+        super().__init__()
+        self.linear_gate = options.gate == "linear"
+        self.prompt = nn.Parameter(torch.empty(options.prompt_length, n_embd))
+        self.gate = nn.Parameter(torch.empty(n_head))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.normal_(self.prompt)
+        nn.init.zeros_(self.gate)
+
+    def forward(self, attn: model.CausalSelfAttention, q: Tensor, y: Tensor) -> Tensor:  # q, y (T, nh, hs)
+        prompt = self.prompt.to(q.dtype)
+        k, v = attn.heads(attn.k_proj(prompt)), attn.heads(attn.v_proj(prompt))  # (K, nkv, hs)
+        gate = self.gate if self.linear_gate else self.gate.tanh()
+        return y + gate.to(q.dtype)[:, None] * see_all(q, k, v)
+
+
+def install(gpt: model.GPT, options: Adapter) -> None:
+    """Hangs an adapter into the attention of every layer from `start_layer` on.
+
+    Raises ValueError if that is no layer, or the prompt is empty.
+    """
+    n_layer = gpt.config.n_layer
+    if options.prompt_length < 1:
+        raise ValueError(f"adapter.prompt_length is {options.prompt_length}; it must be at least 1")
+    if not 0 <= options.start_layer < n_layer:
+        raise ValueError(f"adapter.start_layer is {options.start_layer}; the model has layers 0 to {n_layer - 1}")
+    for block in gpt.blocks[options.start_layer :]:
+        block.attn.deltas["adapter"] = AdapterDelta(gpt.config.n_embd, gpt.config.n_head, options)
+
+
+class GPT(model.GPT):
+    def __init__(self, config: Config):
+        super().__init__(config)
+        install(self, config.adapter)
+
+
+def trainable(name: str) -> bool:
+    return ".deltas.adapter." in name

@@ -1,0 +1,285 @@
+"""GPT-2 and LLaMA in one file. Every batch is a packed row: a flat list of tokens plus a `Packed` that says which token
+may see which (packing.py). There is no padding and no other attention path.
+
+No finetuning method is known here. A method adds small modules to four slots:
+  Linear.deltas                y = delta(linear, x, y)       after a linear layer (LoRA)
+  CausalSelfAttention.deltas   y = delta(attention, q, y)    on the heads, before o_proj (LLaMA-Adapter)
+  GPT.virtual_tokens           x = virtual()                 P embeddings in front of every example (soft prompts)
+  GPT.virtual_keys             k, v = virtual(layer)         P keys and values in front of every example (prefix tuning)
+
+Letters in shapes: B batch, T tokens of a row, C n_embd, nh heads, nkv key/value heads, hs head size, P virtual
+positions, S rows of keys, M target rows.
+
+Papers: GPT-2 (Radford et al., 2019), LLaMA (https://arxiv.org/abs/2302.13971), RMSNorm (https://arxiv.org/abs/1910.07467),
+RoPE (https://arxiv.org/abs/2104.09864), SwiGLU (https://arxiv.org/abs/2002.05202), GQA (https://arxiv.org/abs/2305.13245).
+"""
+
+import json
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lit_model.loss import linear_cross_entropy
+from lit_model.packing import KVCache, Packed, attend, equal_examples
+
+
+@dataclass
+class Config:
+    """The shape of a network. `None` means: derived from the other fields."""
+
+    arch: Literal["llama", "gpt2"] = "llama"
+    vocab_size: int = 32000
+    block_size: int = 2048  # longest context in tokens, virtual positions included
+    n_layer: int = 32
+    n_head: int = 32
+    n_kv_head: int | None = None  # None: n_head, which is multi-head attention; fewer: grouped-query attention
+    n_embd: int = 4096
+    n_hidden: int | None = None  # None: the family's rule
+    head_size: int | None = None  # None: n_embd / n_head
+    rope_base: float = 10000.0
+    norm_eps: float = 1e-5
+    tie: bool = False  # the output head is the embedding matrix
+
+    def __post_init__(self):
+        if self.n_kv_head is None:
+            self.n_kv_head = self.n_head
+        if self.head_size is None:
+            self.head_size = self.n_embd // self.n_head
+        if self.n_hidden is None:  # LLaMA: two thirds of 4C, rounded up to a multiple of 256
+            self.n_hidden = 4 * self.n_embd if self.arch == "gpt2" else -(-8 * self.n_embd // 3 // 256) * 256
+        if self.n_head % self.n_kv_head:
+            raise ValueError(f"n_head {self.n_head} is not a multiple of n_kv_head {self.n_kv_head}")
+
+    @classmethod
+    def from_name(cls, name: str, **changes: Any) -> Self:
+        """The preset called `name`, with `changes`. Raises ValueError with all names if there is none."""
+        if name not in PRESETS:
+            raise ValueError(f"there is no preset {name!r}; there are {', '.join(PRESETS)}")
+        return cls(**{**PRESETS[name], **changes})
+
+    @classmethod
+    def load(cls, checkpoint_dir: Path | str, **changes: Any) -> Self:
+        """The shape that `checkpoint_dir/lit_config.json` states, with `changes`."""
+        stored = json.loads((Path(checkpoint_dir) / "lit_config.json").read_text())
+        return cls(**{f.name: stored[f.name] for f in fields(Config) if f.name in stored}, **changes)
+
+
+def _gpt2(n_layer: int, n_head: int, n_embd: int) -> dict:
+    return dict(arch="gpt2", vocab_size=50257, block_size=1024, n_layer=n_layer, n_head=n_head, n_embd=n_embd, tie=True)
+
+
+def _llama(n_layer: int, n_head: int, n_embd: int, **more: Any) -> dict:
+    return dict(n_layer=n_layer, n_head=n_head, n_embd=n_embd, **more)
+
+
+def _smollm2(n_layer: int, n_head: int, n_embd: int, n_kv_head: int, n_hidden: int, rope_base: float) -> dict:
+    return _llama(n_layer, n_head, n_embd, n_kv_head=n_kv_head, n_hidden=n_hidden, rope_base=rope_base,
+                  vocab_size=49152, block_size=8192, tie=True)  # fmt: skip
+
+
+PRESETS = {
+    "gpt2": _gpt2(12, 12, 768),
+    "gpt2-medium": _gpt2(24, 16, 1024),
+    "gpt2-large": _gpt2(36, 20, 1280),
+    "gpt2-xl": _gpt2(48, 25, 1600),
+    "llama-7b": _llama(32, 32, 4096, norm_eps=1e-6),
+    "llama-13b": _llama(40, 40, 5120, norm_eps=1e-6),
+    "llama-30b": _llama(60, 52, 6656, norm_eps=1e-6),
+    "llama-65b": _llama(80, 64, 8192, norm_eps=1e-5),
+    "llama-2-7b": _llama(32, 32, 4096, block_size=4096),
+    "llama-2-13b": _llama(40, 40, 5120, block_size=4096),
+    "llama-2-70b": _llama(80, 64, 8192, block_size=4096, n_kv_head=8, n_hidden=28672),
+    "tinyllama-1.1b": _llama(22, 32, 2048, n_kv_head=4, n_hidden=5632),
+    "smollm2-135m": _smollm2(30, 9, 576, 3, 1536, 100000.0),
+    "smollm2-360m": _smollm2(32, 15, 960, 5, 2560, 100000.0),
+    "smollm2-1.7b": _smollm2(24, 32, 2048, 32, 8192, 130000.0),
+}
+
+
+class Linear(nn.Linear):
+    """nn.Linear with a slot for methods. Its own keys keep their names whatever hangs in the slot."""
+
+    def __init__(self, n_in: int, n_out: int, bias: bool = False):
+        super().__init__(n_in, n_out, bias=bias)
+        self.deltas = nn.ModuleDict()
+
+    def reset_parameters(self) -> None:
+        nn.init.normal_(self.weight, std=0.02)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
+    def matmul(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight.to(x.dtype))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.matmul(x) if self.bias is None else self.matmul(x) + self.bias.to(x.dtype)
+        for delta in self.deltas.values():
+            y = delta(self, x, y)
+        return y
+
+
+class Embedding(nn.Embedding):
+    def reset_parameters(self) -> None:
+        nn.init.normal_(self.weight, std=0.02)
+
+
+class RMSNorm(nn.RMSNorm):
+    def forward(self, x: Tensor) -> Tensor:  # F.rms_norm accumulates 16-bit input in float32
+        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
+
+
+class LayerNorm(nn.LayerNorm):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.layer_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
+
+
+def norm(config: Config) -> nn.Module:
+    return (LayerNorm if config.arch == "gpt2" else RMSNorm)(config.n_embd, eps=config.norm_eps)
+
+
+def rope_angles(pos: Tensor, config: Config, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """cos and sin of the rotary angles, each (T, 1, hs / 2). Made anew in every forward: a buffer would need care on
+    the meta device and under changes of dtype, and this costs nothing beside a block."""
+    hs, exact = config.head_size, torch.promote_types(dtype, torch.float32)
+    inverse = config.rope_base ** (-torch.arange(0, hs, 2, device=pos.device).to(exact) / hs)
+    angles = (pos[:, None] * inverse)[:, None]
+    return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+    """RoPE in the half-split order: rotates the pair (x[i], x[i + hs/2]) of every head by its angle. x: (T, n, hs)."""
+    (cos, sin), (a, b) = rope, x.chunk(2, dim=-1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
+
+
+class CausalSelfAttention(nn.Module):
+    def __init__(self, config: Config):
+        super().__init__()
+        bias = config.arch == "gpt2"
+        self.head_size = config.head_size
+        self.q_proj = Linear(config.n_embd, config.n_head * config.head_size, bias)
+        self.k_proj = Linear(config.n_embd, config.n_kv_head * config.head_size, bias)
+        self.v_proj = Linear(config.n_embd, config.n_kv_head * config.head_size, bias)
+        self.o_proj = Linear(config.n_head * config.head_size, config.n_embd, bias)
+        self.deltas = nn.ModuleDict()
+
+    def heads(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (-1, self.head_size))  # (T, n * hs) -> (T, n, hs)
+
+    def forward(self, x: Tensor, row: "Row") -> Tensor:
+        q, k, v = self.heads(self.q_proj(x)), self.heads(self.k_proj(x)), self.heads(self.v_proj(x))
+        if row.rope is not None:
+            q, k = rotate(q, row.rope), rotate(k, row.rope)
+        if row.cache is not None:
+            k, v = row.cache.append(row.layer, row.packed.slots, k, v)  # (slots, nkv, hs): all that was cached so far
+        for virtual in row.virtual_keys.values():
+            pk, pv = virtual(row.layer)
+            k, v = torch.cat((pk.to(k.dtype), k)), torch.cat((pv.to(v.dtype), v))
+        y = attend(q, k, v, row.packed)  # (T, nh, hs)
+        for delta in self.deltas.values():
+            y = delta(self, q, y)
+        return self.o_proj(y.flatten(1))
+
+
+class MLP(nn.Module):
+    """LLaMA: down(silu(gate(x)) * up(x)). GPT-2: down(gelu(up(x))), with the tanh approximation of gelu."""
+
+    def __init__(self, config: Config):
+        super().__init__()
+        bias = config.arch == "gpt2"
+        self.gate_proj = None if bias else Linear(config.n_embd, config.n_hidden)
+        self.up_proj = Linear(config.n_embd, config.n_hidden, bias)
+        self.down_proj = Linear(config.n_hidden, config.n_embd, bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.gate_proj is None:
+            return self.down_proj(F.gelu(self.up_proj(x), approximate="tanh"))
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Block(nn.Module):
+    def __init__(self, config: Config):
+        super().__init__()
+        self.norm_1 = norm(config)
+        self.attn = CausalSelfAttention(config)
+        self.norm_2 = norm(config)
+        self.mlp = MLP(config)
+
+    def forward(self, x: Tensor, row: "Row") -> Tensor:
+        x = x + self.attn(self.norm_1(x), row)
+        return x + self.mlp(self.norm_2(x))
+
+
+@dataclass
+class Row:
+    """What every layer needs to know about the row that it works on."""
+
+    packed: Packed
+    layer: int
+    rope: tuple[Tensor, Tensor] | None
+    cache: KVCache | None
+    virtual_keys: nn.ModuleDict
+
+
+class GPT(nn.Module):
+    """The network. Also under `torch.device("meta")`; checkpoint.py then loads weights into it without a copy."""
+
+    def __init__(self, config: Config):
+        super().__init__()
+        self.config = config
+        self.dtype: torch.dtype | None = None  # dtype of all activations; None: that of the embedding matrix
+        self.wte = Embedding(config.vocab_size, config.n_embd)
+        self.wpe = Embedding(config.block_size, config.n_embd) if config.arch == "gpt2" else None
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        self.norm_f = norm(config)
+        self.lm_head = Linear(config.n_embd, config.vocab_size)
+        self.virtual_tokens = nn.ModuleDict()
+        self.virtual_keys = nn.ModuleDict()
+        self.tie()
+
+    def tie(self) -> None:
+        if self.config.tie:
+            self.lm_head.weight = self.wte.weight
+
+    @property
+    def prompt_length(self) -> int:
+        """Number of virtual tokens in front of every example."""
+        return sum(virtual.length for virtual in self.virtual_tokens.values())
+
+    @property
+    def prefix_length(self) -> int:
+        """Number of virtual keys and values in front of every example, in each layer."""
+        return sum(virtual.length for virtual in self.virtual_keys.values())
+
+    def forward(self, idx: Tensor, packed: Packed | None = None, cache: KVCache | None = None) -> Tensor:
+        """Logits, or the loss.
+
+        Args:
+            idx: (B, T) token ids of B examples of one length, or with `packed` one flat row (T,) of them. int64.
+            packed: who sees whom in the row, which of its rows are wanted, and their targets.
+            cache: keys and values of earlier rows that `packed` refers to; this row's are added.
+        Returns:
+            (B, T, vocab_size) for a (B, T) batch; (M, vocab_size) for a row, at the M rows that `packed` wants; or,
+            where `packed` has targets, the float32 *sum* of the cross-entropy over them: the caller divides by
+            the number of targets of the whole batch, however many rows, steps and devices it is spread over.
+        """
+        if packed is None:
+            packed = equal_examples(*idx.shape, self.prompt_length, self.prefix_length).to(idx.device)
+            return self(idx.flatten(), packed).unflatten(0, idx.shape)
+        x = self.wte(idx)  # (T, C)
+        x = x.to(self.dtype or x.dtype)
+        if packed.has_prompt:
+            x = torch.cat([virtual().to(x.dtype) for virtual in self.virtual_tokens.values()] + [x])
+        if self.wpe is not None:
+            x = x + self.wpe(packed.pos).to(x.dtype)
+        rope = None if self.wpe is not None else rope_angles(packed.pos, self.config, x.dtype)
+        for layer, block in enumerate(self.blocks):
+            x = block(x, Row(packed, layer, rope, cache, self.virtual_keys))
+        x = self.norm_f(x if packed.wanted is None else x[packed.wanted])  # (M, C)
+        if packed.targets is None:
+            return self.lm_head(x)
+        return linear_cross_entropy(self.lm_head, x, packed.targets)

@@ -1,0 +1,230 @@
+"""A packed row computes exactly what a naive loop over its examples computes: in float64, loss and gradients, for every
+kind of neighbour that a token can see. Everything else is built on this."""
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import randomize
+from torch import nn
+
+from lit_model import adapter, model, packing
+from lit_model.packing import Example, KVCache, Segment, lay_out, pack
+
+
+class Prefix(nn.Module):
+    """Throw-away prefix tuning: P trained keys and values in every layer."""
+
+    length = 5
+
+    def __init__(self, config):
+        super().__init__()
+        self.kv = nn.Parameter(torch.randn(2, config.n_layer, self.length, config.n_kv_head, config.head_size))
+
+    def forward(self, layer):
+        return self.kv[0, layer], self.kv[1, layer]
+
+
+class Prompt(nn.Module):
+    """Throw-away soft prompt: P trained embeddings."""
+
+    length = 4
+
+    def __init__(self, config):
+        super().__init__()
+        self.embedding = nn.Parameter(torch.randn(self.length, config.n_embd))
+
+    def forward(self):
+        return self.embedding
+
+
+def naive(gpt: model.GPT, ids: torch.Tensor) -> torch.Tensor:
+    """Logits (T, V) of one example, head by head and query by query, from the formulas and gpt's weights alone."""
+    c, w = gpt.config, dict(gpt.named_parameters(remove_duplicate=False))
+
+    def linear(name, x):
+        y = x @ w[f"{name}.weight"].T
+        return y + w[f"{name}.bias"] if f"{name}.bias" in w else y
+
+    def normed(name, x):
+        if c.arch == "gpt2":
+            x = (x - x.mean(-1, keepdim=True)) / (x.var(-1, correction=0, keepdim=True) + c.norm_eps).sqrt()
+            return x * w[f"{name}.weight"] + w[f"{name}.bias"]
+        return x / (x.square().mean(-1, keepdim=True) + c.norm_eps).sqrt() * w[f"{name}.weight"]
+
+    def rotated(x, pos):  # one vector (hs,): pair (i, i + hs/2) as a complex number times e^(i angle)
+        half = len(x) // 2
+        angle = pos * c.rope_base ** (-torch.arange(half).double() / half)
+        z = torch.complex(x[:half], x[half:]) * torch.polar(torch.ones(half).double(), angle)
+        return torch.cat((z.real, z.imag))
+
+    def softmax_sum(q, keys, values):
+        return (keys @ q / len(q) ** 0.5).softmax(0) @ values
+
+    x = w["wte.weight"][ids]
+    if "prompt" in gpt.virtual_tokens:
+        x = torch.cat((w["virtual_tokens.prompt.embedding"], x))
+    start = gpt.prefix_length
+    if c.arch == "gpt2":
+        x = x + w["wpe.weight"][start : start + len(x)]
+    for i in range(c.n_layer):
+        name = f"blocks.{i}.attn"
+        h = normed(f"blocks.{i}.norm_1", x)
+        q, k, v = (linear(f"{name}.{p}_proj", h).unflatten(-1, (-1, c.head_size)) for p in "qkv")
+        if c.arch == "llama":
+            q, k = (
+                torch.stack([rotated(h, start + t) for t, row in enumerate(z) for h in row]).view_as(z) for z in (q, k)
+            )
+        if gpt.prefix_length:
+            k, v = (torch.cat((front, own)) for front, own in zip(w["virtual_keys.prefix.kv"][:, i], (k, v)))
+        out = []
+        for t in range(len(x)):
+            heads = []
+            for head in range(c.n_head):
+                group = head * c.n_kv_head // c.n_head
+                y = softmax_sum(q[t, head], k[: start + t + 1, group], v[: start + t + 1, group])
+                if f"{name}.deltas.adapter.gate" in w:
+                    prompt = w[f"{name}.deltas.adapter.prompt"]
+                    pk, pv = (linear(f"{name}.{p}_proj", prompt).unflatten(-1, (-1, c.head_size)) for p in "kv")
+                    pk, pv = pk[:, group], pv[:, group]
+                    y = y + w[f"{name}.deltas.adapter.gate"][head].tanh() * softmax_sum(q[t, head], pk, pv)
+                heads.append(y)
+            out.append(torch.cat(heads))
+        x = x + linear(f"{name}.o_proj", torch.stack(out))
+        h = normed(f"blocks.{i}.norm_2", x)
+        if c.arch == "gpt2":
+            u = linear(f"blocks.{i}.mlp.up_proj", h)
+            h = 0.5 * u * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (u + 0.044715 * u**3)))
+        else:
+            gate = linear(f"blocks.{i}.mlp.gate_proj", h)
+            h = gate * torch.sigmoid(gate) * linear(f"blocks.{i}.mlp.up_proj", h)
+        x = x + linear(f"blocks.{i}.mlp.down_proj", h)
+    return (normed("norm_f", x) @ w["lm_head.weight"].T)[gpt.prompt_length :]
+
+
+METHODS = ["plain", "adapter", "prefix", "prompt", "adapter+prefix+prompt"]
+
+
+def build(family: dict, methods: str) -> model.GPT:
+    gpt = model.GPT(model.Config(**{**family, "n_layer": 2}))
+    if "adapter" in methods:
+        adapter.install(gpt, adapter.Adapter(prompt_length=3, start_layer=1))
+    if "prefix" in methods:
+        gpt.virtual_keys["prefix"] = Prefix(gpt.config)
+    if "prompt" in methods:
+        gpt.virtual_tokens["prompt"] = Prompt(gpt.config)
+    return randomize(gpt).double()
+
+
+def examples(n_shared: int) -> list[Example]:
+    """Six examples of which two pairs begin alike, one pair inside the other's beginning."""
+    rng = np.random.default_rng(0)
+    outer, inner = rng.integers(0, 97, n_shared), rng.integers(0, 97, n_shared)
+    heads = [[outer], [outer], [outer, inner], [outer, inner], [], [rng.integers(0, 97, 9)]]
+    made = []
+    for i, head in enumerate(heads):
+        ids = np.concatenate([*head, rng.integers(0, 97, 3 + i)]).astype(np.int32)
+        made.append(Example(ids, first_target=max(1, len(ids) - 2 - i)))
+    return made
+
+
+def gradients(gpt: model.GPT, loss: torch.Tensor) -> dict[str, torch.Tensor]:
+    gpt.zero_grad()
+    loss.backward()
+    return {name: p.grad.clone() for name, p in gpt.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("share", [True, False], ids=["shared", "separate"])
+@pytest.mark.parametrize("methods", METHODS)
+def test_packed_loss_and_gradients_equal_a_naive_loop(family, methods, share, monkeypatch):
+    monkeypatch.setattr(packing, "MIN_SHARED", 3)
+    gpt = build(family, methods)
+    data = examples(n_shared=5)
+    expected = torch.zeros((), dtype=torch.float64)
+    for e in data:
+        ids = torch.from_numpy(e.ids).long()
+        expected = expected + F.cross_entropy(
+            naive(gpt, ids)[e.first_target - 1 : -1], ids[e.first_target :], reduction="sum"
+        )
+    expected_grads = gradients(gpt, expected)
+
+    rows = pack(data, row_tokens=1000, prompt_length=gpt.prompt_length, prefix_length=gpt.prefix_length, share=share)
+    assert len(rows) == 1
+    n_tokens = gpt.prompt_length + sum(len(e.ids) for e in data) - (5 * 3 + 5 if share else 0)
+    assert len(rows[0][1].pos) == n_tokens  # what is shared is computed once
+    loss = sum(gpt(*row) for row in rows)
+    assert abs(loss - expected) < 1e-9
+    for name, grad in gradients(gpt, loss).items():
+        torch.testing.assert_close(grad, expected_grads[name], rtol=1e-6, atol=1e-9, msg=lambda m, n=name: f"{n}: {m}")
+    assert len(expected_grads) == len(list(gpt.parameters()))
+
+
+@pytest.mark.parametrize("methods", METHODS)
+def test_cached_decoding_equals_one_pass(family, methods):
+    """Two examples decoded together, one token a step, from prompts of different length."""
+    gpt = build(family, methods)
+    sequences = [torch.randint(0, 97, (n,)) for n in (11, 8)]
+    starts = [6, 3]
+    c = gpt.config
+    cache = KVCache(c.n_layer, 40, c.n_kv_head, c.head_size, torch.float64, torch.device("cpu"))
+    root = Segment(gpt.prompt_length) if gpt.prompt_length else None
+    tails = [Segment(n, root) for n in starts]
+    packed = lay_out([root] * bool(root) + tails, gpt.prefix_length, cached=0)
+    packed.has_prompt = root is not None
+    with torch.no_grad():
+        expected = [gpt(s[None])[0] for s in sequences]
+        torch.testing.assert_close(expected[0], naive(gpt, sequences[0]), rtol=1e-9, atol=1e-9)
+        got = gpt(torch.cat([s[:n] for s, n in zip(sequences, starts)]), packed, cache)[gpt.prompt_length :]
+        got = [list(part) for part in got.split(starts)]
+        used = len(packed.pos)
+        for t in range(5):
+            tails = [Segment(1, tail) for tail in tails]
+            step = lay_out(tails, gpt.prefix_length, cached=used)
+            logits = gpt(torch.stack([s[n + t] for s, n in zip(sequences, starts)]), step, cache)
+            used += 2
+            for one, row in zip(got, logits):
+                one.append(row)
+    for one, whole in zip(got, expected):
+        torch.testing.assert_close(torch.stack(one), whole, rtol=1e-9, atol=1e-9)
+
+
+def test_rows_hold_every_example_once_and_no_padding():
+    rng = np.random.default_rng(1)
+    data = [Example(np.full(n, i, dtype=np.int32), 1) for i, n in enumerate(rng.integers(2, 60, 50))]
+    rows = pack(data, row_tokens=100)
+    sizes = [len(idx) for idx, _ in rows]
+    assert max(sizes) <= 100 and sum(sizes) == sum(len(e.ids) for e in data)
+    counts = torch.cat([idx for idx, _ in rows]).bincount()
+    assert counts.tolist() == [len(e.ids) for e in data]
+    assert sum(len(p.targets) for _, p in rows) == sum(e.n_targets for e in data)
+
+
+def test_a_preamble_is_shared_up_to_the_token_before_the_first_target():
+    ids = np.arange(30, dtype=np.int32)
+    ((idx, packed),) = pack([Example(ids, 25), Example(ids, 25)], row_tokens=100)
+    assert [q for q, _ in packed.segments] == [24, 6, 6]
+    ((idx, packed),) = pack([Example(ids, 1), Example(ids, 1)], row_tokens=100)  # prompts are trained on
+    assert [q for q, _ in packed.segments] == [30, 30]
+
+
+def test_chunks_of_the_loss_change_nothing(monkeypatch):
+    from lit_model import loss
+
+    head, targets = nn.Linear(8, 50).double(), torch.randint(0, 50, (23,))
+    x = torch.randn(23, 8).double().requires_grad_()
+    expected = F.cross_entropy(head(x), targets, reduction="sum")
+    expected_grads = torch.autograd.grad(expected, (x, *head.parameters()))
+    monkeypatch.setattr(loss, "CHUNK", 5)
+    got = loss.linear_cross_entropy(head, x, targets)
+    torch.testing.assert_close(got, expected)
+    for a, b in zip(torch.autograd.grad(got, (x, *head.parameters())), expected_grads):
+        torch.testing.assert_close(a, b)
+
+
+def test_sixteen_bit_training_attention_on_the_cpu_agrees_with_the_fused_one():
+    q, k, v = torch.randn(7, 4, 16), torch.randn(12, 2, 16), torch.randn(12, 2, 16)
+    expected = packing._attend_one(q, k, v)
+    got = packing._attend_one(*(t.bfloat16().requires_grad_() for t in (q, k, v)))
+    assert (got.float() - expected).norm() / expected.norm() < 1e-2
+    mask = torch.full((7, 12), -torch.inf).triu(12 - 7 + 1)
+    torch.testing.assert_close(packing.see_all(q, k, v, mask), expected)
