@@ -95,17 +95,17 @@ def trainable(name: str) -> bool:
 
 
 @torch.no_grad()
-def merge(gpt: model.GPT) -> float:
-    """Adds every correction to its weight, in float32, and takes it out of its slot.
+def merge(gpt: model.GPT, dtype: torch.dtype) -> float:
+    """Adds every correction to its weight, in float32, rounds the sum to `dtype` and takes the LoRA out of its slot.
 
-    Returns the relative error that storing the sum in the weight's dtype adds: |stored - exact| / |correction|, over
-    all merged layers. In bfloat16 much of a small correction is lost.
+    Returns the relative error that the rounding adds, |stored - exact| / |correction| over all merged layers. In bfloat16
+    much of a small correction is lost.
     """
     error = size = 0.0
     for linear in (m for m in gpt.modules() if isinstance(m, model.Linear) and "lora" in m.deltas):
         correction = linear.deltas.pop("lora").weight()
         exact = linear.weight.float() + correction
-        linear.weight = nn.Parameter(exact.to(linear.weight.dtype), requires_grad=False)
+        linear.weight = nn.Parameter(exact.to(dtype), requires_grad=False)
         error += (linear.weight.float() - exact).square().sum().item()
         size += correction.square().sum().item()
     return math.sqrt(error / size) if size else 0.0

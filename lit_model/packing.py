@@ -42,19 +42,13 @@ class Packed:
     segments: list[tuple[int, int]]  # N pairs: number of queries, number of keys
     cu_q: Tensor  # (N + 1,) int32, where each segment's queries begin
     cu_k: Tensor  # (N + 1,) int32, where each segment's gathered keys begin
+    max_q: int  # most queries of a segment
+    max_k: int  # most keys of a segment
     kv_index: Tensor | None  # (S,) rows of the source of keys; None: the row's own, in order
     wanted: Tensor | None = None  # (M,) rows whose logits or loss are wanted; None: all
     targets: Tensor | None = None  # (M,) the token that each wanted row shall predict
     slots: Tensor | None = None  # (T,) where the KV cache stores this row's keys and values
     has_prompt: bool = False  # the row begins with the model's virtual tokens, which `idx` does not contain
-
-    @property
-    def max_q(self) -> int:
-        return max(q for q, _ in self.segments)
-
-    @property
-    def max_k(self) -> int:
-        return max(k for _, k in self.segments)
 
     def to(self, device: torch.device) -> "Packed":
         tensors = {name: value for name, value in vars(self).items() if torch.is_tensor(value)}
@@ -94,6 +88,8 @@ def lay_out(segments: Sequence[Segment], prefix_length: int = 0, cached: int | N
         segments=counts,
         cu_q=torch.tensor([0, *accumulate(q for q, _ in counts)], dtype=torch.int32),
         cu_k=torch.tensor([0, *accumulate(k for _, k in counts)], dtype=torch.int32),
+        max_q=max(q for q, _ in counts),
+        max_k=max(k for _, k in counts),
         kv_index=None if plain else torch.cat(keys),
         slots=None if cached is None else torch.arange(first, row) - prefix_length,
     )
@@ -212,7 +208,12 @@ def attend(q: Tensor, k: Tensor, v: Tensor, packed: Packed) -> Tensor:
         options = {"enable_gqa": True} if _VARLEN_GQA else {}
         options["window_size"] = (-1, 0)  # causal, aligned at the last query and the last key
         return varlen_attn(q, k, v, packed.cu_q, packed.cu_k, packed.max_q, packed.max_k, **options)
-    n_q, n_k = zip(*packed.segments, strict=True)
+    return _attend_each(q, k, v, packed.segments)
+
+
+@torch.compiler.disable  # every row has other segments: it would be compiled anew for each
+def _attend_each(q: Tensor, k: Tensor, v: Tensor, segments: list[tuple[int, int]]) -> Tensor:
+    n_q, n_k = zip(*segments, strict=True)
     return torch.cat([_attend_one(*qkv) for qkv in zip(q.split(n_q), k.split(n_k), v.split(n_k), strict=True)])
 
 

@@ -1,0 +1,41 @@
+"""Finetune with LLaMA-Adapter: prompt vectors in the upper layers, let in through gates that start at zero.
+
+Without arguments it runs the demo: SmolLM2-135M-Instruct on 999 Alpaca rows, both fetched once. The method is
+lit_model/adapter.py, the loop finetune/loop.py.
+"""
+
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from finetune import loop
+from lit_model import adapter
+from lit_model.adapter import Adapter
+from lit_model.checkpoint import freeze, load_base
+from lit_model.cli import cli
+
+
+@dataclass
+class Options(loop.Options):
+    """Options."""
+
+    adapter: Adapter = field(default_factory=Adapter)
+    out_dir: Path = Path("out/adapter")
+    train: loop.Train = field(default_factory=lambda: loop.Train(lr=3e-2))
+
+
+def main(options: Options) -> None:
+    run = loop.start(options)
+    with torch.device("meta"):
+        gpt = adapter.GPT(adapter.Config.load(options.checkpoint_dir, adapter=options.adapter))
+    load_base(gpt, options.checkpoint_dir, run.dtype, run.device)
+    freeze(gpt, adapter.trainable)
+    loop.fit(run, gpt, "adapter", options.adapter)
+
+
+if __name__ == "__main__":
+    cli(main, Options, __doc__)

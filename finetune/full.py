@@ -1,0 +1,39 @@
+"""Finetune every parameter of the network, in float32, while the activations are in bfloat16 where that is fast.
+
+Without arguments it runs the demo: SmolLM2-135M-Instruct on 999 Alpaca rows, both fetched once. The method is
+lit_model/full.py, the loop finetune/loop.py.
+"""
+
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from finetune import loop
+from lit_model import full
+from lit_model.checkpoint import freeze, load_base
+from lit_model.cli import cli
+
+
+@dataclass
+class Options(loop.Options):
+    """Options."""
+
+    out_dir: Path = Path("out/full")
+    train: loop.Train = field(default_factory=lambda: loop.Train(lr=1e-4))
+
+
+def main(options: Options) -> None:
+    run = loop.start(options)
+    with torch.device("meta"):
+        gpt = full.GPT(full.Config.load(options.checkpoint_dir))
+    load_base(gpt, options.checkpoint_dir, run.dtype, run.device)
+    freeze(gpt, full.trainable)
+    loop.fit(run, gpt, "full")
+
+
+if __name__ == "__main__":
+    cli(main, Options, __doc__)

@@ -1,0 +1,356 @@
+"""The training loop. One for all methods: it knows parameters that require gradients, and nothing of what they are.
+
+To hack it for one method, copy `fit` into that method's script.
+"""
+
+import csv
+import math
+import resource
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import yaml
+from lightning_fabric import Fabric
+from matplotlib.figure import Figure
+from torch import nn
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+from lit_model import hub
+from lit_model.checkpoint import fingerprint_of, save_method
+from lit_model.data import PromptOptions, read_rows, render, split_rows, tokenize
+from lit_model.generate import generate
+from lit_model.model import GPT, Linear
+from lit_model.packing import Example, pack
+from lit_model.tokenizer import Tokenizer
+
+
+@dataclass
+class Train:
+    """How it is trained."""
+
+    lr: float = 1e-3
+    """highest learning rate of AdamW"""
+    min_lr: float = 0.0
+    """learning rate at the end, reached along a cosine"""
+    warmup_steps: int | None = None
+    """steps in which the learning rate rises from 0; null: a tenth of all steps"""
+    weight_decay: float = 0.02
+    """for matrices only: gates, norms, biases and other vectors never decay"""
+    grad_clip: float = 1.0
+    """longest gradient, as the norm over all trained parameters; 0: no limit"""
+    batch_size: int = 16
+    """examples per optimizer step, however many rows and devices they are spread over"""
+    row_tokens: int = 4096
+    """tokens of one packed row, which is one pass through the network: less takes less memory, more is faster"""
+    epochs: int = 1
+    """passes over the training rows, each in a new order"""
+    max_steps: int | None = None
+    """end after so many optimizer steps"""
+    max_time: float | None = None
+    """end after so many minutes of training"""
+    max_examples: int | None = None
+    """train on so many rows only; null: all, and 480 for the demo data on a CPU"""
+    eval_interval: int | None = None
+    """steps between two evaluations; null: four in the run"""
+    patience: int = 0
+    """end after so many evaluations in a row without a better validation loss; 0: never"""
+    seed: int = 0
+    """of the validation split, the order of the rows, initial values and dropout"""
+    sample: str = "Give three tips for staying healthy."
+    """an instruction that is answered at the start and at every evaluation; empty: none"""
+
+
+@dataclass
+class Options:
+    """Options that all methods share."""
+
+    checkpoint_dir: Path = hub.DEMO_CHECKPOINT
+    """folder of the base network; by default the demo's SmolLM2-135M-Instruct, fetched once"""
+    data: Path = hub.DEMO_DATA
+    """.json or .jsonl file of rows with instruction, input and output; by default 999 Alpaca rows, fetched once"""
+    out_dir: Path = Path("out/finetune")
+    """folder for the trained tensors, the loss curve and the settings of the run"""
+    prompt: PromptOptions = field(default_factory=PromptOptions)
+    train: Train = field(default_factory=Train)
+    dtype: Literal["auto", "bfloat16", "float32"] = "auto"
+    """of the base weights and all activations; auto: bfloat16 on GPUs and CPUs that multiply it fast, else float32"""
+    devices: Literal["auto", "cpu"] = "auto"
+    """auto: the GPU if there is one"""
+    compile: Literal["auto", "on", "off"] = "auto"
+    """torch.compile for each block of the network; auto: on a GPU, where it pays"""
+    overwrite: bool = False
+    """replace the run that out_dir holds"""
+
+
+@dataclass
+class Run:
+    """What `start` has found out and `fit` works with."""
+
+    options: Options
+    fabric: Fabric
+    dtype: torch.dtype
+    tokenizer: Tokenizer
+    train: list[Example]
+    val: list[Example]
+
+    @property
+    def device(self) -> torch.device:
+        return self.fabric.device
+
+
+def start(options: Options) -> Run:
+    """Checks the folders, fetches the demo if it is wanted, chooses the device, reads and tokenizes the data.
+
+    Raises ValueError or FileNotFoundError for what a user can mend.
+    """
+    if (options.out_dir / "hparams.yaml").is_file() and not options.overwrite:
+        raise ValueError(
+            f"{options.out_dir} holds a run already; name another --out_dir, or replace it with --overwrite"
+        )
+    if options.checkpoint_dir == hub.DEMO_CHECKPOINT:
+        hub.fetch_demo_model()
+    elif not (options.checkpoint_dir / "lit_config.json").is_file():
+        raise FileNotFoundError(
+            f"{options.checkpoint_dir / 'lit_config.json'} is not there; make it with scripts/convert_hf.py or convert_gguf.py"
+        )
+    if options.data == hub.DEMO_DATA:
+        hub.fetch_demo_data()
+    fabric = Fabric(accelerator="cpu" if options.devices == "cpu" else "auto", devices=1, precision="32-true")
+    fabric.launch()
+    fabric.seed_everything(options.train.seed, verbose=False)
+    tokenizer = Tokenizer(options.checkpoint_dir)
+    train_rows, val_rows = split_rows(read_rows(options.data), options.prompt.val_fraction, options.train.seed)
+    limit = options.train.max_examples
+    if limit is None and options.data == hub.DEMO_DATA and fabric.device.type == "cpu":
+        limit = 480
+        print(f"the demo on a CPU: training on {limit} of {len(train_rows)} rows (--train.max_examples changes that)")
+    return Run(
+        options,
+        fabric,
+        _dtype(options.dtype, fabric.device),
+        tokenizer,
+        train=tokenize(train_rows[:limit], tokenizer, options.prompt, "training rows"),
+        val=tokenize(val_rows, tokenizer, options.prompt, "validation rows"),
+    )
+
+
+def _dtype(wanted: str, device: torch.device) -> torch.dtype:
+    if wanted != "auto":
+        return getattr(torch, wanted)
+    if device.type == "cuda":
+        fast = torch.cuda.get_device_capability(device) >= (8, 0)
+    else:
+        fast = device.type == "cpu" and torch.cpu.get_capabilities().get("amx_bf16", False)
+    return torch.bfloat16 if fast else torch.float32
+
+
+def fit(run: Run, gpt: GPT, method: str, method_options: Any = None) -> None:
+    """Trains what requires gradients in `gpt` and writes `options.out_dir`.
+
+    The loss of a step is the sum over all target tokens of its examples divided by their number: the same as example by
+    example, however they are packed into rows.
+
+    Args:
+        method, method_options: written into the file of trained tensors, so that `lit_model.load` can build it again.
+    """
+    options, train = run.options, run.options.train
+    n_steps, warmup, interval = plan(train, len(run.train))
+    share = not getattr(method_options, "dropout", 0.0)  # dropout differs between the copies of a shared preamble
+    if options.compile == "on" or (options.compile == "auto" and run.device.type == "cuda"):
+        for block in gpt.blocks:
+            block.compile(dynamic=True)
+    network, optimizer = run.fabric.setup(gpt, make_optimizer(gpt, train))
+    trained = [p for group in optimizer.param_groups for p in group["params"]]
+    n_trained, n_total = (sum(p.numel() for p in params) for params in (trained, gpt.parameters()))
+    print(f"{method}: {n_trained:,} of {n_total:,} parameters ({100 * n_trained / n_total:.2f} %) are trained")
+    print(f"{len(run.train)} examples, {n_steps} steps of {train.batch_size}, {run.device.type}, {run.dtype}")
+
+    log = Log(options)
+    first = evaluate(network, gpt, run)
+    log.write(step=0, val_loss=first)
+    print(f"validation loss before: {first:.4f}")
+    sample(gpt, run)
+
+    best, stale, n_tokens, seconds = math.inf, 0, 0, 0.0  # seconds: of training, without evaluations
+    bar = tqdm(total=n_steps, desc=method, unit="step", dynamic_ncols=True)
+    for step, batch in zip(range(1, n_steps + 1), batches(run.train, train)):
+        began = time.perf_counter()
+        lr = learning_rate(step, n_steps, warmup, train)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        n_targets = sum(e.n_targets for e in batch)
+        loss = torch.zeros((), device=run.device)
+        for idx, packed in pack(batch, train.row_tokens, gpt.prompt_length, gpt.prefix_length, share):
+            row_loss = network(idx.to(run.device), packed.to(run.device)) / n_targets
+            run.fabric.backward(row_loss)
+            loss += row_loss.detach()
+        norm = torch.nn.utils.clip_grad_norm_(trained, train.grad_clip or math.inf)
+        optimizer.step()
+        optimizer.zero_grad()
+        loss, norm = loss.item(), norm.item()
+        if not math.isfinite(loss):
+            raise ValueError(
+                f"the loss is {loss} at step {step}: try a lower train.lr; {options.out_dir} keeps the best"
+            )
+        seconds += time.perf_counter() - began
+        n_tokens += sum(len(e.ids) for e in batch)
+        speed = n_tokens / seconds
+        epoch = step * train.batch_size / len(run.train)
+        log.write(step=step, epoch=epoch, loss=loss, lr=lr, grad_norm=norm, tokens=n_tokens, tokens_per_second=speed)
+        bar.set_postfix(loss=f"{loss:.3f}", lr=f"{lr:.1e}", tok_s=f"{speed:.0f}", refresh=False)
+        bar.update()
+
+        done = step == n_steps or (train.max_time is not None and seconds >= 60 * train.max_time)
+        if done or step % interval == 0:
+            val_loss = evaluate(network, gpt, run)
+            log.write(step=step, val_loss=val_loss)
+            bar.write(f"step {step}: validation loss {val_loss:.4f}")
+            sample(gpt, run)
+            header = (method, method_options, fingerprint_of(options.checkpoint_dir))
+            save_method(options.out_dir / "last.safetensors", gpt, *header)
+            stale += 1
+            if val_loss < best or not run.val:
+                best, stale = val_loss, 0
+                save_method(options.out_dir / "lit_method.safetensors", gpt, *header)
+            if done or (train.patience and stale >= train.patience):
+                break
+    bar.close()
+    log.close()
+    print(f"validation loss: {first:.4f} before, {best:.4f} after")
+    print(closing_line(gpt, run, n_tokens, seconds))
+    where = "" if options.checkpoint_dir == hub.DEMO_CHECKPOINT else f" --checkpoint_dir {options.checkpoint_dir}"
+    print(f"saved {options.out_dir}/: lit_method.safetensors, last.safetensors, hparams.yaml, metrics.csv, loss.png")
+    print(f'try:  python generate/base.py{where} --method_dir {options.out_dir} --prompt "{train.sample}"')
+
+
+def plan(train: Train, n_examples: int) -> tuple[int, int, int]:
+    """(optimizer steps, warm-up steps, steps between evaluations). Raises ValueError where they make no sense."""
+    for name in ("batch_size", "row_tokens", "epochs", "max_steps", "eval_interval"):
+        value = getattr(train, name)
+        if value is not None and value < 1:
+            raise ValueError(f"train.{name} is {value}; it must be at least 1")
+    n_steps = math.ceil(n_examples / train.batch_size) * train.epochs
+    n_steps = min(n_steps, train.max_steps or n_steps)
+    warmup = n_steps // 10 if train.warmup_steps is None else train.warmup_steps
+    if warmup >= n_steps:
+        raise ValueError(f"train.warmup_steps is {warmup}, but the run has {n_steps} steps")
+    return n_steps, warmup, train.eval_interval or math.ceil(n_steps / 4)
+
+
+def make_optimizer(gpt: GPT, train: Train) -> torch.optim.Optimizer:
+    """AdamW over what requires gradients; only matrices decay."""
+    trained = [p for p in gpt.parameters() if p.requires_grad]
+    matrices, vectors = [p for p in trained if p.ndim > 1], [p for p in trained if p.ndim <= 1]
+    groups = [dict(params=matrices, weight_decay=train.weight_decay), dict(params=vectors, weight_decay=0.0)]
+    return torch.optim.AdamW([g for g in groups if g["params"]], lr=train.lr, betas=(0.9, 0.95), fused=True)
+
+
+def batches(examples: Sequence[Example], train: Train) -> Iterator[list[Example]]:
+    """Batches of `batch_size` examples for ever: each epoch a new order, each example once in it."""
+    rng = np.random.default_rng(train.seed)
+    while True:
+        order = rng.permutation(len(examples))
+        for start in range(0, len(order), train.batch_size):
+            yield [examples[i] for i in order[start : start + train.batch_size]]
+
+
+def learning_rate(step: int, n_steps: int, warmup: int, train: Train) -> float:
+    """At step 1, 2, ... n_steps: linear up to lr in the first `warmup` steps, then half a cosine down to min_lr."""
+    if step <= warmup:
+        return train.lr * step / warmup
+    progress = (step - warmup) / (n_steps - warmup)
+    return train.min_lr + (train.lr - train.min_lr) * (1 + math.cos(math.pi * progress)) / 2
+
+
+@torch.no_grad()
+def evaluate(network: nn.Module, gpt: GPT, run: Run) -> float:
+    """Mean loss over all target tokens of the whole validation set; NaN if there is none."""
+    if not run.val:
+        return math.nan
+    network.eval()
+    rows = pack(run.val, run.options.train.row_tokens, gpt.prompt_length, gpt.prefix_length)
+    total = sum(network(idx.to(run.device), packed.to(run.device)) for idx, packed in rows)
+    network.train()
+    return total.item() / sum(e.n_targets for e in run.val)
+
+
+def sample(gpt: GPT, run: Run) -> None:
+    """Prints the answer to `train.sample`, the likeliest token each time."""
+    instruction = run.options.train.sample
+    if not instruction:
+        return
+    bos = [] if run.tokenizer.bos_id is None else [run.tokenizer.bos_id]
+    ids = bos + run.tokenizer.encode(render(run.options.prompt.style, instruction))
+    gpt.eval()
+    with torch.compiler.set_stance("force_eager"):  # the shapes of decoding are not worth compiling for one answer
+        tokens = list(generate(gpt, ids, max_new_tokens=64, temperature=0, stop_ids=[run.tokenizer.eos_id]))
+    gpt.train()
+    tqdm.write(f"  {instruction}\n  -> {' '.join(run.tokenizer.decode(tokens).split())}")
+
+
+# bf16 matrix products without sparsity, TFLOP/s, from the makers' data sheets
+PEAK_TFLOPS = {"H100": 989, "H200": 989, "A100": 312, "L40S": 362, "L4": 121, "A10": 125, "4090": 165, "3090": 71}
+
+
+def closing_line(gpt: GPT, run: Run, n_tokens: int, seconds: float) -> str:
+    """Tokens per second, share of the GPU's peak where it is known, and the most memory used."""
+    line = f"trained {n_tokens:,} tokens in {seconds:.0f} s: {n_tokens / seconds:.0f} tokens/s"
+    if run.device.type != "cuda":
+        return f"{line}, peak memory {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.1f} GiB"
+    name = torch.cuda.get_device_name(run.device)
+    peak = next((tflops for model, tflops in PEAK_TFLOPS.items() if model in name), None)
+    if peak:
+        weights = [m.weight for m in gpt.modules() if isinstance(m, Linear)]
+        flops = sum(2 * w.numel() * (3 if w.requires_grad else 2) for w in weights)  # a frozen weight has no gradient
+        line += f", MFU {100 * n_tokens / seconds * flops / peak / 1e12:.1f} % of {peak} TFLOP/s"
+    return f"{line}, peak memory {torch.cuda.max_memory_allocated(run.device) / 2**30:.1f} GiB on {name}"
+
+
+class Log:
+    """Writes out_dir: hparams.yaml at once, metrics.csv and TensorBoard events as they come, loss.png at the end."""
+
+    COLUMNS = ("step", "epoch", "loss", "val_loss", "lr", "grad_norm", "tokens", "tokens_per_second")
+
+    def __init__(self, options: Options):
+        self.out_dir = options.out_dir
+        self.out_dir.mkdir(parents=True, exist_ok=True)
+        for old in (*self.out_dir.glob("*.safetensors"), *self.out_dir.glob("events.out.tfevents.*")):
+            old.unlink()  # of the run that --overwrite replaces
+        (self.out_dir / "hparams.yaml").write_text(yaml.safe_dump(_plain(options), sort_keys=False))
+        self.file = open(self.out_dir / "metrics.csv", "w", newline="")
+        self.csv = csv.DictWriter(self.file, self.COLUMNS)
+        self.csv.writeheader()
+        self.events = SummaryWriter(str(self.out_dir))
+        self.rows: list[dict] = []
+
+    def write(self, step: int, **values: float) -> None:
+        self.rows.append(dict(step=step, **values))
+        self.csv.writerow(self.rows[-1])
+        self.file.flush()
+        for name, value in values.items():
+            self.events.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        self.file.close()
+        self.events.close()
+        figure = Figure(figsize=(7, 4), layout="constrained")
+        axes = figure.subplots()
+        for name, style in (("loss", dict(lw=1, alpha=0.5)), ("val_loss", dict(marker="o"))):
+            points = [(row["step"], row[name]) for row in self.rows if name in row]
+            axes.plot(*zip(*points), label={"loss": "training", "val_loss": "validation"}[name], **style)
+        axes.set(xlabel="step", ylabel="loss per target token")
+        axes.legend()
+        figure.savefig(self.out_dir / "loss.png", dpi=120)
+
+
+def _plain(value: Any) -> Any:
+    """Options as what YAML knows."""
+    if is_dataclass(value):
+        return {f.name: _plain(getattr(value, f.name)) for f in fields(value)}
+    return str(value) if isinstance(value, Path) else value

@@ -1,0 +1,41 @@
+"""Finetune with LoRA: a trained low-rank correction beside the frozen linear layers.
+
+Without arguments it runs the demo: SmolLM2-135M-Instruct on 999 Alpaca rows, both fetched once. The method is
+lit_model/lora.py, the loop finetune/loop.py.
+"""
+
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from finetune import loop
+from lit_model import lora
+from lit_model.checkpoint import freeze, load_base
+from lit_model.cli import cli
+from lit_model.lora import LoRA
+
+
+@dataclass
+class Options(loop.Options):
+    """Options."""
+
+    lora: LoRA = field(default_factory=LoRA)
+    out_dir: Path = Path("out/lora")
+    train: loop.Train = field(default_factory=lambda: loop.Train(lr=2e-3))
+
+
+def main(options: Options) -> None:
+    run = loop.start(options)
+    with torch.device("meta"):
+        gpt = lora.GPT(lora.Config.load(options.checkpoint_dir, lora=options.lora))
+    load_base(gpt, options.checkpoint_dir, run.dtype, run.device)
+    freeze(gpt, lora.trainable)
+    loop.fit(run, gpt, "lora", options.lora)
+
+
+if __name__ == "__main__":
+    cli(main, Options, __doc__)

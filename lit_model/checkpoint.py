@@ -1,0 +1,175 @@
+"""Files. A checkpoint folder holds a whole network; a method folder holds only what a method has trained.
+
+checkpoint_dir/   lit_model.safetensors   base weights
+                  lit_config.json         shape, and the fingerprint of the weights
+                  tokenizer.json or tokenizer.model, tokenizer_config.json
+method_dir/       lit_method.safetensors  trained tensors; its header names the method, its options and the fingerprint of
+                                          the base that they were trained on, so nothing is typed again at generation
+
+A method only adds keys to a state dict and never renames the base's. So every checkpoint loads into every method, and
+the keys that are missing afterwards are exactly the method's own.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from lit_model import adapter, full, lora, model
+
+# a method's file, and the dataclass of its options
+METHODS = {"adapter": (adapter, adapter.Adapter), "lora": (lora, lora.LoRA), "full": (full, None)}
+
+
+def load(
+    checkpoint_dir: Path | str,
+    method_dir: Path | str | None = None,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> model.GPT:
+    """The network in `checkpoint_dir`, with what `method_dir` has trained on it, ready to generate.
+
+    Args:
+        method_dir: the out_dir of a finetuning run, or one .safetensors file in it.
+        dtype: of the base weights and of all activations.
+    Raises:
+        FileNotFoundError: a file is not there. ValueError: it is broken, or the method was trained on another base.
+    """
+    with torch.device("meta"):
+        gpt = model.GPT(model.Config.load(checkpoint_dir))
+    if method_dir is not None:
+        header = method_header(method_dir)
+        if header["fingerprint"] != fingerprint_of(checkpoint_dir):
+            raise ValueError(f"{method_dir} was trained on another base than {checkpoint_dir}")
+        method, options = METHODS[header["method"]]
+        with torch.device("meta"):
+            method.install(gpt, options(**json.loads(header["options"])) if options else None)
+    load_base(gpt, checkpoint_dir, dtype, device)
+    if method_dir is not None:
+        tensors = read_tensors(method_file(method_dir), device)
+        _assign(gpt, {k: t.to(dtype) if _is_base(k) else t for k, t in tensors.items()}, method_file(method_dir))
+        gpt.tie()
+    return gpt.requires_grad_(False).eval()
+
+
+def load_base(
+    gpt: model.GPT, checkpoint_dir: Path | str, dtype: torch.dtype, device: torch.device | str = "cpu"
+) -> None:
+    """Puts the base weights into a network built on the meta device, without a second copy in memory: a CPU tensor of the
+    stored dtype is the memory-mapped file itself. What a method has added is initialised as its file says."""
+    path = Path(checkpoint_dir) / "lit_model.safetensors"
+    tensors = {name: t.to(dtype) for name, t in read_tensors(path, device).items()}
+    missing = _assign(gpt, tensors, path)
+    if missing := [k for k in missing if _is_base(k) and not (gpt.config.tie and k == "lm_head.weight")]:
+        raise ValueError(f"{path} lacks {len(missing)} tensors, such as {missing[0]}; convert the checkpoint again")
+    gpt.tie()
+    gpt.dtype = dtype
+    initialize(gpt, device)
+
+
+def initialize(module: nn.Module, device: torch.device | str) -> None:
+    """Gives memory and initial values to every parameter that is still on the meta device."""
+    for m in module.modules():
+        if any(p.is_meta for p in m.parameters(recurse=False)):
+            m.to_empty(device=device, recurse=False)
+            m.reset_parameters()
+
+
+def freeze(gpt: model.GPT, trainable: Callable[[str], bool]) -> None:
+    """Marks the parameters whose name is `trainable` as such and keeps them in float32; freezes all others.
+
+    In bfloat16 an optimizer step at a usual learning rate is smaller than the last bit of a weight, and lost.
+    """
+    for name, p in gpt.named_parameters():
+        p.requires_grad_(trainable(name))
+        if p.requires_grad:
+            p.data = p.data.float()
+
+
+def save_method(path: Path, gpt: nn.Module, method: str, options: Any, fingerprint: str) -> None:
+    """Writes the trained tensors of `gpt`, and only those, in one step: a reader sees the old file or the new one."""
+    tensors = {name: p.detach().contiguous() for name, p in gpt.named_parameters() if p.requires_grad}
+    options = json.dumps(asdict(options) if options else {})
+    _write(path, tensors, {"method": method, "options": options, "fingerprint": fingerprint})
+
+
+def method_file(method_dir: Path | str) -> Path:
+    path = Path(method_dir)
+    return path if path.suffix == ".safetensors" else path / "lit_method.safetensors"
+
+
+def method_header(method_dir: Path | str) -> dict[str, str]:
+    """What a method folder says of itself: `method`, `options` (JSON) and `fingerprint` of its base."""
+    with _open(method_file(method_dir)) as file:
+        header = file.metadata() or {}
+    if header.get("method") not in METHODS:
+        raise ValueError(f"{method_file(method_dir)} is not a method file of lit-model: it names no method")
+    return header
+
+
+def save_checkpoint(out_dir: Path, config: model.Config, tensors: Mapping[str, Tensor]) -> None:
+    """Writes a checkpoint folder. lit_config.json comes last: where it stands, the folder is complete."""
+    out_dir.mkdir(parents=True, exist_ok=True)
+    tensors = {name: t.contiguous() for name, t in sorted(tensors.items())}
+    if config.tie:
+        tensors.pop("lm_head.weight", None)
+    _write(out_dir / "lit_model.safetensors", tensors, {})
+    stored = asdict(config) | {"fingerprint": fingerprint(tensors)}
+    (out_dir / "lit_config.json").write_text(json.dumps(stored, indent=2) + "\n")
+
+
+def fingerprint(tensors: Mapping[str, Tensor]) -> str:
+    """sha256 over the names, dtypes, shapes and bytes of all tensors. Made once, at conversion; loading compares it."""
+    total = hashlib.sha256()
+    for name, t in sorted(tensors.items()):
+        content = hashlib.sha256(t.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()).hexdigest()
+        total.update(f"{name} {t.dtype} {tuple(t.shape)} {content}\n".encode())
+    return total.hexdigest()
+
+
+def fingerprint_of(checkpoint_dir: Path | str) -> str:
+    return json.loads((Path(checkpoint_dir) / "lit_config.json").read_text())["fingerprint"]
+
+
+def read_tensors(path: Path, device: torch.device | str = "cpu") -> dict[str, Tensor]:
+    """All tensors of a safetensors file; on the CPU they are views of the mapped file and cost no memory until read."""
+    with _open(path, device) as file:
+        return {name: file.get_tensor(name) for name in file.keys()}
+
+
+def _open(path: Path, device: torch.device | str = "cpu") -> Any:
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is not there")
+    try:
+        return safe_open(path, framework="pt", device=str(device))
+    except SafetensorError as e:
+        raise ValueError(f"{path} is broken or only partly written ({e}); fetch or make it again") from None
+
+
+def _write(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    aside = path.with_name(path.name + ".partial")
+    save_file(tensors, aside, metadata)
+    os.replace(aside, path)
+
+
+def _assign(gpt: model.GPT, tensors: Mapping[str, Tensor], path: Path) -> list[str]:
+    """Puts tensors in place of the network's own, as they are. Returns the names that `path` does not have."""
+    shapes = {name: t.shape for name, t in gpt.state_dict().items()}
+    for name, t in tensors.items():
+        if name not in shapes:
+            raise ValueError(f"{path} has a tensor {name} that the model has no place for")
+        if t.shape != shapes[name]:
+            raise ValueError(f"{path}: {name} is {tuple(t.shape)}; the model wants {tuple(shapes[name])}")
+    return gpt.load_state_dict(tensors, strict=False, assign=True).missing_keys
+
+
+def _is_base(name: str) -> bool:
+    return ".deltas." not in name and not name.startswith("virtual_")

