@@ -78,7 +78,8 @@ def main(options: Options) -> None:
     def counted():
         nonlocal n
         sampling = (options.temperature, options.top_k, options.top_p, [tokenizer.eos_id], options.seed)
-        for n, token in enumerate(generate(gpt, ids, options.max_new_tokens, *sampling), 1):
+        for token in generate(gpt, ids, options.max_new_tokens, *sampling):
+            n += 1
             yield token
 
     for piece in stream_text(tokenizer, counted(), options.stop):

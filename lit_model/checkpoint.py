@@ -3,8 +3,9 @@
 checkpoint_dir/   lit_model.safetensors   base weights
                   lit_config.json         shape, and the fingerprint of the weights
                   tokenizer.json or tokenizer.model, tokenizer_config.json
-method_dir/       lit_method.safetensors  trained tensors; its header names the method, its options and the fingerprint of
-                                          the base that they were trained on, so nothing is typed again at generation
+method_dir/       lit_method.safetensors  trained tensors; its header names the method, its options and the
+                                          fingerprint of the base that they were trained on: generation needs no
+                                          option typed again
 
 A method only adds keys to a state dict and never renames the base's. So every checkpoint loads into every method, and
 the keys that are missing afterwards are exactly the method's own.
@@ -63,8 +64,8 @@ def load(
 def load_base(
     gpt: model.GPT, checkpoint_dir: Path | str, dtype: torch.dtype, device: torch.device | str = "cpu"
 ) -> None:
-    """Puts the base weights into a network built on the meta device, without a second copy in memory: a CPU tensor of the
-    stored dtype is the memory-mapped file itself. What a method has added is initialised as its file says."""
+    """Puts the base weights into a network built on the meta device, without a second copy in memory: a CPU tensor of
+    the stored dtype is the memory-mapped file itself. What a method has added is initialised as its file says."""
     path = Path(checkpoint_dir) / "lit_model.safetensors"
     tensors = {name: t.to(dtype) for name, t in read_tensors(path, device).items()}
     missing = _assign(gpt, tensors, path)

@@ -25,7 +25,7 @@ class PromptOptions:
     """text around instruction and input: Alpaca's, or chat turns between <|im_start|> and <|im_end|>"""
     mask: bool = True
     """learn the response only; false: the prompt too"""
-    max_length: int = 512
+    max_length: int = 384
     """longest example in tokens; a longer response is cut and still ends in the end-of-text token"""
     val_fraction: float = 0.05
     """share of the rows that is kept for validation and never trained on"""
@@ -93,8 +93,8 @@ def split_rows(rows: Sequence[dict], val_fraction: float, seed: int) -> tuple[li
 
 
 def tokenize(rows: Sequence[dict], tokenizer: Tokenizer, options: PromptOptions, name: str = "rows") -> list[Example]:
-    """Token examples of `rows`, in order. Rows with an empty output, and those whose prompt leaves no room for a response
-    within `max_length`, are left out, and a line says how many."""
+    """Token examples of `rows`, in order. Rows with an empty output, and those whose prompt leaves no room for a
+    response within `max_length`, are left out, and a line says how many."""
     bos = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
     examples, empty, long, cut = [], 0, 0, 0
     for start in tqdm(range(0, len(rows), 256), desc=f"tokenizing {len(rows)} {name}", unit_scale=256, leave=False):

@@ -64,7 +64,7 @@ def fetch_demo_data() -> Path:
 
 
 def download_from_hub(repo_id: str, out_dir: Path) -> Path:
-    """Fetches weights, config and tokenizer of a repository on the Hugging Face Hub; goes on where it was interrupted."""
+    """Fetches weights, config and tokenizer of a repository on the Hugging Face Hub, or what is missing of them."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError
 

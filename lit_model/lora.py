@@ -98,8 +98,8 @@ def trainable(name: str) -> bool:
 def merge(gpt: model.GPT, dtype: torch.dtype) -> float:
     """Adds every correction to its weight, in float32, rounds the sum to `dtype` and takes the LoRA out of its slot.
 
-    Returns the relative error that the rounding adds, |stored - exact| / |correction| over all merged layers. In bfloat16
-    much of a small correction is lost.
+    Returns the relative error that the rounding adds, |stored - exact| / |correction| over all merged layers. In
+    bfloat16 much of a small correction is lost.
     """
     error = size = 0.0
     for linear in (m for m in gpt.modules() if isinstance(m, model.Linear) and "lora" in m.deltas):

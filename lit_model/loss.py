@@ -1,17 +1,16 @@
 """Cross-entropy at the target positions only, in chunks, so that the logits never exist all at once.
 
 For 4,000 targets and LLaMA-3's vocabulary of 128k the float32 logits alone are 2 GiB, and their softmax as much again.
-The gradient of a chunk is made in the forward pass while its logits are there, and kept as (M, C): nothing is computed
-twice and nothing of size (M, vocab_size) is kept for the backward pass.
+The gradient of a chunk is made in the forward pass, while its logits are there, and kept as (M, C): nothing is computed
+twice and nothing of size (M, vocab_size) waits for the backward pass.
 """
 
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-CHUNK = 1024  # target rows at a time
+CHUNK_GPU, CHUNK_CPU = 2**26, 2**23  # logits at a time: enough to fill a GPU; few enough for a CPU's cache
 
 
 def linear_cross_entropy(head: nn.Module, x: Tensor, targets: Tensor) -> Tensor:
@@ -28,20 +27,25 @@ def linear_cross_entropy(head: nn.Module, x: Tensor, targets: Tensor) -> Tensor:
 class _HeadLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, head: nn.Module, x: Tensor, targets: Tensor, *weights: Tensor) -> Tensor:
-        total = x.new_zeros((), dtype=torch.promote_types(x.dtype, torch.float32))
         wants_grad = any(ctx.needs_input_grad)
+        exact = torch.promote_types(x.dtype, torch.float32)
+        size = max(1, (CHUNK_GPU if x.is_cuda else CHUNK_CPU) // head.out_features)
+        total = x.new_zeros((), dtype=exact)
         grads = [torch.zeros_like(t) for t in (x, *weights)] if wants_grad else []
-        for start in range(0, len(x), CHUNK):
-            rows = slice(start, start + CHUNK)
+        for start in range(0, len(x), size):
+            rows = slice(start, start + size)
             chunk = x[rows].detach().requires_grad_(wants_grad)
             with torch.set_grad_enabled(wants_grad):
-                loss = F.cross_entropy(head(chunk).to(total.dtype), targets[rows], reduction="sum")
-            total += loss.detach()
+                logits = head(chunk)  # (m, V)
+            log_p = logits.detach().log_softmax(-1, dtype=exact)
+            of_target = targets[rows, None]
+            total -= log_p.gather(1, of_target).sum()
             if wants_grad:
-                grad_x, *grad_weights = torch.autograd.grad(loss, (chunk, *weights))
+                grad = log_p.exp_().scatter_add_(1, of_target, log_p.new_full(of_target.shape, -1.0))  # p - onehot
+                grad_x, *grad_weights = torch.autograd.grad(logits, (chunk, *weights), grad.to(logits.dtype))
                 grads[0][rows] = grad_x
-                for total_grad, grad in zip(grads[1:], grad_weights, strict=True):
-                    total_grad += grad
+                for sum_, part in zip(grads[1:], grad_weights, strict=True):
+                    sum_ += part
         ctx.save_for_backward(*grads)
         return total
 

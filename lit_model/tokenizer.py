@@ -11,8 +11,8 @@ from tokenizers import Tokenizer as HFTokenizer
 class Tokenizer:
     """The tokenizer of a checkpoint folder.
 
-    bos_id is the token that every text of this family begins with, or None if there is none; `encode` never adds it, nor
-    any other special token: whoever puts an example together does that, once.
+    bos_id is the token that every text of this family begins with, or None if there is none; `encode` never adds it,
+    nor any other special token: whoever puts an example together does that, once.
     eos_id ends a response.
 
     Raises FileNotFoundError if the folder has no tokenizer, ValueError if it does not say which token ends a text.
