@@ -128,8 +128,32 @@ class Embedding(nn.Embedding):
 
 
 class RMSNorm(nn.RMSNorm):
-    def forward(self, x: Tensor) -> Tensor:  # F.rms_norm accumulates 16-bit input in float32
-        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
+    """y = x / sqrt(mean(x^2) + eps) * weight, with the mean of 16-bit x in float32."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.weight.to(x.dtype)
+        if x.device.type == "cpu":
+            return _RMSNormCPU.apply(x, weight, self.eps)
+        return F.rms_norm(x, self.normalized_shape, weight, self.eps)
+
+
+class _RMSNormCPU(torch.autograd.Function):
+    """The same in fewer operations: torch's own takes twice as long on a CPU, forward and backward."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.promote_types(x.dtype, torch.float32))
+        r = (norm.square() / x.shape[-1] + eps).rsqrt()  # (T, 1)
+        ctx.save_for_backward(x, weight, r.to(x.dtype))
+        return (x * r).to(x.dtype) * weight
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple:
+        x, weight, r = ctx.saved_tensors
+        grad_weight = (grad * (x * r)).flatten(0, -2).sum(0) if ctx.needs_input_grad[1] else None
+        grad = grad * weight
+        along_x = (grad * x).sum(-1, keepdim=True) * r**3 / x.shape[-1]
+        return torch.addcmul(grad * r, x, along_x, value=-1), grad_weight, None
 
 
 class LayerNorm(nn.LayerNorm):

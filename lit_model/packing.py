@@ -233,8 +233,8 @@ def _attend_one(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 def see_all(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
     """Softmax attention written out: queries (T, nh, hs) over all keys (S, nkv, hs), with `mask` (T, S) added."""
     (T, nh, hs), (S, nkv, _) = q.shape, k.shape
-    q = (q * hs**-0.5).transpose(0, 1).reshape(nkv, -1, hs)  # the heads that share a key lie together
-    scores = (q @ k.permute(1, 2, 0)).view(nh, T, S)
+    q = q.transpose(0, 1).reshape(nkv, -1, hs)  # the heads that share a key lie together
+    scores = (q @ (k * hs**-0.5).permute(1, 2, 0)).view(nh, T, S)
     scores = scores if mask is None else scores + mask
     y = scores.softmax(-1).view(nkv, -1, S) @ v.transpose(0, 1)  # (nkv, nh / nkv * T, hs)
     return y.view(nh, T, hs).transpose(0, 1)

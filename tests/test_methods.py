@@ -1,0 +1,217 @@
+"""The contract that every method keeps. A new method is one row of METHODS."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import FAMILIES, randomize
+
+from lit_model import adapter, full, load, lora, model
+from lit_model.checkpoint import fingerprint_of, freeze, load_base, save_checkpoint, save_method
+from lit_model.packing import KVCache, Segment, lay_out
+
+METHODS = {
+    "adapter": (adapter, dict(adapter=adapter.Adapter(prompt_length=3, start_layer=1))),
+    "adapter-linear-gate": (adapter, dict(adapter=adapter.Adapter(prompt_length=3, start_layer=0, gate="linear"))),
+    "lora": (lora, dict(lora=lora.LoRA(r=3))),
+    "lora-all-rslora": (
+        lora,
+        dict(lora=lora.LoRA(r=2, rslora=True, targets="q_proj,k_proj,v_proj,o_proj,up_proj,down_proj,lm_head")),
+    ),
+    "full": (full, {}),
+}
+LLAMA_7B = {"adapter": 1_229_760, "lora": 4_194_304, "full": 6_738_415_616}
+
+
+@pytest.fixture(params=METHODS)
+def method(request):
+    """(module, fields of its Config)"""
+    return METHODS[request.param]
+
+
+@pytest.fixture
+def checkpoint(family, tmp_path):
+    """A folder with a random network of this family."""
+    base = randomize(model.GPT(model.Config(**family)), std=0.05)
+    save_checkpoint(tmp_path / "base", base.config, base.state_dict())
+    return tmp_path / "base"
+
+
+def build(checkpoint, method) -> model.GPT:
+    """The method's network as the scripts build it: on the meta device, base loaded, the rest frozen."""
+    module, options = method
+    with torch.device("meta"):
+        gpt = module.GPT(module.Config.load(checkpoint, **options))
+    load_base(gpt, checkpoint, torch.float32)
+    freeze(gpt, module.trainable)
+    return gpt
+
+
+def shake(gpt, module) -> None:
+    """Sets what is trained, gates and B included, away from its initial value."""
+    with torch.no_grad():
+        for name, p in gpt.named_parameters():
+            if module.trainable(name):
+                p.add_(0.1 * torch.randn_like(p))
+
+
+def test_adds_keys_and_renames_none(checkpoint, method):
+    module, options = method
+    base = model.GPT(model.Config.load(checkpoint)).state_dict()
+    keys = build(checkpoint, method).state_dict()
+    assert base.keys() <= keys.keys()
+    assert all(keys[name].shape == t.shape for name, t in base.items())
+    assert all(module.trainable(name) for name in keys.keys() - base.keys())
+
+
+def test_starts_as_the_base_model(checkpoint, method):
+    idx = torch.randint(0, 97, (2, 9))
+    torch.testing.assert_close(build(checkpoint, method)(idx), load(checkpoint)(idx), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", LLAMA_7B)
+def test_counts_what_the_paper_counts(name):
+    module, _ = METHODS[name]
+    with torch.device("meta"):
+        gpt = module.GPT(module.Config.from_name("llama-7b"))
+    assert sum(p.numel() for n, p in gpt.named_parameters() if module.trainable(n)) == LLAMA_7B[name]
+
+
+def test_moves_every_trainable_and_nothing_else(checkpoint, method):
+    """Also after evaluation passes, which must leave nothing behind that training would then use."""
+    gpt = build(checkpoint, method)
+    before = {name: t.clone() for name, t in gpt.state_dict().items()}
+    optimizer = torch.optim.AdamW([p for p in gpt.parameters() if p.requires_grad], lr=1e-2, weight_decay=0)
+    packed = replace(lay_out([Segment(12)]), wanted=torch.arange(11), targets=torch.randint(0, 97, (11,)))
+    idx, declared = torch.randint(0, 97, (12,)), [n for n, p in gpt.named_parameters() if p.requires_grad]
+    assert declared and declared == [n for n, _ in gpt.named_parameters() if method[0].trainable(n)]
+    moved = set()
+    for _ in range(3):  # a zero gate or B hides its partner's gradient in the first step
+        with torch.no_grad():
+            gpt.eval()(idx[None])
+        gpt.train()(idx, packed).backward()
+        moved |= {name for name, p in gpt.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0}
+        optimizer.step()
+        optimizer.zero_grad()
+    assert moved == set(declared)
+    after = gpt.state_dict()
+    tied = {"lm_head.weight"} if gpt.config.tie and "wte.weight" in declared else set()
+    for name, t in before.items():
+        if name in {*declared, *tied}:
+            some_rows_only = name in ("wte.weight", "wpe.weight")  # of an embedding, those that occur in the text
+            assert not torch.equal(after[name], t) if some_rows_only else not (after[name] == t).any(), name
+        else:
+            assert torch.equal(after[name], t), name
+
+
+def test_trained_parameters_are_float32_and_move_under_a_bfloat16_base(checkpoint, method):
+    module, options = method
+    with torch.device("meta"):
+        gpt = module.GPT(module.Config.load(checkpoint, **options))
+    load_base(gpt, checkpoint, torch.bfloat16)
+    freeze(gpt, module.trainable)
+    assert {p.dtype for p in gpt.parameters() if p.requires_grad} == {torch.float32}
+    assert {p.dtype for p in gpt.parameters() if not p.requires_grad} <= {torch.bfloat16}
+    assert gpt(torch.randint(0, 97, (1, 5))).dtype == torch.bfloat16
+    shake(gpt, module)
+    params = [p for p in gpt.parameters() if p.requires_grad]
+    before = [p.clone() for p in params]
+    optimizer = torch.optim.AdamW(params, lr=1e-5, weight_decay=0)
+    gpt(torch.randint(0, 97, (1, 5))).sum().backward()
+    optimizer.step()
+    assert all(not torch.equal(p, b) for p, b in zip(params, before))
+
+
+def test_survives_save_and_load_bit_for_bit(checkpoint, method, tmp_path):
+    module, options = method
+    gpt = build(checkpoint, method)
+    shake(gpt, module)
+    name = module.__name__.split(".")[-1]
+    save_method(tmp_path / "lit_method.safetensors", gpt, name, options.get(name), fingerprint_of(checkpoint))
+    loaded = load(checkpoint, tmp_path)
+    for (name, a), (_, b) in zip(gpt.state_dict().items(), loaded.state_dict().items(), strict=True):
+        assert torch.equal(a, b), name
+    idx = torch.randint(0, 97, (2, 9))
+    torch.testing.assert_close(loaded(idx), gpt.eval()(idx), rtol=0, atol=0)
+
+
+def test_a_method_file_holds_only_what_is_trained(checkpoint, tmp_path):
+    from safetensors import safe_open
+
+    gpt = build(checkpoint, METHODS["lora"])
+    save_method(tmp_path / "m.safetensors", gpt, "lora", lora.LoRA(r=3, alpha=32), fingerprint_of(checkpoint))
+    with safe_open(tmp_path / "m.safetensors", "pt") as file:
+        assert all(lora.trainable(name) for name in file.keys())
+        assert json.loads(file.metadata()["options"])["alpha"] == 32
+    # rank and alpha come from the file: nobody types them again, and generation cannot use another alpha
+    loaded = load(checkpoint, tmp_path / "m.safetensors")
+    assert loaded.blocks[0].attn.q_proj.deltas["lora"].scale == 32 / 3
+
+
+def test_cached_decoding_equals_one_pass(checkpoint, method):
+    gpt = build(checkpoint, method)
+    shake(gpt, method[0])
+    c, idx = gpt.config, torch.randint(0, 97, (10,))
+    cache = KVCache(c.n_layer, 10, c.n_kv_head, c.head_size, torch.float32, "cpu")
+    tail = Segment(6)
+    with torch.no_grad():
+        logits = [*gpt(idx[:6], lay_out([tail], cached=0), cache)]
+        for t in range(6, 10):
+            tail = Segment(1, tail)
+            logits += gpt(idx[t : t + 1], lay_out([tail], cached=t), cache)
+        torch.testing.assert_close(torch.stack(logits), gpt(idx[None])[0], rtol=1e-5, atol=1e-5)
+
+
+def test_merged_equals_unmerged(checkpoint, method):
+    module, _ = method
+    if not hasattr(module, "merge"):
+        pytest.skip("does not merge")
+    gpt = build(checkpoint, method)
+    shake(gpt, module)
+    idx = torch.randint(0, 97, (2, 9))
+    expected = gpt(idx)
+    assert module.merge(gpt, torch.float32) < 1e-5
+    assert not any("deltas" in name for name in gpt.state_dict())
+    torch.testing.assert_close(gpt(idx), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_merge_reports_what_bfloat16_loses(checkpoint):
+    errors = []
+    for size in (1e-1, 1e-3):
+        gpt = build(checkpoint, METHODS["lora"])
+        for p in gpt.parameters():
+            p.data = torch.randn_like(p) * size if p.requires_grad else p.data
+        errors.append(lora.merge(gpt, torch.bfloat16))
+    assert 0 < errors[0] < 0.5 < errors[1]
+
+
+@pytest.mark.parametrize(
+    "options, says",
+    [
+        (dict(lora=lora.LoRA(targets="q_proj,qkv")), "no layer is called qkv; there are down_proj, gate_proj, k_proj"),
+        (dict(lora=lora.LoRA(r=0)), "lora.r is 0"),
+        (dict(lora=lora.LoRA(targets="")), "lora.targets is empty"),
+        (dict(adapter=adapter.Adapter(start_layer=3)), "the model has layers 0 to 2"),
+        (dict(adapter=adapter.Adapter(prompt_length=0)), "prompt_length is 0"),
+    ],
+)
+def test_senseless_options_are_refused_in_one_line(options, says):
+    module = lora if "lora" in options else adapter
+    with pytest.raises(ValueError, match=says):
+        module.GPT(module.Config(**FAMILIES["llama"], **options))
+
+
+def test_another_base_is_refused(checkpoint, tmp_path):
+    gpt = build(checkpoint, METHODS["lora"])
+    save_method(tmp_path / "lit_method.safetensors", gpt, "lora", lora.LoRA(r=3), "another fingerprint")
+    with pytest.raises(ValueError, match="trained on another base"):
+        load(checkpoint, tmp_path)
+
+
+def test_dropout_acts_in_training_only(checkpoint):
+    gpt = build(checkpoint, (lora, dict(lora=lora.LoRA(dropout=0.5))))
+    shake(gpt, lora)
+    idx = torch.randint(0, 97, (1, 9))
+    assert not torch.equal(gpt.train()(idx), gpt(idx))
+    assert torch.equal(gpt.eval()(idx), gpt(idx))
