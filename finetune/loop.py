@@ -1,4 +1,4 @@
-"""The training loop. One for all methods: it knows parameters that require gradients, and nothing of what they are.
+"""The training loop. One for all methods: it trains whatever requires gradients, and does not ask what that is.
 
 To hack it for one method, copy `fit` into that method's script.
 """
@@ -6,10 +6,12 @@ To hack it for one method, copy `fit` into that method's script.
 import csv
 import ctypes
 import math
+import re
 import resource
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -39,13 +41,13 @@ class Train:
     lr: float = 1e-3
     """highest learning rate of AdamW"""
     min_lr: float = 0.0
-    """learning rate at the end, reached along a cosine"""
+    """learning rate that a cosine falls to in the course of the run"""
     warmup_steps: int | None = None
     """steps in which the learning rate rises from 0; null: a tenth of all steps"""
     weight_decay: float = 0.02
     """for matrices only: gates, norms, biases and other vectors never decay"""
     grad_clip: float = 1.0
-    """longest gradient, as the norm over all trained parameters; 0: no limit"""
+    """the norm of the whole gradient is cut to this; 0: never"""
     batch_size: int = 16
     """examples per optimizer step, however many rows and devices they are spread over"""
     row_tokens: int = 4096
@@ -85,7 +87,7 @@ class Options:
     devices: Literal["auto", "cpu"] = "auto"
     """auto: the GPU if there is one"""
     compile: Literal["auto", "on", "off"] = "auto"
-    """torch.compile for each block of the network; auto: on a GPU, where it pays"""
+    """torch.compile for each block; auto: on a GPU for networks of a billion parameters and more, where it pays"""
     overwrite: bool = False
     """replace the run that out_dir holds"""
 
@@ -98,8 +100,8 @@ class Run:
     fabric: Fabric
     dtype: torch.dtype
     tokenizer: Tokenizer
-    train: list[Example]
-    val: list[Example]
+    train_examples: list[Example]
+    val_examples: list[Example]
 
     @property
     def device(self) -> torch.device:
@@ -111,6 +113,9 @@ def start(options: Options) -> Run:
 
     Raises ValueError or FileNotFoundError for what a user can mend.
     """
+    check(options.train)
+    if (options.out_dir / "lit_config.json").is_file():
+        raise ValueError(f"{options.out_dir} is a checkpoint folder; name another --out_dir")
     if (options.out_dir / "hparams.yaml").is_file() and not options.overwrite:
         raise ValueError(
             f"{options.out_dir} holds a run already; name another --out_dir, or replace it with --overwrite"
@@ -139,8 +144,8 @@ def start(options: Options) -> Run:
         fabric,
         _dtype(options.dtype, fabric.device),
         tokenizer,
-        train=tokenize(train_rows[:limit], tokenizer, options.prompt, "training rows"),
-        val=tokenize(val_rows, tokenizer, options.prompt, "validation rows"),
+        train_examples=tokenize(train_rows[:limit], tokenizer, options.prompt, "training rows"),
+        val_examples=tokenize(val_rows, tokenizer, options.prompt, "validation rows"),
     )
 
 
@@ -165,7 +170,7 @@ def _dtype(wanted: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if fast else torch.float32
 
 
-def fit(run: Run, gpt: GPT, method: str, method_options: Any = None) -> None:
+def fit(run: Run, gpt: GPT, method: str, method_options: Any = None, share: bool = True) -> None:
     """Trains what requires gradients in `gpt` and writes `options.out_dir`.
 
     The loss of a step is the sum over all target tokens of its examples divided by their number: the same as example by
@@ -173,89 +178,96 @@ def fit(run: Run, gpt: GPT, method: str, method_options: Any = None) -> None:
 
     Args:
         method, method_options: written into the file of trained tensors, so that `lit_model.load` can build it again.
+        share: compute what examples begin with once; not with dropout.
     """
     options, train = run.options, run.options.train
-    n_steps, warmup, interval = plan(train, len(run.train))
-    share = not getattr(method_options, "dropout", 0.0)  # dropout differs between the copies of a shared preamble
-    if options.compile == "on" or (options.compile == "auto" and run.device.type == "cuda"):
+    steps_per_epoch = math.ceil(len(run.train_examples) / train.batch_size)
+    n_steps = min(steps_per_epoch * train.epochs, train.max_steps or math.inf)
+    warmup = n_steps // 10 if train.warmup_steps is None else train.warmup_steps
+    interval = train.eval_interval or math.ceil(n_steps / 2)
+    if warmup >= n_steps:
+        raise ValueError(f"train.warmup_steps is {warmup}, but the run has {n_steps} steps")
+    longest = max(len(e.ids) for e in run.train_examples + run.val_examples)
+    if longest + gpt.n_virtual_tokens + gpt.n_virtual_keys > gpt.config.block_size:
+        room = f"the model's context of {gpt.config.block_size}"
+        raise ValueError(f"the longest example has {longest} tokens, too many for {room}: lower prompt.max_length")
+
+    big = sum(p.numel() for p in gpt.parameters()) > 1e9
+    if options.compile == "on" or (options.compile == "auto" and run.device.type == "cuda" and big):
         for block in gpt.blocks:
             block.compile(dynamic=True)
+    # `network` is gpt as Fabric wraps it: the one to call where gradients are wanted
     network, optimizer = run.fabric.setup(gpt, make_optimizer(gpt, train))
     trained = [p for group in optimizer.param_groups for p in group["params"]]
     n_trained, n_total = (sum(p.numel() for p in params) for params in (trained, gpt.parameters()))
     print(f"{method}: {n_trained:,} of {n_total:,} parameters ({100 * n_trained / n_total:.2f} %) are trained")
-    print(f"{len(run.train)} examples, {n_steps} steps of {train.batch_size}, {run.device.type}, {run.dtype}")
+    print(f"{len(run.train_examples)} examples, {n_steps} steps of {train.batch_size}, {run.device.type}, {run.dtype}")
 
-    log = Log(options)
-    first = evaluate(network, gpt, run)
-    log.write(step=0, val_loss=first)
-    print(f"validation loss before: {first:.4f}")
-    sample(gpt, run)
-
-    best, stale, n_tokens, seconds = math.inf, 0, 0, 0.0  # seconds: of training, without evaluations
-    bar = tqdm(total=n_steps, desc=method, unit="step", dynamic_ncols=True)
-    for step, batch in zip(range(1, n_steps + 1), batches(run.train, train)):
-        began = time.perf_counter()
-        lr = learning_rate(step, n_steps, warmup, train)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-        n_targets = sum(e.n_targets for e in batch)
-        loss = torch.zeros((), device=run.device)
-        for idx, packed in pack(batch, train.row_tokens, gpt.prompt_length, gpt.prefix_length, share):
-            row_loss = network(idx.to(run.device), packed.to(run.device)) / n_targets
-            run.fabric.backward(row_loss)
-            loss += row_loss.detach()
-        norm = torch.nn.utils.clip_grad_norm_(trained, train.grad_clip or math.inf)
-        optimizer.step()
-        optimizer.zero_grad()
-        loss, norm = loss.item(), norm.item()
-        if not math.isfinite(loss):
-            raise ValueError(
-                f"the loss is {loss} at step {step}: try a lower train.lr; {options.out_dir} keeps the best"
+    saved, stale, n_tokens, n_targets, seconds = False, 0, 0, 0, 0.0  # seconds: of training, without evaluations
+    with closing(Log(options)) as log, tqdm(total=n_steps, desc=method, unit="step", dynamic_ncols=True) as bar:
+        first = best = evaluate(network, gpt, run)
+        log.write(step=0, val_loss=first)
+        bar.write(f"before: validation loss {first:.4f}")
+        sample(gpt, run)
+        for step, batch in zip(range(1, n_steps + 1), batches(run.train_examples, train)):
+            began = time.perf_counter()
+            lr = learning_rate(step, n_steps, warmup, train)
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            batch_targets = sum(e.n_targets for e in batch)
+            loss = torch.zeros((), device=run.device)
+            for idx, packed in pack(batch, train.row_tokens, gpt.n_virtual_tokens, gpt.n_virtual_keys, share):
+                row_loss = network(idx.to(run.device), packed.to(run.device)) / batch_targets
+                run.fabric.backward(row_loss)
+                loss += row_loss.detach()
+            norm = torch.nn.utils.clip_grad_norm_(trained, train.grad_clip or math.inf)
+            loss, norm = loss.item(), norm.item()
+            if not math.isfinite(loss + norm):
+                kept = f"{options.out_dir} keeps the best before it" if saved else "nothing was saved yet"
+                raise ValueError(f"loss {loss}, gradient norm {norm} at step {step}: try a lower train.lr; {kept}")
+            optimizer.step()
+            optimizer.zero_grad()
+            seconds += time.perf_counter() - began
+            n_tokens += sum(len(e.ids) for e in batch)
+            n_targets += batch_targets
+            speed = n_tokens / seconds
+            epoch = step / steps_per_epoch
+            log.write(
+                step=step, epoch=epoch, loss=loss, lr=lr, grad_norm=norm, tokens=n_tokens, tokens_per_second=speed
             )
-        seconds += time.perf_counter() - began
-        n_tokens += sum(len(e.ids) for e in batch)
-        speed = n_tokens / seconds
-        epoch = step * train.batch_size / len(run.train)
-        log.write(step=step, epoch=epoch, loss=loss, lr=lr, grad_norm=norm, tokens=n_tokens, tokens_per_second=speed)
-        bar.set_postfix(loss=f"{loss:.3f}", lr=f"{lr:.1e}", tok_s=f"{speed:.0f}", refresh=False)
-        bar.update()
+            bar.set_postfix(loss=f"{loss:.3f}", lr=f"{lr:.1e}", tok_s=f"{speed:.0f}", refresh=False)
+            bar.update()
 
-        done = step == n_steps or (train.max_time is not None and seconds >= 60 * train.max_time)
-        if done or step % interval == 0:
-            val_loss = evaluate(network, gpt, run)
-            log.write(step=step, val_loss=val_loss)
-            bar.write(f"step {step}: validation loss {val_loss:.4f}")
-            sample(gpt, run)
-            header = (method, method_options, fingerprint_of(options.checkpoint_dir))
-            save_method(options.out_dir / "last.safetensors", gpt, *header)
-            stale += 1
-            if val_loss < best or not run.val:
-                best, stale = val_loss, 0
-                save_method(options.out_dir / "lit_method.safetensors", gpt, *header)
-            if done or (train.patience and stale >= train.patience):
-                break
-    bar.close()
-    log.close()
-    print(f"validation loss: {first:.4f} before, {best:.4f} after")
-    print(closing_line(gpt, run, n_tokens, seconds))
+            done = step == n_steps or (train.max_time is not None and seconds >= 60 * train.max_time)
+            if done or step % interval == 0:
+                val_loss = evaluate(network, gpt, run)
+                log.write(step=step, val_loss=val_loss)
+                bar.write(f"step {step}: validation loss {val_loss:.4f}")
+                sample(gpt, run)
+                header = (method, method_options, fingerprint_of(options.checkpoint_dir))
+                save_method(options.out_dir / "last.safetensors", gpt, *header)
+                stale += 1
+                if not saved or val_loss < best or not run.val_examples:
+                    saved, best, stale = True, val_loss, 0
+                    save_method(options.out_dir / "lit_method.safetensors", gpt, *header)
+                if done or (train.patience and stale >= train.patience):
+                    break
+    if run.val_examples:
+        print(f"validation loss: {first:.4f} before, {best:.4f} after (best)")
+    print(closing_line(gpt, run, n_tokens, n_targets, seconds))
     where = "" if options.checkpoint_dir == hub.DEMO_CHECKPOINT else f" --checkpoint_dir {options.checkpoint_dir}"
     print(f"saved {options.out_dir}/: lit_method.safetensors, last.safetensors, hparams.yaml, metrics.csv, loss.png")
     print(f'try:  python generate/base.py{where} --method_dir {options.out_dir} --prompt "{train.sample}"')
 
 
-def plan(train: Train, n_examples: int) -> tuple[int, int, int]:
-    """(optimizer steps, warm-up steps, steps between evaluations). Raises ValueError where they make no sense."""
-    for name in ("batch_size", "row_tokens", "epochs", "max_steps", "eval_interval"):
+def check(train: Train) -> None:
+    """Raises ValueError for a number that makes no sense."""
+    at_least = dict.fromkeys(("batch_size", "row_tokens", "epochs", "max_steps", "max_examples", "eval_interval"), 1)
+    at_least |= dict.fromkeys(("lr", "min_lr", "warmup_steps", "weight_decay", "grad_clip", "max_time", "patience"), 0)
+    for name, least in at_least.items():
         value = getattr(train, name)
-        if value is not None and value < 1:
-            raise ValueError(f"train.{name} is {value}; it must be at least 1")
-    n_steps = math.ceil(n_examples / train.batch_size) * train.epochs
-    n_steps = min(n_steps, train.max_steps or n_steps)
-    warmup = n_steps // 10 if train.warmup_steps is None else train.warmup_steps
-    if warmup >= n_steps:
-        raise ValueError(f"train.warmup_steps is {warmup}, but the run has {n_steps} steps")
-    return n_steps, warmup, train.eval_interval or math.ceil(n_steps / 2)
+        if value is not None and not value >= least:  # not: NaN
+            raise ValueError(f"train.{name} is {value}; it must be at least {least}")
 
 
 def make_optimizer(gpt: GPT, train: Train) -> torch.optim.Optimizer:
@@ -276,23 +288,23 @@ def batches(examples: Sequence[Example], train: Train) -> Iterator[list[Example]
 
 
 def learning_rate(step: int, n_steps: int, warmup: int, train: Train) -> float:
-    """At step 1, 2, ... n_steps: linear up to lr in the first `warmup` steps, then half a cosine down to min_lr."""
+    """At step 1 to n_steps: linear up to lr in the first `warmup` steps, then half a cosine down towards min_lr."""
     if step <= warmup:
         return train.lr * step / warmup
-    progress = (step - warmup) / (n_steps - warmup)
+    progress = (step - 1 - warmup) / (n_steps - warmup)
     return train.min_lr + (train.lr - train.min_lr) * (1 + math.cos(math.pi * progress)) / 2
 
 
 @torch.no_grad()
 def evaluate(network: nn.Module, gpt: GPT, run: Run) -> float:
     """Mean loss over all target tokens of the whole validation set; NaN if there is none."""
-    if not run.val:
+    if not run.val_examples:
         return math.nan
     network.eval()
-    rows = pack(run.val, run.options.train.row_tokens, gpt.prompt_length, gpt.prefix_length)
+    rows = pack(run.val_examples, run.options.train.row_tokens, gpt.n_virtual_tokens, gpt.n_virtual_keys)
     total = sum(network(idx.to(run.device), packed.to(run.device)) for idx, packed in rows)
     network.train()
-    return total.item() / sum(e.n_targets for e in run.val)
+    return total.item() / sum(e.n_targets for e in run.val_examples)
 
 
 def sample(gpt: GPT, run: Run) -> None:
@@ -309,21 +321,28 @@ def sample(gpt: GPT, run: Run) -> None:
     tqdm.write(f"  {instruction}\n  -> {' '.join(run.tokenizer.decode(tokens).split())}")
 
 
-# bf16 matrix products without sparsity, TFLOP/s, from the makers' data sheets
-PEAK_TFLOPS = {"H100": 989, "H200": 989, "A100": 312, "L40S": 362, "L4": 121, "A10": 125, "4090": 165, "3090": 71}
+# bf16 matrix products without sparsity, TFLOP/s, from the makers' data sheets; the first name that fits counts
+PEAK_TFLOPS = {"H100 PCIe": 756, "H100": 989, "H200": 989, "A100": 312, "L40S": 362, "L4": 121, "RTX 4090": 165}
 
 
-def closing_line(gpt: GPT, run: Run, n_tokens: int, seconds: float) -> str:
-    """Tokens per second, share of the GPU's peak where it is known, and the most memory used."""
+def closing_line(gpt: GPT, run: Run, n_tokens: int, n_targets: int, seconds: float) -> str:
+    """Tokens per second, share of the GPU's peak where it is known, and the most memory used.
+
+    The share counts what training must do: matrix products forward and backward, the output layer at the targets only,
+    weight gradients of trained weights only; no attention scores.
+    """
     line = f"trained {n_tokens:,} tokens in {seconds:.0f} s: {n_tokens / seconds:.0f} tokens/s"
     if run.device.type != "cuda":
-        return f"{line}, peak memory {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.1f} GiB"
+        unit = 2**30 if sys.platform == "darwin" else 2**20  # macOS counts bytes, Linux KiB
+        return f"{line}, peak memory {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit:.1f} GiB"
     name = torch.cuda.get_device_name(run.device)
-    peak = next((tflops for model, tflops in PEAK_TFLOPS.items() if model in name), None)
+    peak = next((tflops for known, tflops in PEAK_TFLOPS.items() if re.search(rf"\b{known}\b", name)), None)
     if peak:
-        weights = [m.weight for m in gpt.modules() if isinstance(m, Linear)]
-        flops = sum(2 * w.numel() * (3 if w.requires_grad else 2) for w in weights)  # a frozen weight has no gradient
-        line += f", MFU {100 * n_tokens / seconds * flops / peak / 1e12:.1f} % of {peak} TFLOP/s"
+        flops = 0
+        for module in (m for m in gpt.modules() if isinstance(m, Linear)):
+            products = 3 if module.weight.requires_grad else 2
+            flops += 2 * products * module.weight.numel() * (n_targets if module is gpt.lm_head else n_tokens)
+        line += f", MFU {100 * flops / seconds / peak / 1e12:.1f} % of {peak} TFLOP/s"
     return f"{line}, peak memory {torch.cuda.max_memory_allocated(run.device) / 2**30:.1f} GiB on {name}"
 
 
@@ -335,8 +354,9 @@ class Log:
     def __init__(self, options: Options):
         self.out_dir = options.out_dir
         self.out_dir.mkdir(parents=True, exist_ok=True)
-        for old in (*self.out_dir.glob("*.safetensors"), *self.out_dir.glob("events.out.tfevents.*")):
-            old.unlink()  # of the run that --overwrite replaces
+        of_a_run = ("lit_method.safetensors", "last.safetensors", "loss.png", "events.out.tfevents.*")
+        for old in (path for pattern in of_a_run for path in self.out_dir.glob(pattern)):
+            old.unlink()  # --overwrite replaces the run
         (self.out_dir / "hparams.yaml").write_text(yaml.safe_dump(_plain(options), sort_keys=False))
         self.file = open(self.out_dir / "metrics.csv", "w", newline="")
         self.csv = csv.DictWriter(self.file, self.COLUMNS)

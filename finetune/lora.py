@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs from a bare clone
 
 from finetune import loop
 from lit_model import lora
@@ -34,7 +34,7 @@ def main(options: Options) -> None:
         gpt = lora.GPT(lora.Config.load(options.checkpoint_dir, lora=options.lora))
     load_base(gpt, options.checkpoint_dir, run.dtype, run.device)
     freeze(gpt, lora.trainable)
-    loop.fit(run, gpt, "lora", options.lora)
+    loop.fit(run, gpt, "lora", options.lora, share=not options.lora.dropout)
 
 
 if __name__ == "__main__":

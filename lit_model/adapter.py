@@ -1,14 +1,15 @@
 """LLaMA-Adapter: zero-init attention (https://arxiv.org/abs/2303.16199).
 
-Each of the upper layers owns K prompt vectors P (K, C). The layer's own frozen projections make keys and values of
-them, every token attends to these in a softmax of its own, and a gate per head, zero at the start, lets the result in:
+Each of the upper layers owns a prompt: K vectors (K, C), which are no tokens, so the row does not grow. The layer's
+own frozen projections make keys and values of them, every token attends to these in a softmax of its own, and a gate
+per head, zero at the start, lets the result in:
 
-    y = softmax(q k^T / sqrt(hs)) v  +  tanh(gate) * softmax(q (W_k P)^T / sqrt(hs)) (W_v P)
+    y = softmax(q k^T / sqrt(hs)) v  +  tanh(gate) * softmax(q (W_k prompt)^T / sqrt(hs)) (W_v prompt)
 
     q carries its rotary position, the prompt has none. gate = 0 makes it the base model exactly.
 
-Trained: P and the gates of layers start_layer and up; on LLaMA-7B 30 * (10 * 4096 + 32) = 1,229,760 numbers.
-As in the paper: tanh, one gate per head, P from N(0, 1). `gate="linear"` is the convention without tanh.
+Trained: prompt and gates of layer start_layer and up; on LLaMA-7B 30 * (10 * 4096 + 32) = 1,229,760 numbers. As in the
+paper: tanh, one gate per head, prompt from N(0, 1). `gate="linear"` is lit-llama's convention, without the tanh.
 """
 
 from dataclasses import dataclass, field
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from lit_model import model
-from lit_model.packing import see_all
+from lit_model.packing import plain_attention
 
 
 @dataclass
@@ -54,11 +55,11 @@ class AdapterDelta(nn.Module):
         prompt = self.prompt.to(q.dtype)
         k, v = attn.heads(attn.k_proj(prompt)), attn.heads(attn.v_proj(prompt))  # (K, nkv, hs)
         gate = self.gate if self.linear_gate else self.gate.tanh()
-        return y + gate.to(q.dtype)[:, None] * see_all(q, k, v)
+        return y + gate.to(q.dtype)[:, None] * plain_attention(q, k, v)
 
 
 def install(gpt: model.GPT, options: Adapter) -> None:
-    """Hangs an adapter into the attention of every layer from `start_layer` on.
+    """Adds an adapter to the attention of every layer from `start_layer` on.
 
     Raises ValueError if that is no layer, or the prompt is empty.
     """

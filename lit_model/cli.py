@@ -29,7 +29,7 @@ def cli(main: Callable[[Any], None], options_class: type, description: str, posi
     """
     args = sys.argv[1:]
     for i, name in enumerate(positional):
-        if any(arg.startswith("-") for arg in args[: i + 1]) or len(args) <= i:
+        if len(args) <= i or args[i].startswith("-"):
             break
         args[i] = f"--{name}={args[i]}"
     flags = {f"--{f.name}" for f in fields(options_class) if f.type is bool}

@@ -35,7 +35,7 @@ def generate(
     if not ids:
         raise ValueError("the prompt is empty")
     c, device = gpt.config, gpt.wte.weight.device
-    room = c.block_size - gpt.prefix_length - gpt.prompt_length - len(ids)
+    room = c.block_size - gpt.n_virtual_keys - gpt.n_virtual_tokens - len(ids)
     if room < 1:
         raise ValueError(
             f"the prompt has {len(ids)} tokens; the model's context of {c.block_size} leaves no room after it"
@@ -44,12 +44,12 @@ def generate(
     stop_ids = set(stop_ids)
     generator = torch.Generator(device).manual_seed(seed) if seed is not None else None
     dtype = gpt.dtype or gpt.wte.weight.dtype
-    cache = KVCache(c.n_layer, gpt.prompt_length + len(ids) + n_new, c.n_kv_head, c.head_size, dtype, device)
+    cache = KVCache(c.n_layer, gpt.n_virtual_tokens + len(ids) + n_new, c.n_kv_head, c.head_size, dtype, device)
 
-    root = Segment(gpt.prompt_length) if gpt.prompt_length else None
+    root = Segment(gpt.n_virtual_tokens) if gpt.n_virtual_tokens else None
     tail = Segment(len(ids), root)
-    packed = lay_out([root, tail] if root else [tail], gpt.prefix_length, cached=0)
-    packed.has_prompt, packed.wanted = root is not None, torch.tensor([len(packed.pos) - 1])
+    packed = lay_out([root, tail] if root else [tail], gpt.n_virtual_keys, cached=0)
+    packed.has_virtual_tokens, packed.wanted = root is not None, torch.tensor([len(packed.pos) - 1])
     used, idx = len(packed.pos), torch.tensor(ids, device=device)
     for _ in range(n_new):
         token = sample(gpt(idx, packed.to(device), cache)[-1], temperature, top_k, top_p, generator)
@@ -57,7 +57,7 @@ def generate(
             return
         yield token.item()
         tail, idx = Segment(1, tail), token[None]
-        packed = lay_out([tail], gpt.prefix_length, cached=used)
+        packed = lay_out([tail], gpt.n_virtual_keys, cached=used)
         used += 1
 
 

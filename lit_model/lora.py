@@ -60,13 +60,13 @@ class LoRADelta(nn.Module):
         x = F.dropout(x, self.dropout, self.training)
         return y + F.linear(F.linear(x, self.A.to(x.dtype)), self.B.to(x.dtype)) * self.scale
 
-    def weight(self) -> Tensor:
+    def delta_weight(self) -> Tensor:
         """The correction as a matrix (n_out, n_in), in float32."""
         return self.B.float() @ self.A.float() * self.scale
 
 
 def install(gpt: model.GPT, options: LoRA) -> None:
-    """Hangs a LoRA into every linear layer that `options.targets` names.
+    """Adds a LoRA to every linear layer that `options.targets` names.
 
     Raises ValueError, with the names that there are, if one is unknown, and for a rank below 1.
     """
@@ -103,7 +103,7 @@ def merge(gpt: model.GPT, dtype: torch.dtype) -> float:
     """
     error = size = 0.0
     for linear in (m for m in gpt.modules() if isinstance(m, model.Linear) and "lora" in m.deltas):
-        correction = linear.deltas.pop("lora").weight()
+        correction = linear.deltas.pop("lora").delta_weight()
         exact = linear.weight.float() + correction
         linear.weight = nn.Parameter(exact.to(dtype), requires_grad=False)
         error += (linear.weight.float() - exact).square().sum().item()

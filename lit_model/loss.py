@@ -13,31 +13,36 @@ from torch import Tensor, nn
 CHUNK_GPU, CHUNK_CPU = 2**26, 2**23  # logits at a time: enough to fill a GPU; few enough for a CPU's cache
 
 
-def linear_cross_entropy(head: nn.Module, x: Tensor, targets: Tensor) -> Tensor:
+def linear_cross_entropy(head: nn.Linear, x: Tensor, targets: Tensor) -> Tensor:
     """The sum over the M rows of x of -log softmax(head(x))[target], as a float32 scalar (float64 for float64 input).
 
     Args:
-        head: the output layer with whatever a method hung into it; called as head(x) -> (m, vocab_size).
+        head: the output layer with whatever a method added to it; called as head(x) -> (m, vocab_size). Of the trained
+            tensors that it uses, those among head.parameters() get a gradient.
         x: (M, C) hidden states at the target positions.
         targets: (M,) int64.
     """
-    return _HeadLoss.apply(head, x, targets, *(p for p in head.parameters() if p.requires_grad))
+    if not torch.is_grad_enabled():  # inside a Function, needs_input_grad does not know that
+        x, weights = x.detach(), []
+    else:
+        weights = [p for p in head.parameters() if p.requires_grad]
+    return _HeadLoss.apply(head, x, targets, *weights)
 
 
 class _HeadLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, head: nn.Module, x: Tensor, targets: Tensor, *weights: Tensor) -> Tensor:
+    def forward(ctx: Any, head: nn.Linear, x: Tensor, targets: Tensor, *weights: Tensor) -> Tensor:
         wants_grad = any(ctx.needs_input_grad)
-        exact = torch.promote_types(x.dtype, torch.float32)
+        wide = torch.promote_types(x.dtype, torch.float32)
         size = max(1, (CHUNK_GPU if x.is_cuda else CHUNK_CPU) // head.out_features)
-        total = x.new_zeros((), dtype=exact)
+        total = x.new_zeros((), dtype=wide)
         grads = [torch.zeros_like(t) for t in (x, *weights)] if wants_grad else []
         for start in range(0, len(x), size):
             rows = slice(start, start + size)
             chunk = x[rows].detach().requires_grad_(wants_grad)
             with torch.set_grad_enabled(wants_grad):
                 logits = head(chunk)  # (m, V)
-            log_p = logits.detach().log_softmax(-1, dtype=exact)
+            log_p = logits.detach().log_softmax(-1, dtype=wide)
             of_target = targets[rows, None]
             total -= log_p.gather(1, of_target).sum()
             if wants_grad:
@@ -51,5 +56,5 @@ class _HeadLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple:
-        grad_x, *grad_weights = (g * grad.to(g.dtype) for g in ctx.saved_tensors)
+        grad_x, *grad_weights = ((g.to(grad.dtype) * grad).to(g.dtype) for g in ctx.saved_tensors)
         return None, grad_x, None, *grad_weights

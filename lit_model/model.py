@@ -2,19 +2,21 @@
 may see which (packing.py). There is no padding and no other attention path.
 
 No finetuning method is known here. A method adds small modules to four slots:
-  Linear.deltas                y = delta(linear, x, y)       after a linear layer (LoRA)
-  CausalSelfAttention.deltas   y = delta(attention, q, y)    on the heads, before o_proj (LLaMA-Adapter)
-  GPT.virtual_tokens           x = virtual()                 P embeddings in front of every example (soft prompts)
-  GPT.virtual_keys             k, v = virtual(layer)         P keys and values in front of every example (prefix tuning)
+  Linear.deltas                y = delta(linear, x, y)      after a linear layer (LoRA)
+  CausalSelfAttention.deltas   y = delta(attention, q, y)   on the heads, before o_proj (LLaMA-Adapter)
+  GPT.virtual_tokens           x = virtual()                (P, C) embeddings in front of every example (soft prompt)
+  GPT.virtual_keys             k, v = virtual(layer)        2 x (P, nkv, hs) in front of every example (prefix tuning)
+A virtual module states its number of positions P as `length`; tests/test_packed_rows.py has a small one of each kind.
 
-Letters in shapes: B batch, T tokens of a row, C n_embd, nh heads, nkv key/value heads, hs head size, P virtual
-positions, S rows of keys, M target rows.
+Letters in shapes: B examples of a batch, T tokens of a row, C n_embd, nh heads, nkv key/value heads, hs head size, P
+virtual positions, S gathered keys, M tokens whose output is wanted.
 
 Papers: GPT-2 (Radford et al., 2019), LLaMA (https://arxiv.org/abs/2302.13971), RMSNorm (https://arxiv.org/abs/1910.07467),
 RoPE (https://arxiv.org/abs/2104.09864), SwiGLU (https://arxiv.org/abs/2002.05202), GQA (https://arxiv.org/abs/2305.13245).
 """
 
 import json
+import math
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -33,12 +35,12 @@ class Config:
 
     arch: Literal["llama", "gpt2"] = "llama"
     vocab_size: int = 32000
-    block_size: int = 2048  # longest context in tokens, virtual positions included
+    block_size: int = 2048  # longest context in tokens, virtual ones included
     n_layer: int = 32
     n_head: int = 32
     n_kv_head: int | None = None  # None: n_head, which is multi-head attention; fewer: grouped-query attention
     n_embd: int = 4096
-    n_hidden: int | None = None  # None: the family's rule
+    n_hidden: int | None = None  # width of the MLP; None: the family's rule
     head_size: int | None = None  # None: n_embd / n_head
     rope_base: float = 10000.0
     norm_eps: float = 1e-5
@@ -50,7 +52,7 @@ class Config:
         if self.head_size is None:
             self.head_size = self.n_embd // self.n_head
         if self.n_hidden is None:  # LLaMA: two thirds of 4C, rounded up to a multiple of 256
-            self.n_hidden = 4 * self.n_embd if self.arch == "gpt2" else -(-8 * self.n_embd // 3 // 256) * 256
+            self.n_hidden = 4 * self.n_embd if self.arch == "gpt2" else 256 * math.ceil(8 * self.n_embd / 3 / 256)
         if self.n_head % self.n_kv_head:
             raise ValueError(f"n_head {self.n_head} is not a multiple of n_kv_head {self.n_kv_head}")
 
@@ -65,7 +67,7 @@ class Config:
     def load(cls, checkpoint_dir: Path | str, **changes: Any) -> Self:
         """The shape that `checkpoint_dir/lit_config.json` states, with `changes`."""
         stored = json.loads((Path(checkpoint_dir) / "lit_config.json").read_text())
-        return cls(**{f.name: stored[f.name] for f in fields(Config) if f.name in stored}, **changes)
+        return cls(**{**{f.name: stored[f.name] for f in fields(Config) if f.name in stored}, **changes})
 
 
 def _gpt2(n_layer: int, n_head: int, n_embd: int) -> dict:
@@ -76,9 +78,8 @@ def _llama(n_layer: int, n_head: int, n_embd: int, **more: Any) -> dict:
     return dict(n_layer=n_layer, n_head=n_head, n_embd=n_embd, **more)
 
 
-def _smollm2(n_layer: int, n_head: int, n_embd: int, n_kv_head: int, n_hidden: int, rope_base: float) -> dict:
-    return _llama(n_layer, n_head, n_embd, n_kv_head=n_kv_head, n_hidden=n_hidden, rope_base=rope_base,
-                  vocab_size=49152, block_size=8192, tie=True)  # fmt: skip
+def _smollm2(n_layer: int, n_head: int, n_embd: int, **more: Any) -> dict:
+    return _llama(n_layer, n_head, n_embd, vocab_size=49152, block_size=8192, tie=True, **more)
 
 
 PRESETS = {
@@ -94,9 +95,9 @@ PRESETS = {
     "llama-2-13b": _llama(40, 40, 5120, block_size=4096),
     "llama-2-70b": _llama(80, 64, 8192, block_size=4096, n_kv_head=8, n_hidden=28672),
     "tinyllama-1.1b": _llama(22, 32, 2048, n_kv_head=4, n_hidden=5632),
-    "smollm2-135m": _smollm2(30, 9, 576, 3, 1536, 100000.0),
-    "smollm2-360m": _smollm2(32, 15, 960, 5, 2560, 100000.0),
-    "smollm2-1.7b": _smollm2(24, 32, 2048, 32, 8192, 130000.0),
+    "smollm2-135m": _smollm2(30, 9, 576, n_kv_head=3, n_hidden=1536, rope_base=100000.0),
+    "smollm2-360m": _smollm2(32, 15, 960, n_kv_head=5, n_hidden=2560, rope_base=100000.0),
+    "smollm2-1.7b": _smollm2(24, 32, 2048, n_hidden=8192, rope_base=130000.0),
 }
 
 
@@ -144,16 +145,17 @@ class _RMSNormCPU(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.promote_types(x.dtype, torch.float32))
         r = (norm.square() / x.shape[-1] + eps).rsqrt()  # (T, 1)
-        ctx.save_for_backward(x, weight, r.to(x.dtype))
+        ctx.save_for_backward(x, weight, r)
         return (x * r).to(x.dtype) * weight
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple:
         x, weight, r = ctx.saved_tensors
-        grad_weight = (grad * (x * r)).flatten(0, -2).sum(0) if ctx.needs_input_grad[1] else None
+        short_r = r.to(x.dtype)
+        grad_weight = (grad * x * short_r).flatten(0, -2).sum(0) if ctx.needs_input_grad[1] else None
         grad = grad * weight
-        along_x = (grad * x).sum(-1, keepdim=True) * r**3 / x.shape[-1]
-        return torch.addcmul(grad * r, x, along_x, value=-1), grad_weight, None
+        along_x = (grad * x).sum(-1, keepdim=True, dtype=r.dtype) * r**3 / x.shape[-1]  # (T, 1)
+        return torch.addcmul(grad * short_r, x, along_x.to(x.dtype), value=-1), grad_weight, None
 
 
 class LayerNorm(nn.LayerNorm):
@@ -166,10 +168,10 @@ def norm(config: Config) -> nn.Module:
 
 
 def rope_angles(pos: Tensor, config: Config, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """cos and sin of the rotary angles, each (T, 1, hs / 2). Made anew in every forward: a buffer would need care on
-    the meta device and under changes of dtype, and this costs nothing beside a block."""
-    hs, exact = config.head_size, torch.promote_types(dtype, torch.float32)
-    inverse = config.rope_base ** (-torch.arange(0, hs, 2, device=pos.device).to(exact) / hs)
+    """cos and sin of the rotary angles, each (T, 1, hs / 2). Recomputed in every forward: a buffer would need care on
+    the meta device and under changes of dtype, and the cost is negligible next to a block."""
+    hs, wide = config.head_size, torch.promote_types(dtype, torch.float32)
+    inverse = config.rope_base ** (-torch.arange(0, hs, 2, device=pos.device).to(wide) / hs)
     angles = (pos[:, None] * inverse)[:, None]
     return angles.cos().to(dtype), angles.sin().to(dtype)
 
@@ -178,6 +180,17 @@ def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
     """RoPE in the half-split order: rotates the pair (x[i], x[i + hs/2]) of every head by its angle. x: (T, n, hs)."""
     (cos, sin), (a, b) = rope, x.chunk(2, dim=-1)
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
+
+
+@dataclass
+class Row:
+    """A packed row on its way through a layer: what the layer needs to know beside x."""
+
+    packed: Packed
+    layer: int
+    rope: tuple[Tensor, Tensor] | None
+    cache: KVCache | None
+    virtual_keys: nn.ModuleDict
 
 
 class CausalSelfAttention(nn.Module):
@@ -194,12 +207,12 @@ class CausalSelfAttention(nn.Module):
     def heads(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (-1, self.head_size))  # (T, n * hs) -> (T, n, hs)
 
-    def forward(self, x: Tensor, row: "Row") -> Tensor:
+    def forward(self, x: Tensor, row: Row) -> Tensor:
         q, k, v = self.heads(self.q_proj(x)), self.heads(self.k_proj(x)), self.heads(self.v_proj(x))
         if row.rope is not None:
             q, k = rotate(q, row.rope), rotate(k, row.rope)
         if row.cache is not None:
-            k, v = row.cache.append(row.layer, row.packed.slots, k, v)  # (slots, nkv, hs): all that was cached so far
+            k, v = row.cache.store(row.layer, row.packed.slots, k, v)  # (slots, nkv, hs): every slot, used or not
         for virtual in row.virtual_keys.values():
             pk, pv = virtual(row.layer)
             k, v = torch.cat((pk.to(k.dtype), k)), torch.cat((pv.to(v.dtype), v))
@@ -233,20 +246,9 @@ class Block(nn.Module):
         self.norm_2 = norm(config)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, row: "Row") -> Tensor:
+    def forward(self, x: Tensor, row: Row) -> Tensor:
         x = x + self.attn(self.norm_1(x), row)
         return x + self.mlp(self.norm_2(x))
-
-
-@dataclass
-class Row:
-    """What every layer needs to know about the row that it works on."""
-
-    packed: Packed
-    layer: int
-    rope: tuple[Tensor, Tensor] | None
-    cache: KVCache | None
-    virtual_keys: nn.ModuleDict
 
 
 class GPT(nn.Module):
@@ -256,8 +258,8 @@ class GPT(nn.Module):
         super().__init__()
         self.config = config
         self.dtype: torch.dtype | None = None  # dtype of all activations; None: that of the embedding matrix
-        self.wte = Embedding(config.vocab_size, config.n_embd)
-        self.wpe = Embedding(config.block_size, config.n_embd) if config.arch == "gpt2" else None
+        self.wte = Embedding(config.vocab_size, config.n_embd)  # tokens; GPT-2's names
+        self.wpe = Embedding(config.block_size, config.n_embd) if config.arch == "gpt2" else None  # positions
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.norm_f = norm(config)
         self.lm_head = Linear(config.n_embd, config.vocab_size)
@@ -270,12 +272,12 @@ class GPT(nn.Module):
             self.lm_head.weight = self.wte.weight
 
     @property
-    def prompt_length(self) -> int:
+    def n_virtual_tokens(self) -> int:
         """Number of virtual tokens in front of every example."""
         return sum(virtual.length for virtual in self.virtual_tokens.values())
 
     @property
-    def prefix_length(self) -> int:
+    def n_virtual_keys(self) -> int:
         """Number of virtual keys and values in front of every example, in each layer."""
         return sum(virtual.length for virtual in self.virtual_keys.values())
 
@@ -284,19 +286,23 @@ class GPT(nn.Module):
 
         Args:
             idx: (B, T) token ids of B examples of one length, or with `packed` one flat row (T,) of them. int64.
-            packed: who sees whom in the row, which of its rows are wanted, and their targets.
-            cache: keys and values of earlier rows that `packed` refers to; this row's are added.
+            packed: which token sees which in the row, which outputs are wanted, and their targets.
+            cache: keys and values of earlier rows that `packed` refers to; this row's are stored in it.
         Returns:
-            (B, T, vocab_size) for a (B, T) batch; (M, vocab_size) for a row, at the M rows that `packed` wants; or,
-            where `packed` has targets, the float32 *sum* of the cross-entropy over them: the caller divides by
-            the number of targets of the whole batch, however many rows, steps and devices it is spread over.
+            (B, T, vocab_size) for a (B, T) batch; (M, vocab_size) for a row, at the M tokens that `packed` wants; or,
+            where `packed` has targets, the float32 *sum* of the cross-entropy over them: the caller divides it by the
+            number of targets of the whole batch, however many rows that is spread over.
+        Raises:
+            ValueError: `packed` was made for another number of virtual keys than this network has.
         """
         if packed is None:
-            packed = equal_examples(*idx.shape, self.prompt_length, self.prefix_length).to(idx.device)
+            packed = equal_examples(*idx.shape, self.n_virtual_tokens, self.n_virtual_keys).to(idx.device)
             return self(idx.flatten(), packed).unflatten(0, idx.shape)
+        if packed.n_virtual_keys != self.n_virtual_keys:
+            raise ValueError(f"packed for {packed.n_virtual_keys} virtual keys; the network has {self.n_virtual_keys}")
         x = self.wte(idx)  # (T, C)
         x = x.to(self.dtype or x.dtype)
-        if packed.has_prompt:
+        if packed.has_virtual_tokens:
             x = torch.cat([virtual().to(x.dtype) for virtual in self.virtual_tokens.values()] + [x])
         if self.wpe is not None:
             x = x + self.wpe(packed.pos).to(x.dtype)

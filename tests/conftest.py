@@ -1,7 +1,12 @@
+import json
+import random
+
 import pytest
 import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from lit_model import model
+from lit_model.checkpoint import save_checkpoint
 
 
 @pytest.fixture(autouse=True)
@@ -24,5 +29,48 @@ def randomize(gpt: model.GPT, std: float = 0.2) -> model.GPT:
     """Gives every parameter, gates and biases too, a random value, so that a wrong one shows."""
     with torch.no_grad():
         for name, p in gpt.named_parameters():
-            p.normal_(1.0 if "norm" in name and name.endswith("weight") else 0.0, std)
+            scale = name.endswith("weight") and ("norm" in name or ".ln_" in name)
+            p.normal_(1.0 if scale else 0.0, std)
     return gpt
+
+
+WORDS = "apple river stone seven green quiet makes finds under above".split()
+
+
+@pytest.fixture(scope="session")
+def rows() -> list[dict]:
+    """60 different instruction rows, a third of them with an input."""
+    rng = random.Random(0)
+    text = lambda n: " ".join(rng.choice(WORDS) for _ in range(n))  # noqa: E731
+    return [
+        {"instruction": f"{i} {text(3)}", "input": text(2) if i % 3 == 0 else "", "output": text(4).upper()}
+        for i in range(60)
+    ]
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory, rows):
+    """A folder with data.json and a checkpoint `base`: a random network with a trained byte-level tokenizer."""
+    folder = tmp_path_factory.mktemp("tiny")
+    (folder / "data.json").write_text(json.dumps(rows))
+    torch.manual_seed(0)
+    base = folder / "base"
+    save_tokenizer(base, rows)
+    gpt = model.GPT(model.Config(**{**LLAMA, "vocab_size": 400, "block_size": 512}))
+    save_checkpoint(base, gpt.config, gpt.state_dict())
+    return folder
+
+
+def save_tokenizer(folder, rows) -> None:
+    """Trains a byte-level BPE tokenizer with <bos> and <eos> and writes it as Hugging Face does."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400, special_tokens=["<bos>", "<eos>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
+    )
+    tokenizer.train_from_iterator([" ".join(row.values()) for row in rows], trainer)
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    stated = {"bos_token": "<bos>", "eos_token": "<eos>", "add_bos_token": True}
+    (folder / "tokenizer_config.json").write_text(json.dumps(stated))

@@ -64,7 +64,7 @@ def naive(gpt: model.GPT, ids: torch.Tensor) -> torch.Tensor:
     x = w["wte.weight"][ids]
     if "prompt" in gpt.virtual_tokens:
         x = torch.cat((w["virtual_tokens.prompt.embedding"], x))
-    start = gpt.prefix_length
+    start = gpt.n_virtual_keys
     if c.arch == "gpt2":
         x = x + w["wpe.weight"][start : start + len(x)]
     for i in range(c.n_layer):
@@ -75,7 +75,7 @@ def naive(gpt: model.GPT, ids: torch.Tensor) -> torch.Tensor:
             q, k = (
                 torch.stack([rotated(h, start + t) for t, row in enumerate(z) for h in row]).view_as(z) for z in (q, k)
             )
-        if gpt.prefix_length:
+        if gpt.n_virtual_keys:
             k, v = (torch.cat((front, own)) for front, own in zip(w["virtual_keys.prefix.kv"][:, i], (k, v)))
         out = []
         for t in range(len(x)):
@@ -99,7 +99,7 @@ def naive(gpt: model.GPT, ids: torch.Tensor) -> torch.Tensor:
             gate = linear(f"blocks.{i}.mlp.gate_proj", h)
             h = gate * torch.sigmoid(gate) * linear(f"blocks.{i}.mlp.up_proj", h)
         x = x + linear(f"blocks.{i}.mlp.down_proj", h)
-    return (normed("norm_f", x) @ w["lm_head.weight"].T)[gpt.prompt_length :]
+    return (normed("norm_f", x) @ w["lm_head.weight"].T)[gpt.n_virtual_tokens :]
 
 
 METHODS = ["plain", "adapter", "prefix", "prompt", "adapter+prefix+prompt"]
@@ -148,9 +148,11 @@ def test_packed_loss_and_gradients_equal_a_naive_loop(family, methods, share, mo
         )
     expected_grads = gradients(gpt, expected)
 
-    rows = pack(data, row_tokens=1000, prompt_length=gpt.prompt_length, prefix_length=gpt.prefix_length, share=share)
+    rows = pack(
+        data, row_tokens=1000, n_virtual_tokens=gpt.n_virtual_tokens, n_virtual_keys=gpt.n_virtual_keys, share=share
+    )
     assert len(rows) == 1
-    n_tokens = gpt.prompt_length + sum(len(e.ids) for e in data) - (5 * 3 + 5 if share else 0)
+    n_tokens = gpt.n_virtual_tokens + sum(len(e.ids) for e in data) - (5 * 3 + 5 if share else 0)
     assert len(rows[0][1].pos) == n_tokens  # what is shared is computed once
     loss = sum(gpt(*row) for row in rows)
     assert abs(loss - expected) < 1e-9
@@ -167,19 +169,19 @@ def test_cached_decoding_equals_one_pass(family, methods):
     starts = [6, 3]
     c = gpt.config
     cache = KVCache(c.n_layer, 40, c.n_kv_head, c.head_size, torch.float64, torch.device("cpu"))
-    root = Segment(gpt.prompt_length) if gpt.prompt_length else None
+    root = Segment(gpt.n_virtual_tokens) if gpt.n_virtual_tokens else None
     tails = [Segment(n, root) for n in starts]
-    packed = lay_out([root] * bool(root) + tails, gpt.prefix_length, cached=0)
-    packed.has_prompt = root is not None
+    packed = lay_out([root] * bool(root) + tails, gpt.n_virtual_keys, cached=0)
+    packed.has_virtual_tokens = root is not None
     with torch.no_grad():
         expected = [gpt(s[None])[0] for s in sequences]
         torch.testing.assert_close(expected[0], naive(gpt, sequences[0]), rtol=1e-9, atol=1e-9)
-        got = gpt(torch.cat([s[:n] for s, n in zip(sequences, starts)]), packed, cache)[gpt.prompt_length :]
+        got = gpt(torch.cat([s[:n] for s, n in zip(sequences, starts)]), packed, cache)[gpt.n_virtual_tokens :]
         got = [list(part) for part in got.split(starts)]
         used = len(packed.pos)
         for t in range(5):
             tails = [Segment(1, tail) for tail in tails]
-            step = lay_out(tails, gpt.prefix_length, cached=used)
+            step = lay_out(tails, gpt.n_virtual_keys, cached=used)
             logits = gpt(torch.stack([s[n + t] for s, n in zip(sequences, starts)]), step, cache)
             used += 2
             for one, row in zip(got, logits):
@@ -202,9 +204,9 @@ def test_rows_hold_every_example_once_and_no_padding():
 def test_a_preamble_is_shared_up_to_the_token_before_the_first_target():
     ids = np.arange(30, dtype=np.int32)
     ((idx, packed),) = pack([Example(ids, 25), Example(ids, 25)], row_tokens=100)
-    assert [q for q, _ in packed.segments] == [24, 6, 6]
+    assert [q for q, _ in packed.lengths] == [24, 6, 6]
     ((idx, packed),) = pack([Example(ids, 1), Example(ids, 1)], row_tokens=100)  # prompts are trained on
-    assert [q for q, _ in packed.segments] == [30, 30]
+    assert [q for q, _ in packed.lengths] == [30, 30]
 
 
 def test_chunks_of_the_loss_change_nothing(monkeypatch):
@@ -227,4 +229,4 @@ def test_sixteen_bit_training_attention_on_the_cpu_agrees_with_the_fused_one():
     got = packing._attend_one(*(t.bfloat16().requires_grad_() for t in (q, k, v)))
     assert (got.float() - expected).norm() / expected.norm() < 1e-2
     mask = torch.full((7, 12), -torch.inf).triu(12 - 7 + 1)
-    torch.testing.assert_close(packing.see_all(q, k, v, mask), expected)
+    torch.testing.assert_close(packing.plain_attention(q, k, v, mask), expected)

@@ -1,0 +1,178 @@
+"""The training loop: what a step computes, what it must not do, and when it ends."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+
+from finetune import loop
+from finetune.lora import Options, main
+from lit_model import load, lora
+from lit_model.checkpoint import freeze, load_base
+from lit_model.lora import LoRA
+
+
+@pytest.fixture
+def options(tiny, tmp_path) -> Options:
+    train = loop.Train(lr=1e-2, batch_size=8, sample="")
+    return Options(
+        checkpoint_dir=tiny / "base", data=tiny / "data.json", out_dir=tmp_path / "run", train=train, devices="cpu",
+        dtype="float32",
+    )  # fmt: skip
+
+
+def trained(options: Options) -> dict[str, torch.Tensor]:
+    main(options)
+    return load_file(options.out_dir / "last.safetensors")
+
+
+def test_rows_of_any_size_train_the_same(options, tmp_path):
+    """One row a step, or many that accumulate: the loss is per target token of the whole batch, not per row."""
+    a = trained(options)
+    b = trained(replace(options, out_dir=tmp_path / "b", train=replace(options.train, row_tokens=60)))
+    assert all(torch.allclose(a[name], b[name], rtol=1e-3, atol=1e-5) for name in a)
+
+
+def test_a_step_is_adamw_on_the_mean_over_target_tokens(options):
+    """The first step written out: every example alone, one mean over all target tokens, clipping, AdamW."""
+    run = loop.start(options)
+    batch = next(loop.batches(run.train_examples, options.train))
+    torch.manual_seed(0)
+    gpt = lora.GPT(lora.Config.load(options.checkpoint_dir))
+    load_base(gpt, options.checkpoint_dir, torch.float32)
+    freeze(gpt, lora.trainable)
+    losses = []
+    for e in batch:
+        ids = torch.from_numpy(e.ids).long()
+        losses.append(
+            F.cross_entropy(gpt(ids[None])[0, e.first_target - 1 : -1], ids[e.first_target :], reduction="none")
+        )
+    torch.cat(losses).mean().backward()
+    params = {name: p for name, p in gpt.named_parameters() if p.requires_grad}
+    before = {name: p.detach().clone() for name, p in params.items()}
+    torch.nn.utils.clip_grad_norm_(params.values(), options.train.grad_clip)
+    torch.optim.AdamW(params.values(), lr=1e-2, weight_decay=0.02, betas=(0.9, 0.95)).step()
+
+    gpt2 = lora.GPT(lora.Config.load(options.checkpoint_dir))
+    load_base(gpt2, options.checkpoint_dir, torch.float32)
+    freeze(gpt2, lora.trainable)
+    for name, p in gpt2.named_parameters():
+        if p.requires_grad:
+            p.data.copy_(before[name])
+    one_step = replace(options, train=replace(options.train, max_steps=1, warmup_steps=0, lr=1e-2, min_lr=1e-2))
+    loop.fit(replace(run, options=one_step), gpt2, "lora", LoRA())
+    for name, p in gpt2.named_parameters():
+        if p.requires_grad:
+            torch.testing.assert_close(p, params[name], rtol=1e-4, atol=1e-6)
+            assert not torch.equal(p, before[name]) or name.endswith("A")
+
+
+def test_an_epoch_takes_each_row_once_in_a_new_order():
+    batches = loop.batches(list(range(10)), loop.Train(batch_size=4))
+    epochs = [[next(batches) for _ in range(3)] for _ in range(2)]
+    assert [len(batch) for batch in epochs[0]] == [4, 4, 2]
+    assert all(sorted(sum(epoch, [])) == list(range(10)) for epoch in epochs)
+    assert epochs[0] != epochs[1]
+
+
+def test_learning_rate_rises_to_lr_and_falls_to_min_lr():
+    train = loop.Train(lr=1.0, min_lr=0.1)
+    rates = [loop.learning_rate(step, 100, 10, train) for step in range(1, 101)]
+    assert rates[0] == 0.1 and rates[9] == rates[10] == max(rates) == 1.0  # it arrives at lr, and within the run
+    assert 0.1 < rates[-1] < 0.101 and rates[55] == pytest.approx(0.55)
+    assert all(a >= b for a, b in zip(rates[9:], rates[10:]))
+    assert loop.learning_rate(1, 1, 0, loop.Train(lr=1.0)) == 1.0  # a run of one step learns
+
+
+def test_vectors_do_not_decay(tiny):
+    from lit_model import adapter
+
+    gpt = adapter.GPT(adapter.Config.load(tiny / "base"))
+    gpt.requires_grad_(True)
+    decay, none = loop.make_optimizer(gpt, loop.Train(weight_decay=0.3)).param_groups
+    assert decay["weight_decay"] == 0.3 and none["weight_decay"] == 0.0
+    names = {id(p): name for name, p in gpt.named_parameters()}
+    still = {names[id(p)] for p in none["params"]}
+    assert all(name.endswith(("gate", "bias")) or "norm" in name for name in still) and any("gate" in n for n in still)
+    assert not any("norm" in names[id(p)] or "gate." in names[id(p)] + "." for p in decay["params"] if p.ndim == 1)
+
+
+def test_frozen_parameters_are_not_given_to_the_optimizer(options):
+    gpt = lora.GPT(lora.Config.load(options.checkpoint_dir))
+    freeze(gpt, lora.trainable)
+    given = sum(p.numel() for g in loop.make_optimizer(gpt, options.train).param_groups for p in g["params"])
+    assert given == sum(p.numel() for name, p in gpt.named_parameters() if lora.trainable(name))
+
+
+def test_validation_covers_every_row_and_rows_without_targets_do_no_harm(options):
+    """The mean is over all target tokens, however the rows are cut."""
+    run = loop.start(options)
+    gpt = load(options.checkpoint_dir)
+    whole = loop.evaluate(gpt, gpt, run)
+    small = replace(run, options=replace(options, train=replace(options.train, row_tokens=50)))
+    assert loop.evaluate(gpt, gpt, small) == pytest.approx(whole, rel=1e-5)
+    by_hand, n = 0.0, 0
+    for e in run.val_examples:
+        ids = torch.from_numpy(e.ids).long()
+        by_hand += F.cross_entropy(gpt(ids[None])[0, e.first_target - 1 : -1], ids[e.first_target :], reduction="sum")
+        n += e.n_targets
+    assert whole == pytest.approx(by_hand.item() / n, rel=1e-5)
+
+
+def test_validation_rows_are_never_trained_on(options):
+    run = loop.start(options)
+    seen = {e.ids.tobytes() for e in run.train_examples}
+    assert len(run.val_examples) == 3 and len(run.train_examples) == 57
+    assert not any(e.ids.tobytes() in seen for e in run.val_examples)
+    again = loop.start(options)
+    assert [e.ids.tobytes() for e in again.val_examples] == [e.ids.tobytes() for e in run.val_examples]
+    other = loop.start(replace(options, train=replace(options.train, seed=1)))
+    assert [e.ids.tobytes() for e in other.val_examples] != [e.ids.tobytes() for e in run.val_examples]
+
+
+def test_the_best_is_kept_and_patience_ends_the_run(options, monkeypatch):
+    losses = iter([3.0, 2.0, 1.0, 1.5, 1.7, 0.1])
+    monkeypatch.setattr(loop, "evaluate", lambda *_: next(losses))
+    saved = []
+    monkeypatch.setattr(loop, "save_method", lambda path, *_: saved.append(path.stem))
+    main(replace(options, train=replace(options.train, epochs=9, eval_interval=2, patience=2)))
+    assert saved == ["last", "lit_method"] * 2 + ["last"] * 2
+    assert next(losses) == 0.1
+
+
+def test_max_steps_and_max_time_end_a_run_with_a_saved_file(options, tmp_path):
+    main(replace(options, train=replace(options.train, max_steps=2)))
+    assert len((options.out_dir / "metrics.csv").read_text().splitlines()) == 1 + 1 + 2 + 2
+    out = tmp_path / "b"
+    main(replace(options, out_dir=out, train=replace(options.train, max_time=1e-6)))
+    assert (out / "lit_method.safetensors").is_file()
+    assert len((out / "metrics.csv").read_text().splitlines()) == 1 + 1 + 1 + 1
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step(options):
+    options.train = replace(options.train, lr=1e30, warmup_steps=0, grad_clip=0, eval_interval=1)
+    with pytest.raises(ValueError, match=r"gradient norm (nan|inf) at step \d+.*nothing was saved yet"):
+        main(replace(options, lora=LoRA(alpha=1e30)))
+    assert not (options.out_dir / "lit_method.safetensors").exists()
+    assert (options.out_dir / "loss.png").is_file()
+
+
+def test_overwriting_leaves_nothing_of_the_old_run(options):
+    main(replace(options, train=replace(options.train, max_steps=2)))
+    (events,) = options.out_dir.glob("events*")
+    main(replace(options, overwrite=True, lora=LoRA(r=2), train=replace(options.train, max_steps=1)))
+    assert load_file(options.out_dir / "lit_method.safetensors")["blocks.0.attn.q_proj.deltas.lora.A"].shape[0] == 2
+    assert events not in options.out_dir.glob("events*")
+
+
+def test_compiled_training_equals_eager(options, tmp_path):
+    if not __import__("shutil").which("g++"):
+        pytest.skip("torch.compile on a CPU needs g++")
+    short = replace(options, train=replace(options.train, max_steps=3))
+    a = trained(short)
+    b = trained(replace(short, out_dir=tmp_path / "b", compile="on"))
+    assert all(torch.allclose(a[name], b[name], rtol=1e-3, atol=1e-5) for name in a)
+    assert np.isfinite(sum(t.sum().item() for t in b.values()))

@@ -1,0 +1,182 @@
+"""Every script runs as a user types it, from another folder, on a tiny checkpoint; mistakes end in one line."""
+
+import csv
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from conftest import save_tokenizer
+from safetensors.torch import load_file
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import finetune.adapter
+import finetune.lora
+import generate.base
+import scripts.merge
+from lit_model import load
+from lit_model.cli import cli
+
+ROOT = Path(__file__).parents[1]
+FAST = "--train.epochs 3 --train.batch_size 8 --train.sample abc --devices cpu".split()
+
+
+def run(script: str, *args, cwd: Path, code: int = 0) -> str:
+    done = subprocess.run(
+        [sys.executable, ROOT / script, *map(str, args)], cwd=cwd, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == code, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("method, lr, gain", [("adapter", 0.5, 0.02), ("lora", 1e-2, 0.1), ("full", 1e-2, 0.1)])
+def test_finetune_generate_merge(tiny, tmp_path, method, lr, gain):
+    base, out = tiny / "base", tmp_path / "run"
+    said = run(
+        f"finetune/{method}.py", "--checkpoint_dir", base, "--data", tiny / "data.json", "--out_dir", out, *FAST,
+        "--train.lr", lr, cwd=tmp_path,
+    )  # fmt: skip
+    assert "validation loss:" in said and "tokens/s" in said and "peak memory" in said
+    assert f"--checkpoint_dir {base} --method_dir {out}" in said
+    files = {path.name.split(".")[0] for path in out.iterdir()}
+    assert files == {"lit_method", "last", "hparams", "metrics", "loss", "events"}
+    with open(out / "metrics.csv") as file:
+        log = list(csv.DictReader(file))
+    losses = [float(row["loss"]) for row in log if row["loss"]]
+    val = [float(row["val_loss"]) for row in log if row["val_loss"]]
+    assert len(losses) == 3 * -(-57 // 8)  # 57 training rows in batches of 8, three times
+    assert val[-1] < val[0] - gain and losses[-1] < losses[0] - gain
+    assert yaml.safe_load((out / "hparams.yaml").read_text())["train"]["lr"] == lr
+    trained = load_file(out / "lit_method.safetensors")
+    assert all(f".deltas.{method}." in name for name in trained) or method == "full"
+
+    prompt = ["--checkpoint_dir", base, "--prompt", "apple", "--temperature", 0, "--max_new_tokens", 8]
+    said = run("generate/base.py", *prompt, "--method_dir", out, cwd=tmp_path)
+    assert "tokens/s" in said
+    if method == "adapter":
+        said = run("scripts/merge.py", "--checkpoint_dir", base, "--method_dir", out, "--out_dir", tmp_path / "m",
+                   cwd=tmp_path, code=2)  # fmt: skip
+        assert said == "error: adapter cannot be merged into the base weights; generate with --method_dir instead\n"
+        return
+    run("scripts/merge.py", "--checkpoint_dir", base, "--method_dir", out, "--out_dir", tmp_path / "m", cwd=tmp_path)
+    idx = torch.randint(0, 400, (1, 20))
+    torch.testing.assert_close(load(tmp_path / "m")(idx), load(base, out)(idx), rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(load(tmp_path / "m")(idx), load(base)(idx), atol=1e-2)
+
+
+def test_a_config_file_repeats_a_run_to_the_bit(tiny, tmp_path):
+    args = ["--checkpoint_dir", tiny / "base", "--data", tiny / "data.json", *FAST, "--train.max_steps", 5]
+    run("finetune/lora.py", *args, "--out_dir", tmp_path / "a", "--lora.r", 3, "--lora.dropout", 0.1, cwd=tmp_path)
+    run("finetune/lora.py", "--config", tmp_path / "a/hparams.yaml", "--out_dir", tmp_path / "b", cwd=tmp_path)
+    a, b = (load_file(tmp_path / run / "last.safetensors") for run in "ab")
+    assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_convert_and_download_scripts(tiny, tmp_path, rows):
+    config = LlamaConfig(vocab_size=400, hidden_size=64, intermediate_size=112, num_hidden_layers=2,
+                         num_attention_heads=4)  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "hf")
+    save_tokenizer(tmp_path / "hf", rows)
+    said = run("scripts/convert_hf.py", "hf", "checkpoints/mine", "--dtype", "bfloat16", cwd=tmp_path)
+    assert said.endswith("checkpoint: checkpoints/mine\n")
+    assert load(tmp_path / "checkpoints/mine")(torch.zeros(1, 3, dtype=torch.long)).shape == (1, 3, 400)
+    said = run("scripts/convert_gguf.py", tmp_path / "hf/config.json", "x", cwd=tmp_path, code=2)
+    assert said.startswith("error: ") and "is not a whole GGUF file" in said and said.count("\n") == 1
+    said = run("scripts/download.py", "smollm2", cwd=tmp_path, code=2)
+    assert said.startswith("error: smollm2 is neither smollm2-135m-instruct nor owner/name") and said.count("\n") == 1
+
+
+def call(module, capsys, monkeypatch, *args) -> tuple[int, str]:
+    """Runs a script in this process. Returns its exit code and what it said on stderr."""
+    monkeypatch.setattr(sys, "argv", ["script", *map(str, args)])
+    with pytest.raises(SystemExit) as end:
+        cli(module.main, module.Options, module.__doc__)
+    return end.value.code, capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "args, says",
+    [
+        ("--lora.rank 4", "lora.rank"),
+        ("--train.lr fast", "train.lr"),
+        ("--lora.r 0", "lora.r is 0; it must be at least 1"),
+        ("--lora.targets q_proj,wq", "no layer is called wq; there are down_proj"),
+        ("--train.batch_size 0", "train.batch_size is 0; it must be at least 1"),
+        ("--train.grad_clip -1", "train.grad_clip is -1"),
+        ("--train.max_examples 0", "train.max_examples is 0"),
+        ("--prompt.max_length 9999 --data {long}", "the longest example has"),
+        ("--train.warmup_steps 999", "warmup_steps is 999, but the run has 4 steps"),
+        ("--checkpoint_dir nowhere", "nowhere/lit_config.json is not there"),
+        ("--data nowhere.json", "nowhere.json is not there"),
+        ("--prompt.max_length 8", "none of the 57 training rows is left"),
+        ("--prompt.val_fraction 1.0", "60 rows are too few"),
+        (
+            "--train.lr 1e30 --train.warmup_steps 0 --train.grad_clip 0 --lora.alpha 1e30",
+            "at step 1: try a lower train.lr; nothing was saved yet",
+        ),
+    ],
+)
+def test_mistakes_end_in_one_line_and_exit_code_2(args, says, tiny, tmp_path, capsys, monkeypatch):
+    long = tmp_path / "long.json"
+    long.write_text(json.dumps([dict(instruction=str(i), output="river " * 600) for i in range(40)]))
+    given = ["--checkpoint_dir", tiny / "base", "--data", tiny / "data.json", "--out_dir", tmp_path / "run"]
+    code, err = call(
+        finetune.lora, capsys, monkeypatch, *given, "--train.batch_size=16", "--devices=cpu", "--train.sample=",
+        *args.format(long=long).split(),
+    )  # fmt: skip
+    last = err.rsplit("\r", 1)[-1].strip().splitlines()[-1]
+    assert code == 2 and last.startswith("error: ") and says in last, err
+    assert "Traceback" not in err
+
+
+def test_a_checkpoint_folder_is_never_taken_for_a_run(tiny, capsys, monkeypatch):
+    code, err = call(finetune.adapter, capsys, monkeypatch, "--out_dir", tiny / "base", "--overwrite")
+    assert code == 2 and "base is a checkpoint folder; name another --out_dir" in err
+    assert (tiny / "base/lit_model.safetensors").is_file()
+
+
+def test_a_finished_run_is_not_overwritten_unasked(tiny, tmp_path, capsys, monkeypatch):
+    out = tmp_path / "run"
+    out.mkdir()
+    (out / "hparams.yaml").write_text("")
+    code, err = call(finetune.adapter, capsys, monkeypatch, "--out_dir", out, "--checkpoint_dir", tiny / "base")
+    assert code == 2 and "holds a run already" in err and "--overwrite" in err
+
+
+def test_broken_and_foreign_files_are_named(tiny, tmp_path, capsys, monkeypatch):
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    for path in (tiny / "base").iterdir():
+        (broken / path.name).write_bytes(path.read_bytes()[:5000])
+    (broken / "tokenizer.json").write_bytes((tiny / "base/tokenizer.json").read_bytes())
+    code, err = call(generate.base, capsys, monkeypatch, "--checkpoint_dir", broken, "--device", "cpu")
+    assert code == 2 and "broken/lit_model.safetensors is broken or only partly written" in err
+    code, err = call(generate.base, capsys, monkeypatch, "--checkpoint_dir", tiny / "base", "--method_dir",
+                     tiny / "base/lit_model.safetensors")  # fmt: skip
+    assert code == 2 and "is not a method file of lit-model" in err
+    config = json.loads((tiny / "base/lit_config.json").read_text())
+    (broken / "lit_config.json").write_text(json.dumps({**config, "n_layer": 4}))
+    (broken / "lit_model.safetensors").write_bytes((tiny / "base/lit_model.safetensors").read_bytes())
+    code, err = call(generate.base, capsys, monkeypatch, "--checkpoint_dir", broken)
+    assert code == 2 and "lacks 9 tensors, such as blocks.3" in err
+    (broken / "lit_config.json").write_text(json.dumps({**config, "n_hidden": 128}))
+    code, err = call(generate.base, capsys, monkeypatch, "--checkpoint_dir", broken)
+    assert code == 2 and "blocks.0.mlp.down_proj.weight is (64, 112); the model wants (64, 128)" in err
+    code, err = call(scripts.merge, capsys, monkeypatch, "--method_dir", "nowhere", "--out_dir", tmp_path / "x")
+    assert code == 2 and "nowhere/lit_method.safetensors is not there" in err
+
+
+@pytest.mark.parametrize("script", sorted(str(p.relative_to(ROOT)) for d in ("finetune", "generate", "scripts")
+                                          for p in (ROOT / d).glob("*.py") if p.name != "loop.py"))  # fmt: skip
+def test_help_explains_every_option(script):
+    said = run(script, "--help", cwd=ROOT)
+    lines = said.split("options:")[1].splitlines()
+    options = [line for line in lines if line.strip().startswith("--") and "CONFIG" not in line]
+    assert len(options) >= 2
+    for line, following in zip(lines, lines[1:] + [""]):
+        if line in options:
+            text = line.strip().split("  ", 1)[1] if "  " in line.strip() else following
+            assert len(text.split("(type:")[0].strip()) > 8, f"{script}: no help for {line}"
