@@ -48,7 +48,7 @@ def test_logits_perplexity_and_tokens_equal_transformers(gguf, checkpoint, text)
     assert tokenizer.encode_batch(sample) == [theirs.encode(line, add_special_tokens=False) for line in sample]
     digits = tokenizer.encode("in 1984")  # transformers drops the file's rule that every digit stands alone
     assert [tokenizer.decode([i]) for i in digits] == ["in", " ", "1", "9", "8", "4"]
-    ids = torch.tensor(tokenizer.encode(text[:40_000]))[: 8 * 1024].view(8, 1024)
+    ids = torch.tensor(tokenizer.encode(text[:60_000]))[: 8 * 1024].view(8, 1024)
     ours, other, worst = [], [], 0.0
     with torch.no_grad():
         for row in ids:
