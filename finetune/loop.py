@@ -28,8 +28,9 @@ from tqdm import tqdm
 from lit_model import hub
 from lit_model.checkpoint import fingerprint_of, save_method
 from lit_model.data import PromptOptions, read_rows, render, split_rows, tokenize
+from lit_model.data import check as check_prompt
 from lit_model.generate import generate
-from lit_model.model import GPT, Linear
+from lit_model.model import GPT, Config, Linear
 from lit_model.packing import Example, pack
 from lit_model.tokenizer import Tokenizer
 
@@ -116,16 +117,13 @@ def start(options: Options) -> Run:
     check(options.train)
     if (options.out_dir / "lit_config.json").is_file():
         raise ValueError(f"{options.out_dir} is a checkpoint folder; name another --out_dir")
-    if (options.out_dir / "hparams.yaml").is_file() and not options.overwrite:
+    if any(options.out_dir.glob("*.safetensors")) and not options.overwrite:
         raise ValueError(
             f"{options.out_dir} holds a run already; name another --out_dir, or replace it with --overwrite"
         )
     if options.checkpoint_dir == hub.DEMO_CHECKPOINT:
         hub.fetch_demo_model()
-    elif not (options.checkpoint_dir / "lit_config.json").is_file():
-        raise FileNotFoundError(
-            f"{options.checkpoint_dir / 'lit_config.json'} is not there; scripts/download.py and convert_*.py make it"
-        )
+    Config.load(options.checkpoint_dir)  # says what is wrong with the folder before anything else is done
     if options.data == hub.DEMO_DATA:
         hub.fetch_demo_data()
     if options.devices == "cpu" or not torch.cuda.is_available():
@@ -134,6 +132,9 @@ def start(options: Options) -> Run:
     fabric.launch()
     fabric.seed_everything(options.train.seed, verbose=False)
     tokenizer = Tokenizer(options.checkpoint_dir)
+    check_prompt(options.prompt, tokenizer)
+    if options.train.patience and not options.prompt.val_fraction:
+        raise ValueError("train.patience needs validation rows, but prompt.val_fraction is 0")
     train_rows, val_rows = split_rows(read_rows(options.data), options.prompt.val_fraction, options.train.seed)
     limit = options.train.max_examples
     if limit is None and options.data == hub.DEMO_DATA and fabric.device.type == "cpu":
@@ -196,6 +197,7 @@ def fit(run: Run, gpt: GPT, method: str, method_options: Any = None, share: bool
     if options.compile == "on" or (options.compile == "auto" and run.device.type == "cuda" and big):
         for block in gpt.blocks:
             block.compile(dynamic=True)
+    header = (method, method_options, fingerprint_of(options.checkpoint_dir))
     # `network` is gpt as Fabric wraps it: the one to call where gradients are wanted
     network, optimizer = run.fabric.setup(gpt, make_optimizer(gpt, train))
     trained = [p for group in optimizer.param_groups for p in group["params"]]
@@ -244,7 +246,6 @@ def fit(run: Run, gpt: GPT, method: str, method_options: Any = None, share: bool
                 log.write(step=step, val_loss=val_loss)
                 bar.write(f"step {step}: validation loss {val_loss:.4f}")
                 sample(gpt, run)
-                header = (method, method_options, fingerprint_of(options.checkpoint_dir))
                 save_method(options.out_dir / "last.safetensors", gpt, *header)
                 stale += 1
                 if not saved or val_loss < best or not run.val_examples:
@@ -262,11 +263,10 @@ def fit(run: Run, gpt: GPT, method: str, method_options: Any = None, share: bool
 
 def check(train: Train) -> None:
     """Raises ValueError for a number that makes no sense."""
-    at_least = dict.fromkeys(("batch_size", "row_tokens", "epochs", "max_steps", "max_examples", "eval_interval"), 1)
-    at_least |= dict.fromkeys(("lr", "min_lr", "warmup_steps", "weight_decay", "grad_clip", "max_time", "patience"), 0)
-    for name, least in at_least.items():
-        value = getattr(train, name)
-        if value is not None and not value >= least:  # not: NaN
+    positive = ("batch_size", "row_tokens", "epochs", "max_steps", "max_examples", "eval_interval")
+    for name, value in vars(train).items():
+        least = 1 if name in positive else 0
+        if value is not None and name != "sample" and not value >= least:  # not: NaN
             raise ValueError(f"train.{name} is {value}; it must be at least {least}")
 
 
@@ -354,9 +354,9 @@ class Log:
     def __init__(self, options: Options):
         self.out_dir = options.out_dir
         self.out_dir.mkdir(parents=True, exist_ok=True)
-        of_a_run = ("lit_method.safetensors", "last.safetensors", "loss.png", "events.out.tfevents.*")
-        for old in (path for pattern in of_a_run for path in self.out_dir.glob(pattern)):
-            old.unlink()  # --overwrite replaces the run
+        if (self.out_dir / "hparams.yaml").exists():  # a failed run, or one to overwrite; its tensors stay until ours
+            for events in self.out_dir.glob("events.out.tfevents.*"):
+                events.unlink()
         (self.out_dir / "hparams.yaml").write_text(yaml.safe_dump(_plain(options), sort_keys=False))
         self.file = open(self.out_dir / "metrics.csv", "w", newline="")
         self.csv = csv.DictWriter(self.file, self.COLUMNS)

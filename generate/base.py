@@ -8,6 +8,7 @@ as it is, unless --style names one.
 
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -18,9 +19,11 @@ import yaml
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from lit_model import hub, load
+from lit_model.checkpoint import method_file
 from lit_model.cli import cli
-from lit_model.data import render
+from lit_model.data import check_style, render
 from lit_model.generate import generate, stream_text
+from lit_model.model import Config
 from lit_model.tokenizer import Tokenizer
 
 
@@ -59,33 +62,64 @@ class Options:
 def main(options: Options) -> None:
     if options.checkpoint_dir == hub.DEMO_CHECKPOINT:
         hub.fetch_demo_model()
-    device = options.device if options.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-    dtype = {"cuda": "bfloat16"}.get(device, "float32") if options.dtype == "auto" else options.dtype
+    Config.load(options.checkpoint_dir)  # says what is wrong with the folder before anything else is done
     tokenizer = Tokenizer(options.checkpoint_dir)
+    style = prompt_style(options)
+    check_style(style, tokenizer)
+    if "" in options.stop:
+        raise ValueError("an empty --stop would end every answer before it begins")
+    if options.input and style == "none":
+        raise ValueError("--input goes with a --style, such as alpaca")
+    device = choose_device(options.device)
+    dtype = ("bfloat16" if device.type == "cuda" else "float32") if options.dtype == "auto" else options.dtype
     gpt = load(options.checkpoint_dir, options.method_dir, device, getattr(torch, dtype))
 
-    style = options.style
-    if style == "auto":
-        run = options.method_dir / "hparams.yaml" if options.method_dir else None
-        style = yaml.safe_load(run.read_text())["prompt"]["style"] if run else "none"
     text = options.prompt if style == "none" else render(style, options.prompt, options.input)
     ids = ([] if tokenizer.bos_id is None else [tokenizer.bos_id]) + tokenizer.encode(text)
-    if style == "none":
-        print(text, end="", flush=True)
-
-    began, n = time.perf_counter(), 0
-
-    def counted():
-        nonlocal n
-        sampling = (options.temperature, options.top_k, options.top_p, [tokenizer.eos_id], options.seed)
-        for token in generate(gpt, ids, options.max_new_tokens, *sampling):
-            n += 1
-            yield token
-
-    for piece in stream_text(tokenizer, counted(), options.stop):
+    sampling = (options.temperature, options.top_k, options.top_p, [tokenizer.eos_id], options.seed)
+    tokens = Counted(generate(gpt, ids, options.max_new_tokens, *sampling))
+    print(text if style == "none" else "", end="", flush=True)
+    began = time.perf_counter()
+    for piece in stream_text(tokenizer, tokens, options.stop, after=ids if style == "none" else ()):
         print(piece, end="", flush=True)
     seconds = time.perf_counter() - began
-    print(f"\n{n} tokens in {seconds:.1f} s: {n / seconds:.1f} tokens/s ({device}, {dtype})", file=sys.stderr)
+    speed = f"{tokens.n} tokens in {seconds:.1f} s: {tokens.n / seconds:.1f} tokens/s"
+    print(f"\n{speed} ({device.type}, {dtype})", file=sys.stderr)
+
+
+class Counted:
+    """An iterator that knows how many items it has given."""
+
+    def __init__(self, items: Iterator[int]):
+        self.items, self.n = items, 0
+
+    def __iter__(self) -> Iterator[int]:
+        for item in self.items:
+            self.n += 1
+            yield item
+
+
+def prompt_style(options: Options) -> str:
+    """The style asked for, or that of the run in method_dir, or none."""
+    if options.style != "auto" or options.method_dir is None:
+        return options.style.replace("auto", "none")
+    path = method_file(options.method_dir).parent / "hparams.yaml"
+    try:
+        style = yaml.safe_load(path.read_text())["prompt"]["style"]
+    except (OSError, KeyError, TypeError, yaml.YAMLError):
+        style = None
+    if style not in ("alpaca", "chatml"):
+        raise ValueError(f"{path} does not say which prompt style the run had; give --style")
+    return style
+
+
+def choose_device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.zeros((), device=name).device
+    except (RuntimeError, AssertionError) as e:
+        raise ValueError(f"there is no device {name!r} here: {str(e).splitlines()[0]}") from None
 
 
 if __name__ == "__main__":

@@ -13,18 +13,17 @@ the keys that are missing afterwards are exactly the method's own.
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from lit_model import adapter, full, lora, model
+from lit_model.files import read_json, write_tensors, write_text
 
 # a method's file, and the dataclass of its options
 METHODS = {"adapter": (adapter, adapter.Adapter), "lora": (lora, lora.LoRA), "full": (full, None)}
@@ -56,7 +55,10 @@ def load(
     load_base(gpt, checkpoint_dir, dtype, device)
     if method_dir is not None:
         tensors = read_tensors(method_file(method_dir), device)
-        _assign(gpt, {k: t.to(dtype) if _is_base(k) else t for k, t in tensors.items()}, method_file(method_dir))
+        tensors = {name: t.to(dtype) if _is_base(name) else t for name, t in tensors.items()}
+        missing = _assign(gpt, tensors, method_file(method_dir))
+        if missing := [k for k in missing if method.trainable(k) and not (gpt.config.tie and k == "lm_head.weight")]:
+            raise ValueError(f"{method_file(method_dir)} lacks {len(missing)} tensors, such as {missing[0]}")
         gpt.tie()
     return gpt.requires_grad_(False).eval()
 
@@ -96,10 +98,10 @@ def freeze(gpt: model.GPT, trainable: Callable[[str], bool]) -> None:
 
 
 def save_method(path: Path, gpt: nn.Module, method: str, options: Any, fingerprint: str) -> None:
-    """Writes the trained tensors of `gpt`, and only those, in one step: a reader sees the old file or the new one."""
+    """Writes the trained tensors of `gpt`, and only those, with all that `load` needs to know in the header."""
     tensors = {name: p.detach().contiguous() for name, p in gpt.named_parameters() if p.requires_grad}
     options = json.dumps(asdict(options) if options else {})
-    _write(path, tensors, {"method": method, "options": options, "fingerprint": fingerprint})
+    write_tensors(path, tensors, {"method": method, "options": options, "fingerprint": fingerprint})
 
 
 def method_file(method_dir: Path | str) -> Path:
@@ -111,20 +113,36 @@ def method_header(method_dir: Path | str) -> dict[str, str]:
     """What a method folder says of itself: `method`, `options` (JSON) and `fingerprint` of its base."""
     with _open(method_file(method_dir)) as file:
         header = file.metadata() or {}
-    if header.get("method") not in METHODS:
-        raise ValueError(f"{method_file(method_dir)} is not a method file of lit-model: it names no method")
+    if header.get("method") not in METHODS or not {"options", "fingerprint"} <= header.keys():
+        raise ValueError(
+            f"{method_file(method_dir)} is not a method file of lit-model: its header names no known method"
+        )
     return header
 
 
 def save_checkpoint(out_dir: Path, config: model.Config, tensors: Mapping[str, Tensor]) -> None:
-    """Writes a checkpoint folder. lit_config.json comes last: where it stands, the folder is complete."""
-    out_dir.mkdir(parents=True, exist_ok=True)
+    """Writes a checkpoint folder. lit_config.json comes last: where it stands, the folder is complete.
+
+    Raises ValueError, and writes nothing, if the tensors are not exactly those of a network of this shape.
+    """
+    with torch.device("meta"):
+        shapes = {name: t.shape for name, t in model.GPT(config).state_dict().items()}
     tensors = {name: t.contiguous() for name, t in sorted(tensors.items())}
     if config.tie:
+        shapes.pop("lm_head.weight")
         tensors.pop("lm_head.weight", None)
-    _write(out_dir / "lit_model.safetensors", tensors, {})
-    stored = asdict(config) | {"fingerprint": fingerprint(tensors)}
-    (out_dir / "lit_config.json").write_text(json.dumps(stored, indent=2) + "\n")
+    for name in shapes.keys() | tensors.keys():
+        wanted, got = (None if of.get(name) is None else tuple(of[name]) for of in (shapes, _shapes(tensors)))
+        if wanted != got:
+            raise ValueError(f"these weights do not make the network: {name} has the shape {got} instead of {wanted}")
+    out_dir.mkdir(parents=True, exist_ok=True)
+    write_tensors(out_dir / "lit_model.safetensors", tensors, {})
+    shape = {f.name: getattr(config, f.name) for f in fields(model.Config)}
+    write_text(out_dir / "lit_config.json", json.dumps(shape | {"fingerprint": fingerprint(tensors)}, indent=2) + "\n")
+
+
+def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, torch.Size]:
+    return {name: t.shape for name, t in tensors.items()}
 
 
 def fingerprint(tensors: Mapping[str, Tensor]) -> str:
@@ -137,7 +155,7 @@ def fingerprint(tensors: Mapping[str, Tensor]) -> str:
 
 
 def fingerprint_of(checkpoint_dir: Path | str) -> str:
-    return json.loads((Path(checkpoint_dir) / "lit_config.json").read_text())["fingerprint"]
+    return read_json(Path(checkpoint_dir) / "lit_config.json", "fingerprint")["fingerprint"]
 
 
 def read_tensors(path: Path, device: torch.device | str = "cpu") -> dict[str, Tensor]:
@@ -155,15 +173,9 @@ def _open(path: Path, device: torch.device | str = "cpu") -> Any:
         raise ValueError(f"{path} is broken or only partly written ({e}); fetch or make it again") from None
 
 
-def _write(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    aside = path.with_name(path.name + ".partial")
-    save_file(tensors, aside, metadata)
-    os.replace(aside, path)
-
-
 def _assign(gpt: model.GPT, tensors: Mapping[str, Tensor], path: Path) -> list[str]:
     """Puts tensors in place of the network's own, as they are. Returns the names that `path` does not have."""
-    shapes = {name: t.shape for name, t in gpt.state_dict().items()}
+    shapes = _shapes(gpt.state_dict())
     for name, t in tensors.items():
         if name not in shapes:
             raise ValueError(f"{path} has a tensor {name} that the model has no place for")

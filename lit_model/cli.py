@@ -6,15 +6,20 @@ from collections.abc import Callable
 from dataclasses import fields
 from typing import Any, NoReturn
 
+import torch
 from jsonargparse import ArgumentParser, set_parsing_settings
 
 set_parsing_settings(docstring_parse_attribute_docstrings=True)  # the string below a dataclass field is its help
 
 
+def _end(message: object) -> NoReturn:
+    print(f"error: {' '.join(str(message).split())}", file=sys.stderr)
+    sys.exit(2)
+
+
 class _Parser(ArgumentParser):
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        print(f"error: {' '.join(message.split())} (see --help)", file=sys.stderr)
-        sys.exit(2)
+        _end(f"{message} (see --help)")
 
 
 def cli(main: Callable[[Any], None], options_class: type, description: str, positional: tuple[str, ...] = ()) -> None:
@@ -46,7 +51,8 @@ def cli(main: Callable[[Any], None], options_class: type, description: str, posi
     except (ValueError, OSError) as e:
         if os.environ.get("LIT_TRACEBACK"):
             raise
-        print(f"error: {e}", file=sys.stderr)
-        sys.exit(2)
+        _end(e)
+    except torch.OutOfMemoryError as e:
+        _end(f"out of memory: lower --train.row_tokens or --prompt.max_length, or take a smaller network ({e})")
     except KeyboardInterrupt:
         sys.exit(130)

@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 
 from lit_model.checkpoint import read_tensors, save_checkpoint
+from lit_model.files import read_json, refuse_used, write_text
 from lit_model.model import Config
 
 # ---------------------------------------------------------------------------------------------------- Hugging Face
@@ -45,21 +47,59 @@ def convert_hf(src_dir: Path, out_dir: Path, dtype: torch.dtype | None = None) -
     Raises:
         FileNotFoundError: a file is missing. ValueError: config.json or a tensor is of a kind that is not known here.
     """
-    if not (src_dir / "config.json").is_file():
-        raise FileNotFoundError(f"{src_dir / 'config.json'} is not there; {src_dir} is no Hugging Face checkpoint")
+    refuse_used(out_dir)
     config = _hf_config(src_dir / "config.json")
     rename = _hf_gpt2_tensors if config.arch == "gpt2" else _hf_llama_tensors
     tensors = {name: t.to(dtype or t.dtype) for name, t in rename(_hf_tensors(src_dir))}
-    for name in ("tokenizer.json", "tokenizer.model", "tokenizer_config.json"):
-        if (src_dir / name).is_file():
-            out_dir.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(src_dir / name, out_dir / name)
     save_checkpoint(out_dir, config, tensors)
+    copy_tokenizer(src_dir, out_dir)
+    _name_eos(src_dir, out_dir)
+
+
+def copy_tokenizer(src_dir: Path, out_dir: Path) -> None:
+    """Copies the tokenizer of a folder, and says so if it has none."""
+    found = [name for name in ("tokenizer.json", "tokenizer.model") if (src_dir / name).is_file()]
+    if not found:
+        print(f"{src_dir} has neither tokenizer.json nor tokenizer.model: put one into {out_dir}")
+    for name in (*found, "tokenizer_config.json"):
+        if (src_dir / name).is_file():
+            shutil.copyfile(src_dir / name, out_dir / name)
+
+
+def _name_eos(src_dir: Path, out_dir: Path) -> None:
+    """Names the end-of-text token in tokenizer_config.json where it is missing there, as in GPT-2's own repository."""
+    stated = out_dir / "tokenizer_config.json"
+    config = read_json(stated) if stated.is_file() else {}
+    if (out_dir / "tokenizer.json").is_file() and not config.get("eos_token"):
+        eos = read_json(src_dir / "config.json").get("eos_token_id")
+        eos = eos[0] if isinstance(eos, list) else eos
+        if eos is not None:
+            token = Tokenizer.from_file(str(out_dir / "tokenizer.json")).id_to_token(eos)
+            write_text(stated, json.dumps(config | {"eos_token": token}, indent=2) + "\n")
+
+
+_HF_ONLY = {  # what this model can do: field -> values; absent or null is fine
+    "gpt2": {
+        "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
+        "scale_attn_weights": (True,),
+        "scale_attn_by_inverse_layer_idx": (False,),
+    },
+    "llama": {"hidden_act": ("silu", "swish"), "attention_bias": (False,), "mlp_bias": (False,)},
+}
 
 
 def _hf_config(path: Path) -> Config:
-    hf = json.loads(path.read_text())
-    if hf.get("model_type") == "gpt2":
+    hf = read_json(path)
+    kind = hf.get("model_type")
+    if kind not in _HF_ONLY:
+        raise ValueError(f"{path}: model_type is {kind!r}; known are 'llama' and 'gpt2'")
+    for field, values in _HF_ONLY[kind].items():
+        if hf.get(field) is not None and hf[field] not in values:
+            raise ValueError(f"{path}: {field} is {hf[field]!r}, which is not supported")
+    if hf.get("quantization_config"):
+        raise ValueError(f"{path}: quantization_config: quantized folders are not supported; take the original weights")
+    if kind == "gpt2":
+        hf = read_json(path, "n_layer", "n_head", "n_embd", "n_positions", "vocab_size", "layer_norm_epsilon")
         sizes = dict(n_layer=hf["n_layer"], n_head=hf["n_head"], n_embd=hf["n_embd"], block_size=hf["n_positions"])
         return Config(
             arch="gpt2",
@@ -69,14 +109,11 @@ def _hf_config(path: Path) -> Config:
             tie=hf.get("tie_word_embeddings", True),
             **sizes,
         )
-    if hf.get("model_type") != "llama":
-        raise ValueError(f"{path}: model_type is {hf.get('model_type')!r}; known are 'llama' and 'gpt2'")
+    sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    hf = read_json(path, *sizes, "max_position_embeddings", "rms_norm_eps")
     rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}  # transformers 5; 4
     if rope.get("rope_type", rope.get("type", "default")) != "default":
         raise ValueError(f"{path}: rope scaling of type {rope.get('rope_type', rope.get('type'))!r} is not supported")
-    for field in ("attention_bias", "mlp_bias"):
-        if hf.get(field):
-            raise ValueError(f"{path}: {field} is true; LLaMA networks with biases are not supported")
     return Config(
         vocab_size=hf["vocab_size"],
         block_size=hf["max_position_embeddings"],
@@ -95,7 +132,7 @@ def _hf_config(path: Path) -> Config:
 def _hf_tensors(src_dir: Path) -> dict[str, Tensor]:
     index = src_dir / "model.safetensors.index.json"
     if index.is_file():
-        shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        shards = sorted(set(read_json(index, "weight_map")["weight_map"].values()))
         if strange := [shard for shard in shards if Path(shard).name != shard]:
             raise ValueError(f"{index} names a shard outside its folder: {strange[0]}")
     else:
@@ -105,7 +142,8 @@ def _hf_tensors(src_dir: Path) -> dict[str, Tensor]:
 
 def _renamed(name: str, names: dict[str, str]) -> str:
     """`prefix.7.rest.weight` -> `blocks.7.<names[rest]>.weight`. Raises ValueError for a name that has no place."""
-    layer, rest, kind = re.fullmatch(r"(?:(?:model\.layers|h|blk)\.(\d+)\.)?(.*?)\.?(weight|bias)", name).groups()
+    match = re.fullmatch(r"(?:(?:model\.layers|h|blk)\.(\d+)\.)?(.*?)\.?(weight|bias)", name)
+    layer, rest, kind = match.groups() if match else (None, None, None)
     if rest not in names:
         raise ValueError(f"the tensor {name} has no place in the model")
     return (f"blocks.{layer}." if layer else "") + f"{names[rest]}.{kind}"
@@ -156,40 +194,57 @@ def convert_gguf(src: Path, out_dir: Path, dtype: torch.dtype = torch.bfloat16) 
     """
     from gguf import GGUFReader, dequantize  # here because importing it takes as long as importing torch
 
+    refuse_used(out_dir)
     if not src.is_file():
         raise FileNotFoundError(f"{src} is not there")
     try:
         reader = GGUFReader(src)
-    except (ValueError, IndexError) as e:
+    except (ValueError, IndexError, KeyError, OverflowError) as e:
         raise ValueError(f"{src} is not a whole GGUF file: {e}") from None
-    fields = {name: field.contents() for name, field in reader.fields.items()}
+    fields = _Fields({name: field.contents() for name, field in reader.fields.items()})
+    fields.path = src
     if fields.get("general.architecture") != "llama":
         raise ValueError(f"{src}: its architecture is {fields.get('general.architecture')!r}; known is 'llama'")
-    of = {name.removeprefix("llama."): value for name, value in fields.items() if name.startswith("llama.")}
-    n_head = of["attention.head_count"]
+    n_head = fields["llama.attention.head_count"]
+    scaling = fields.get("llama.rope.scaling.type", "none")
+    if scaling != "none" or "rope_freqs.weight" in (t.name for t in reader.tensors):
+        raise ValueError(f"{src}: rope scaling of type {scaling!r} is not supported")
     shapes = {t.name: tuple(int(n) for n in reversed(t.shape)) for t in reader.tensors}
     config = Config(
         vocab_size=shapes["token_embd.weight"][0],
-        block_size=of["context_length"],
-        n_layer=of["block_count"],
+        block_size=fields["llama.context_length"],
+        n_layer=fields["llama.block_count"],
         n_head=n_head,
-        n_kv_head=of.get("attention.head_count_kv", n_head),
-        n_embd=of["embedding_length"],
-        n_hidden=of["feed_forward_length"],
-        head_size=of.get("attention.key_length"),
-        rope_base=of.get("rope.freq_base", 10000.0),
-        norm_eps=round(of["attention.layer_norm_rms_epsilon"], 12),  # the file has it as float32: 9.99999974e-06
+        n_kv_head=fields.get("llama.attention.head_count_kv", n_head),
+        n_embd=fields["llama.embedding_length"],
+        n_hidden=fields["llama.feed_forward_length"],
+        head_size=fields.get("llama.attention.key_length"),
+        rope_base=fields.get("llama.rope.freq_base", 10000.0),
+        norm_eps=round(fields["llama.attention.layer_norm_rms_epsilon"], 12),  # float32 there: 9.99999974e-06
         tie="output.weight" not in shapes,
     )
     tensors = {}
     for t in reader.tensors:
-        weight = torch.tensor(dequantize(t.data, t.tensor_type)).view(shapes[t.name])
+        try:
+            weight = torch.tensor(dequantize(t.data, t.tensor_type)).view(shapes[t.name])
+        except NotImplementedError:
+            raise ValueError(f"{src}: {t.name} is of the type {t.tensor_type.name}, which gguf cannot unpack") from None
         if t.name.endswith(("attn_q.weight", "attn_k.weight")):
             weight = _half_split(weight, config.head_size)
         tensors[_renamed(t.name, _GGUF_LLAMA)] = weight.to(dtype)
-    out_dir.mkdir(parents=True, exist_ok=True)
-    _save_gguf_tokenizer(fields, src, out_dir)
+    files = _gguf_tokenizer(fields)
     save_checkpoint(out_dir, config, tensors)
+    for name, content in files.items():
+        (out_dir / name).write_bytes(content)
+
+
+class _Fields(dict):
+    """Fields of a GGUF file; one that is missing is an error that names file and field."""
+
+    path: Path
+
+    def __missing__(self, name: str) -> Any:
+        raise ValueError(f"{self.path} has no field {name}")
 
 
 def _half_split(weight: Tensor, head_size: int) -> Tensor:
@@ -197,54 +252,54 @@ def _half_split(weight: Tensor, head_size: int) -> Tensor:
     return weight.unflatten(0, (-1, head_size // 2, 2)).transpose(1, 2).flatten(0, 2)
 
 
-def _save_gguf_tokenizer(fields: dict[str, Any], src: Path, out_dir: Path) -> None:
-    of = {name.removeprefix("tokenizer.ggml."): value for name, value in fields.items()}
-    tokens, kind = of["tokens"], of["model"]
+def _gguf_tokenizer(fields: _Fields) -> dict[str, bytes]:
+    """The files of the tokenizer: name -> content."""
+    kind, tokens = fields["tokenizer.ggml.model"], fields["tokenizer.ggml.tokens"]
     if kind == "gpt2":
-        _gpt2_tokenizer(of, src).save(str(out_dir / "tokenizer.json"))
+        files = {"tokenizer.json": _byte_level_bpe(fields).to_str().encode()}
     elif kind == "llama":
-        (out_dir / "tokenizer.model").write_bytes(_sentencepiece_model(of))
+        files = {"tokenizer.model": _sentencepiece_model(fields)}
     else:
-        raise ValueError(f"{src}: its tokenizer is of the kind {kind!r}; known are 'gpt2' and 'llama'")
+        raise ValueError(f"{fields.path}: its tokenizer is of the kind {kind!r}; known are 'gpt2' and 'llama'")
+    bos = fields.get("tokenizer.ggml.bos_token_id")
     stated = {
-        "bos_token": tokens[of["bos_token_id"]] if "bos_token_id" in of else None,
-        "eos_token": tokens[of["eos_token_id"]],
-        "add_bos_token": of.get("add_bos_token", kind == "llama"),
+        "bos_token": None if bos is None else tokens[bos],
+        "eos_token": tokens[fields["tokenizer.ggml.eos_token_id"]],
+        "add_bos_token": fields.get("tokenizer.ggml.add_bos_token", kind == "llama"),
         "chat_template": fields.get("tokenizer.chat_template"),
     }
-    (out_dir / "tokenizer_config.json").write_text(json.dumps(stated, indent=2) + "\n")
+    return files | {"tokenizer_config.json": (json.dumps(stated, indent=2) + "\n").encode()}
 
 
-def _gpt2_tokenizer(of: dict[str, Any], src: Path) -> Any:
-    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-
-    pre = {
-        "gpt-2": [],
-        "smollm": [pre_tokenizers.Digits(individual_digits=True)],
-    }
-    if of.get("pre", "gpt-2") not in pre:
-        raise ValueError(f"{src}: it splits words by the rule {of['pre']!r}; known are {', '.join(pre)}")
-    merges = [tuple(merge.split(" ")) for merge in of["merges"]]
-    tokenizer = Tokenizer(models.BPE({token: i for i, token in enumerate(of["tokens"])}, merges))
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [*pre[of.get("pre", "gpt-2")], pre_tokenizers.ByteLevel(add_prefix_space=False)]
-    )
+def _byte_level_bpe(fields: _Fields) -> Tokenizer:
+    rule = fields.get("tokenizer.ggml.pre", "gpt-2")  # how text is split before pairs merge
+    splits = {"gpt-2": [], "smollm": [pre_tokenizers.Digits(individual_digits=True)]}
+    if rule not in splits:
+        raise ValueError(f"{fields.path}: it splits words by the rule {rule!r}; known are {', '.join(splits)}")
+    tokens, merges = fields["tokenizer.ggml.tokens"], fields["tokenizer.ggml.merges"]
+    tokenizer = Tokenizer(models.BPE({t: i for i, t in enumerate(tokens)}, [tuple(m.split(" ")) for m in merges]))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*splits[rule], pre_tokenizers.ByteLevel(add_prefix_space=False)])
     tokenizer.decoder = decoders.ByteLevel()
-    special = [token for token, kind in zip(of["tokens"], of["token_type"], strict=True) if kind == 3]
-    tokenizer.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in special])
+    control, user_defined = 3, 4
+    kinds = dict(zip(tokens, fields["tokenizer.ggml.token_type"], strict=True))
+    tokenizer.add_special_tokens([AddedToken(t, normalized=False) for t in tokens if kinds[t] == control])
+    tokenizer.add_tokens([AddedToken(t, normalized=False) for t in tokens if kinds[t] == user_defined])
     return tokenizer
 
 
-def _sentencepiece_model(of: dict[str, Any]) -> bytes:
+def _sentencepiece_model(fields: _Fields) -> bytes:
     from sentencepiece import sentencepiece_model_pb2 as spm
 
+    names = ("tokens", "scores", "token_type")
+    tokens, scores, kinds = (fields[f"tokenizer.ggml.{name}"] for name in names)
     proto = spm.ModelProto()
-    for piece, score, kind in zip(of["tokens"], of["scores"], of["token_type"], strict=True):
+    for piece, score, kind in zip(tokens, scores, kinds, strict=True):
         proto.pieces.add(piece=piece, score=score, type=kind)  # GGUF numbers the kinds as sentencepiece does
     spec = proto.trainer_spec
-    spec.model_type, spec.byte_fallback, spec.vocab_size = spec.BPE, 6 in of["token_type"], len(of["tokens"])
-    spec.unk_id, spec.bos_id, spec.eos_id = (of.get(f"{k}_token_id", -1) for k in ("unknown", "bos", "eos"))
+    spec.model_type, spec.byte_fallback, spec.vocab_size = spec.BPE, 6 in kinds, len(tokens)
+    ids = (fields.get(f"tokenizer.ggml.{name}_token_id", -1) for name in ("unknown", "bos", "eos"))
+    spec.unk_id, spec.bos_id, spec.eos_id = ids
     proto.normalizer_spec.name = "identity"
-    proto.normalizer_spec.add_dummy_prefix = of.get("add_space_prefix", True)
+    proto.normalizer_spec.add_dummy_prefix = fields.get("tokenizer.ggml.add_space_prefix", True)
     proto.normalizer_spec.remove_extra_whitespaces = False
     return proto.SerializeToString()

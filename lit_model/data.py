@@ -49,6 +49,20 @@ def render(style: str, instruction: str, input: str = "") -> str:
     )
 
 
+def check(options: PromptOptions, tokenizer: Tokenizer) -> None:
+    """Raises ValueError for options that make no sense, or a style that this tokenizer does not know."""
+    if not 0 <= options.val_fraction < 1:
+        raise ValueError(f"prompt.val_fraction is {options.val_fraction}; it must be at least 0 and below 1")
+    if options.max_length < 2:
+        raise ValueError(f"prompt.max_length is {options.max_length}; it must be at least 2")
+    check_style(options.style, tokenizer)
+
+
+def check_style(style: str, tokenizer: Tokenizer) -> None:
+    if style == "chatml" and any(len(tokenizer.encode(token)) > 1 for token in ("<|im_start|>", "<|im_end|>")):
+        raise ValueError("the style chatml needs a tokenizer that knows <|im_start|> and <|im_end|>; try alpaca")
+
+
 def read_rows(path: Path | str) -> list[dict[str, str]]:
     """Rows of a .json (one list) or .jsonl (one object a line) file, each with instruction, input and output.
 
@@ -58,14 +72,14 @@ def read_rows(path: Path | str) -> list[dict[str, str]]:
     if not path.is_file():
         raise FileNotFoundError(f"{path} is not there; --data wants a .json or .jsonl file")
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as e:
         raise ValueError(f"{path} is not text in UTF-8 ({e.reason} at byte {e.start})") from None
     rows, where = [], "row"
     try:
         if path.suffix == ".jsonl":
             where = "line"
-            for number, line in enumerate(text.splitlines(), 1):
+            for number, line in enumerate(text.split("\n"), 1):
                 if line.strip():
                     rows.append((number, json.loads(line)))
         else:
@@ -79,16 +93,24 @@ def read_rows(path: Path | str) -> list[dict[str, str]]:
         if not isinstance(row, dict) or not {"instruction", "output"} <= row.keys():
             has = f"it has {', '.join(row) or 'nothing'}" if isinstance(row, dict) else f"it is {json.dumps(row)[:40]}"
             raise ValueError(f"{path}, {where} {number}: a row needs instruction and output; {has}")
-    return [{key: str(row.get(key) or "") for key in ("instruction", "input", "output")} for _, row in rows]
+        for key in ("instruction", "input", "output"):
+            if not isinstance(row.get(key, ""), str | int | float | None):
+                raise ValueError(f"{path}, {where} {number}: {key} is no text but {json.dumps(row[key])[:40]}")
+    texts = [[row.get(key) for key in ("instruction", "input", "output")] for _, row in rows]
+    return [dict(zip(("instruction", "input", "output"), ("" if t is None else str(t) for t in row))) for row in texts]
 
 
 def split_rows(rows: Sequence[dict], val_fraction: float, seed: int) -> tuple[list[dict], list[dict]]:
     """(training rows, validation rows), shuffled by `seed`. Repeated rows are dropped first: none is in both."""
     unique = list({tuple(row.values()): row for row in rows}.values())
+    if len(unique) < len(rows):
+        print(f"{len(rows) - len(unique)} of {len(rows)} rows left out: they repeat another one")
     order = np.random.default_rng(seed).permutation(len(unique))
     n_val = max(1, round(val_fraction * len(unique))) if val_fraction else 0
     if n_val >= len(unique):
-        raise ValueError(f"{len(unique)} rows are too few to keep {n_val} for validation and train on the others")
+        raise ValueError(
+            f"{len(unique)} rows are too few to keep {n_val} for validation (prompt.val_fraction) and train on others"
+        )
     return [unique[i] for i in order[n_val:]], [unique[i] for i in order[:n_val]]
 
 

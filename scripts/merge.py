@@ -5,19 +5,22 @@
 The sum is made in float32. Storing it in bfloat16 can lose much of a small correction, so the script says how much.
 """
 
-import shutil
+import math
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import torch
+from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from lit_model import hub, load
 from lit_model.checkpoint import METHODS, method_header, read_tensors, save_checkpoint
 from lit_model.cli import cli
+from lit_model.convert import copy_tokenizer
+from lit_model.files import refuse_used
 
 
 @dataclass
@@ -35,26 +38,36 @@ class Options:
 
 
 def main(options: Options) -> None:
+    refuse_used(options.out_dir)
     header = method_header(options.method_dir)
     method, _ = METHODS[header["method"]]
     if not hasattr(method, "merge"):
         raise ValueError(
             f"{header['method']} cannot be merged into the base weights; generate with --method_dir instead"
         )
-    if options.out_dir.resolve() == options.checkpoint_dir.resolve():
-        raise ValueError(f"{options.out_dir} is the base checkpoint itself; name another --out_dir")
-    stored = read_tensors(options.checkpoint_dir / "lit_model.safetensors")
-    dtype = next(iter(stored.values())).dtype if options.dtype == "same" else getattr(torch, options.dtype)
     gpt = load(options.checkpoint_dir, options.method_dir)
-    error = method.merge(gpt, dtype)
+    method.merge(gpt)
     gpt.config.tie = gpt.lm_head.weight is gpt.wte.weight  # a LoRA on the head parts it from the embedding
-    for name in ("tokenizer.json", "tokenizer.model", "tokenizer_config.json"):
-        if (options.checkpoint_dir / name).is_file():
-            options.out_dir.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(options.checkpoint_dir / name, options.out_dir / name)
-    save_checkpoint(options.out_dir, gpt.config, {name: t.to(dtype) for name, t in gpt.state_dict().items()})
-    print(f"storing the sum in {dtype} changes what was trained by {100 * error:.3g} %")
-    print(f"checkpoint: {options.out_dir}")
+    base = read_tensors(options.checkpoint_dir / "lit_model.safetensors")
+    base.setdefault("lm_head.weight", base["wte.weight"])
+    exact = gpt.state_dict()
+    stored = {
+        k: t.to(base[k].dtype if options.dtype == "same" else getattr(torch, options.dtype)) for k, t in exact.items()
+    }
+    save_checkpoint(options.out_dir, gpt.config, stored)
+    copy_tokenizer(options.checkpoint_dir, options.out_dir)
+    print(f"storing the sum loses {100 * rounding_error(exact, stored, base):.3g} % of what was trained")
+    print(f"checkpoint: {options.out_dir}; give generate/base.py the --style that it was trained with")
+
+
+def rounding_error(exact: dict[str, Tensor], stored: dict[str, Tensor], base: dict[str, Tensor]) -> float:
+    """|stored - exact| / |exact - base| over all tensors that training has changed."""
+    error = change = 0.0
+    for name, t in exact.items():
+        if (moved := (t - base[name].float()).square().sum().item()) > 0:
+            change += moved
+            error += (stored[name].float() - t).square().sum().item()
+    return math.sqrt(error / change) if change else 0.0
 
 
 if __name__ == "__main__":

@@ -14,9 +14,12 @@ from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
 from lit_model import load, model
 from lit_model.checkpoint import fingerprint, fingerprint_of, save_checkpoint
 from lit_model.convert import _GGUF_LLAMA, convert_gguf, convert_hf
+from lit_model.generate import stream_text
 from lit_model.tokenizer import Tokenizer
 
 SIZES = {**LLAMA, "n_hidden": 96}  # rows of 32, the size of a quantized block
+WHOLE = dict(model_type="llama", vocab_size=8, max_position_embeddings=8, num_hidden_layers=1, num_attention_heads=1,
+             hidden_size=8, intermediate_size=8, rms_norm_eps=1e-5)  # fmt: skip
 QUANTS = gguf.GGMLQuantizationType
 
 
@@ -110,6 +113,13 @@ def test_gguf_with_a_sentencepiece_tokenizer(tmp_path):
     for text in ("apple river", "  two  spaces", "Ünïcode 日本 🙂", " ".join(WORDS)):
         assert ours.encode(text) == sp.encode(text) and ours.decode(ours.encode(text)) == text
     assert (ours.bos_id, ours.eos_id) == (1, 2)
+    first, later = sp.encode("apple river")[:1], sp.encode("apple river")[1:]  # decoded alone, the space would be lost
+    assert "".join(stream_text(ours, later, after=first)) == "apple river".removeprefix(ours.decode(first))
+    del fields["ggml.eos_token_id"]
+    write_gguf(tmp_path / "n.gguf", gpt, QUANTS.F32, fields)
+    with pytest.raises(ValueError, match="n.gguf has no field tokenizer.ggml.eos_token_id"):
+        convert_gguf(tmp_path / "n.gguf", tmp_path / "n")
+    assert not (tmp_path / "n").exists()
 
 
 def test_the_fingerprint_names_the_weights(tmp_path):
@@ -124,8 +134,11 @@ def test_the_fingerprint_names_the_weights(tmp_path):
 def test_unknown_architectures_are_refused_with_the_field(tmp_path):
     for config, says in (
         ({"model_type": "mamba"}, "model_type is 'mamba'; known are 'llama' and 'gpt2'"),
-        ({"model_type": "llama", "rope_scaling": {"type": "yarn"}}, "rope scaling of type 'yarn'"),
-        ({"model_type": "llama", "attention_bias": True}, "attention_bias is true"),
+        ({"model_type": "llama", "vocab_size": 8}, "config.json lacks hidden_size, intermediate_size"),
+        ({**WHOLE, "rope_scaling": {"type": "yarn"}}, "rope scaling of type 'yarn'"),
+        ({"model_type": "gpt2", "activation_function": "relu"}, "activation_function is 'relu'"),
+        ({**WHOLE, "quantization_config": {}, "hidden_act": "gelu"}, "hidden_act is 'gelu'"),
+        ({"model_type": "llama", "attention_bias": True}, "attention_bias is True, which is not supported"),
     ):
         (tmp_path / "config.json").write_text(json.dumps(config))
         with pytest.raises(ValueError, match=says):
@@ -135,9 +148,7 @@ def test_unknown_architectures_are_refused_with_the_field(tmp_path):
 
 
 def test_a_shard_outside_the_folder_is_refused(tmp_path):
-    config = dict(model_type="llama", vocab_size=8, max_position_embeddings=8, num_hidden_layers=1,
-                  num_attention_heads=1, hidden_size=8, intermediate_size=8, rms_norm_eps=1e-5)  # fmt: skip
-    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "config.json").write_text(json.dumps(WHOLE))
     index = {"weight_map": {"x": "../secret.safetensors"}}
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(ValueError, match="outside its folder: ../secret.safetensors"):

@@ -76,6 +76,7 @@ def test_json_and_jsonl_are_read_alike(tmp_path, rows):
             '{"instruction": "a", "text": "b"}',
             "line 1: a row needs instruction and output; it has instruction, ",
         ),
+        ("a.json", '[{"instruction": "a", "output": ["b"]}]', "row 1: output is no text but "),
         ("a.json", b"\xff\xfe\x00", "a.json is not text in UTF-8"),
     ],
 )

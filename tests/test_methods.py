@@ -10,6 +10,7 @@ from conftest import FAMILIES, randomize
 from lit_model import adapter, full, load, lora, model
 from lit_model.checkpoint import fingerprint_of, freeze, load_base, save_checkpoint, save_method
 from lit_model.packing import KVCache, Segment, lay_out
+from scripts.merge import rounding_error
 
 METHODS = {
     "adapter": (adapter, dict(adapter=adapter.Adapter(prompt_length=3, start_layer=1))),
@@ -171,7 +172,7 @@ def test_merged_equals_unmerged(checkpoint, method):
     shake(gpt, module)
     idx = torch.randint(0, 97, (2, 9))
     expected = gpt(idx)
-    assert module.merge(gpt, torch.float32) < 1e-5
+    module.merge(gpt)
     assert not any("deltas" in name for name in gpt.state_dict())
     torch.testing.assert_close(gpt(idx), expected, rtol=1e-4, atol=1e-5)
 
@@ -180,10 +181,17 @@ def test_merge_reports_what_bfloat16_loses(checkpoint):
     errors = []
     for size in (1e-1, 1e-3):
         gpt = build(checkpoint, METHODS["lora"])
+        base = {name: t.clone() for name, t in gpt.state_dict().items()}
         for p in gpt.parameters():
             p.data = torch.randn_like(p) * size if p.requires_grad else p.data
-        errors.append(lora.merge(gpt, torch.bfloat16))
-    assert 0 < errors[0] < 0.5 < errors[1]
+        lora.merge(gpt)
+        exact = gpt.state_dict()
+        errors += [
+            rounding_error(exact, {k: t.to(dt) for k, t in exact.items()}, base)
+            for dt in (torch.bfloat16, torch.float32)
+        ]
+    assert errors[1] == errors[3] == 0
+    assert 0 < errors[0] < 0.5 < errors[2]
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ def test_building_one_lora_layer_enters_few_functions_and_files():
     entered = []
 
     def enter(frame, event, _):
-        if event == "call" and frame.f_code.co_filename.startswith(str(ROOT)):
+        if event == "call" and frame.f_code.co_filename.startswith(str(ROOT / "lit_model")):
             entered.append((Path(frame.f_code.co_filename).name, frame.f_code.co_qualname))
 
     sys.setprofile(enter)
@@ -53,14 +53,15 @@ def test_no_slot_is_a_class_attribute():
         assert not {"deltas", "virtual_tokens", "virtual_keys"} & vars(cls).keys()
 
 
-def test_every_file_of_the_readme_tree_exists_and_every_file_is_in_it():
+def test_every_file_is_in_the_readme_tree():
     readme = (ROOT / "README.md").read_text()
     tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True).stdout.split()
     for path in tracked:
         if os.path.dirname(path) in ("lit_model", "finetune", "generate", "scripts") and not path.endswith(
             "__init__.py"
         ):
-            assert os.path.basename(path) in readme, f"README's tree lacks {path}"
+            folder = readme.split(f"\n{os.path.dirname(path)}/")[1].split("\ntests/")[0]
+            assert os.path.basename(path) in folder, f"README's tree lacks {path}"
 
 
 def test_bfloat16_cannot_hold_a_small_step():

@@ -11,14 +11,18 @@ import torch
 import yaml
 from conftest import save_tokenizer
 from safetensors.torch import load_file
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 import finetune.adapter
 import finetune.lora
 import generate.base
+import scripts.convert_gguf
+import scripts.convert_hf
+import scripts.download
 import scripts.merge
 from lit_model import load
 from lit_model.cli import cli
+from lit_model.tokenizer import Tokenizer
 
 ROOT = Path(__file__).parents[1]
 FAST = "--train.epochs 3 --train.batch_size 8 --train.sample abc --devices cpu".split()
@@ -112,7 +116,8 @@ def call(module, capsys, monkeypatch, *args) -> tuple[int, str]:
         ("--checkpoint_dir nowhere", "nowhere/lit_config.json is not there"),
         ("--data nowhere.json", "nowhere.json is not there"),
         ("--prompt.max_length 8", "none of the 57 training rows is left"),
-        ("--prompt.val_fraction 1.0", "60 rows are too few"),
+        ("--prompt.val_fraction 1.0", "prompt.val_fraction is 1.0"),
+        ("--prompt.val_fraction 0.999", "60 rows are too few to keep 60 for validation"),
         (
             "--train.lr 1e30 --train.warmup_steps 0 --train.grad_clip 0 --lora.alpha 1e30",
             "at step 1: try a lower train.lr; nothing was saved yet",
@@ -141,7 +146,7 @@ def test_a_checkpoint_folder_is_never_taken_for_a_run(tiny, capsys, monkeypatch)
 def test_a_finished_run_is_not_overwritten_unasked(tiny, tmp_path, capsys, monkeypatch):
     out = tmp_path / "run"
     out.mkdir()
-    (out / "hparams.yaml").write_text("")
+    (out / "lit_method.safetensors").write_text("")
     code, err = call(finetune.adapter, capsys, monkeypatch, "--out_dir", out, "--checkpoint_dir", tiny / "base")
     assert code == 2 and "holds a run already" in err and "--overwrite" in err
 
@@ -165,8 +170,67 @@ def test_broken_and_foreign_files_are_named(tiny, tmp_path, capsys, monkeypatch)
     (broken / "lit_config.json").write_text(json.dumps({**config, "n_hidden": 128}))
     code, err = call(generate.base, capsys, monkeypatch, "--checkpoint_dir", broken)
     assert code == 2 and "blocks.0.mlp.down_proj.weight is (64, 112); the model wants (64, 128)" in err
+    config.pop("rope_base")
+    (broken / "lit_config.json").write_text(json.dumps(config))
+    code, err = call(generate.base, capsys, monkeypatch, "--checkpoint_dir", broken)
+    assert code == 2 and "broken/lit_config.json lacks rope_base" in err
+    (broken / "lit_config.json").write_text("{")
+    code, err = call(generate.base, capsys, monkeypatch, "--checkpoint_dir", broken)
+    assert code == 2 and "broken/lit_config.json is broken or only partly written" in err
+    (broken / "lit_config.json").write_bytes((tiny / "base/lit_config.json").read_bytes())
+    (broken / "tokenizer.json").write_text("{")
+    code, err = call(generate.base, capsys, monkeypatch, "--checkpoint_dir", broken)
+    assert code == 2 and "broken/tokenizer.json is broken or only partly written" in err
     code, err = call(scripts.merge, capsys, monkeypatch, "--method_dir", "nowhere", "--out_dir", tmp_path / "x")
     assert code == 2 and "nowhere/lit_method.safetensors is not there" in err
+
+
+@pytest.mark.parametrize(
+    "args, says",
+    [
+        ("--temperature -1", "temperature is -1.0"),
+        ("--top_k 0", "top_k is 0"),
+        ("--top_p 2", "top_p is 2.0"),
+        ("--max_new_tokens 0", "max_new_tokens is 0"),
+        ("--stop [''] --style alpaca", "an empty --stop"),
+        ("--input x", "--input goes with a --style"),
+        ("--style chatml", "the style chatml needs a tokenizer that knows <|im_start|>"),
+        ("--device gpu", "there is no device 'gpu' here"),
+        ("--checkpoint_dir nowhere", "nowhere/lit_config.json is not there; scripts/download.py"),
+    ],
+)
+def test_mistakes_in_generation_end_in_one_line(args, says, tiny, capsys, monkeypatch):
+    given = ["--checkpoint_dir", tiny / "base", *args.split()]
+    code, err = call(generate.base, capsys, monkeypatch, *given)
+    assert code == 2 and err.startswith("error: ") and says in err and err.count("\n") == 1, err
+
+
+def test_a_checkpoint_is_not_replaced_by_another(tiny, tmp_path, capsys, monkeypatch):
+    before = (tiny / "base/lit_model.safetensors").read_bytes()
+    for module, args in (
+        (scripts.convert_hf, ["--src_dir", tmp_path, "--out_dir", tiny / "base"]),
+        (scripts.convert_gguf, ["--src", tmp_path / "x", "--out_dir", tiny / "base"]),
+        (scripts.merge, ["--method_dir", tmp_path, "--out_dir", tiny / "base"]),
+    ):
+        code, err = call(module, capsys, monkeypatch, *args)
+        assert code == 2 and "base holds a checkpoint already" in err
+    assert (tiny / "base/lit_model.safetensors").read_bytes() == before
+
+
+def test_download_converts_what_the_hub_gives(tiny, tmp_path, rows, monkeypatch):
+    """The Hub is a folder here. Like GPT-2's repository it names no end-of-text token in tokenizer_config.json."""
+    config = GPT2Config(vocab_size=400, n_embd=64, n_layer=2, n_head=4, n_positions=64, bos_token_id=0, eos_token_id=1)
+
+    def snapshot_download(repo_id, local_dir, allow_patterns):
+        GPT2LMHeadModel(config).save_pretrained(local_dir)
+        save_tokenizer(local_dir, rows)
+        (local_dir / "tokenizer_config.json").write_text('{"model_max_length": 1024}')
+        return str(local_dir)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    scripts.download.main(scripts.download.Options("someone/gpt2", tmp_path / "gpt2"))
+    assert Tokenizer(tmp_path / "gpt2").eos_id == 1
+    assert load(tmp_path / "gpt2")(torch.zeros(1, 3, dtype=torch.long)).shape == (1, 3, 400)
 
 
 @pytest.mark.parametrize("script", sorted(str(p.relative_to(ROOT)) for d in ("finetune", "generate", "scripts")

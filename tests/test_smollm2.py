@@ -48,7 +48,7 @@ def test_logits_perplexity_and_tokens_equal_transformers(gguf, checkpoint, text)
     assert tokenizer.encode_batch(sample) == [theirs.encode(line, add_special_tokens=False) for line in sample]
     digits = tokenizer.encode("in 1984")  # transformers drops the file's rule that every digit stands alone
     assert [tokenizer.decode([i]) for i in digits] == ["in", " ", "1", "9", "8", "4"]
-    ids = torch.tensor(tokenizer.encode(text[:60_000]))[: 8 * 1024].view(8, 1024)
+    ids = torch.tensor(tokenizer.encode(text[:60_000]))[: 4 * 2048].view(4, 2048)
     ours, other, worst = [], [], 0.0
     with torch.no_grad():
         for row in ids:
@@ -58,9 +58,9 @@ def test_logits_perplexity_and_tokens_equal_transformers(gguf, checkpoint, text)
                 losses.append(torch.nn.functional.cross_entropy(logits[:-1], row[1:]))
     ours, other = (torch.stack(losses).mean().exp().item() for losses in (ours, other))
     print(
-        f"\nSmolLM2-135M-Instruct, 8 x 1024 tokens: perplexity {ours:.3f}, transformers {other:.3f}, logits {worst:.1e}"
+        f"\nSmolLM2-135M-Instruct, 4 x 2048 tokens: perplexity {ours:.3f}, transformers {other:.3f}, logits {worst:.1e}"
     )
-    assert worst < 1e-3 and abs(ours - other) < 1e-3 * other and 10 < ours < 25
+    assert worst < 1e-3 and abs(ours - other) < 1e-3 * other and 15 < ours < 30
 
 
 def test_the_capital_of_france(checkpoint):
