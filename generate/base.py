@@ -19,7 +19,7 @@ import yaml
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from lit_model import hub, load
-from lit_model.checkpoint import method_file
+from lit_model.checkpoint import method_file, method_header
 from lit_model.cli import cli
 from lit_model.data import check_style, render
 from lit_model.generate import generate, stream_text
@@ -63,6 +63,8 @@ def main(options: Options) -> None:
     if options.checkpoint_dir == hub.DEMO_CHECKPOINT:
         hub.fetch_demo_model()
     Config.load(options.checkpoint_dir)  # says what is wrong with the folder before anything else is done
+    if options.method_dir is not None:
+        method_header(options.method_dir)  # the same
     tokenizer = Tokenizer(options.checkpoint_dir)
     style = prompt_style(options)
     check_style(style, tokenizer)
