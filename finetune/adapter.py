@@ -4,8 +4,8 @@ Without arguments it runs the demo: SmolLM2-135M-Instruct on 999 Alpaca rows, bo
 lit_model/adapter.py, the loop finetune/loop.py.
 
 Where the defaults differ from the authors' run on LLaMA-7B (https://arxiv.org/abs/2303.16199): the learning rate 3e-2
-is for a network of this size in 30 steps (theirs is 9e-3 * batch / 256: 1e-3 to 2e-3 on 7B), and the learning rate rises
-for a tenth of the run, not for two of five epochs.
+is for a network of this size in 30 steps (theirs is 9e-3 * batch / 256: 1e-3 to 2e-3 on 7B), and it rises for a tenth
+of the run, not for two of five epochs.
 """
 
 import sys
