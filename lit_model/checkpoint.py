@@ -57,7 +57,7 @@ def load(
         tensors = read_tensors(method_file(method_dir), device)
         tensors = {name: t.to(dtype) if _is_base(name) else t for name, t in tensors.items()}
         missing = _assign(gpt, tensors, method_file(method_dir))
-        if missing := [k for k in missing if method.trainable(k) and not (gpt.config.tie and k == "lm_head.weight")]:
+        if missing := [name for name in missing if method.trainable(name)]:
             raise ValueError(f"{method_file(method_dir)} lacks {len(missing)} tensors, such as {missing[0]}")
         gpt.tie()
     return gpt.requires_grad_(False).eval()
@@ -71,7 +71,7 @@ def load_base(
     path = Path(checkpoint_dir) / "lit_model.safetensors"
     tensors = {name: t.to(dtype) for name, t in read_tensors(path, device).items()}
     missing = _assign(gpt, tensors, path)
-    if missing := [k for k in missing if _is_base(k) and not (gpt.config.tie and k == "lm_head.weight")]:
+    if missing := [name for name in missing if _is_base(name)]:
         raise ValueError(f"{path} lacks {len(missing)} tensors, such as {missing[0]}; convert the checkpoint again")
     gpt.tie()
     gpt.dtype = dtype
@@ -120,8 +120,13 @@ def method_header(method_dir: Path | str) -> dict[str, str]:
     return header
 
 
-def save_checkpoint(out_dir: Path, config: model.Config, tensors: Mapping[str, Tensor]) -> None:
+def save_checkpoint(
+    out_dir: Path, config: model.Config, tensors: Mapping[str, Tensor], tokenizer_files: Mapping[str, bytes]
+) -> None:
     """Writes a checkpoint folder. lit_config.json comes last: where it stands, the folder is complete.
+
+    Args:
+        tokenizer_files: name -> content, from convert.py.
 
     Raises ValueError, and writes nothing, if the tensors are not exactly those of a network of this shape.
     """
@@ -137,6 +142,8 @@ def save_checkpoint(out_dir: Path, config: model.Config, tensors: Mapping[str, T
             raise ValueError(f"these weights do not make the network: {name} has the shape {got} instead of {wanted}")
     out_dir.mkdir(parents=True, exist_ok=True)
     write_tensors(out_dir / "lit_model.safetensors", tensors, {})
+    for name, content in tokenizer_files.items():
+        (out_dir / name).write_bytes(content)
     shape = {f.name: getattr(config, f.name) for f in fields(model.Config)}
     write_text(out_dir / "lit_config.json", json.dumps(shape | {"fingerprint": fingerprint(tensors)}, indent=2) + "\n")
 
@@ -181,7 +188,8 @@ def _assign(gpt: model.GPT, tensors: Mapping[str, Tensor], path: Path) -> list[s
             raise ValueError(f"{path} has a tensor {name} that the model has no place for")
         if t.shape != shapes[name]:
             raise ValueError(f"{path}: {name} is {tuple(t.shape)}; the model wants {tuple(shapes[name])}")
-    return gpt.load_state_dict(tensors, strict=False, assign=True).missing_keys
+    missing = gpt.load_state_dict(tensors, strict=False, assign=True).missing_keys
+    return [name for name in missing if not (gpt.config.tie and name == "lm_head.weight")]  # a tied head is not stored
 
 
 def _is_base(name: str) -> bool:

@@ -2,17 +2,17 @@
 
 import json
 import re
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+from gguf import GGUFReader, dequantize
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 
 from lit_model.checkpoint import read_tensors, save_checkpoint
-from lit_model.files import read_json, refuse_used, write_text
+from lit_model.files import read_json, refuse_used
 from lit_model.model import Config
 
 # ---------------------------------------------------------------------------------------------------- Hugging Face
@@ -51,31 +51,28 @@ def convert_hf(src_dir: Path, out_dir: Path, dtype: torch.dtype | None = None) -
     config = _hf_config(src_dir / "config.json")
     rename = _hf_gpt2_tensors if config.arch == "gpt2" else _hf_llama_tensors
     tensors = {name: t.to(dtype or t.dtype) for name, t in rename(_hf_tensors(src_dir))}
-    save_checkpoint(out_dir, config, tensors)
-    copy_tokenizer(src_dir, out_dir)
-    _name_eos(src_dir, out_dir)
+    save_checkpoint(out_dir, config, tensors, _name_eos(tokenizer_files(src_dir), src_dir))
 
 
-def copy_tokenizer(src_dir: Path, out_dir: Path) -> None:
-    """Copies the tokenizer of a folder, and says so if it has none."""
-    found = [name for name in ("tokenizer.json", "tokenizer.model") if (src_dir / name).is_file()]
-    if not found:
-        print(f"{src_dir} has neither tokenizer.json nor tokenizer.model: put one into {out_dir}")
-    for name in (*found, "tokenizer_config.json"):
-        if (src_dir / name).is_file():
-            shutil.copyfile(src_dir / name, out_dir / name)
+def tokenizer_files(folder: Path) -> dict[str, bytes]:
+    """The files of a folder's tokenizer: name -> content. Says so if there is none."""
+    names = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
+    files = {name: (folder / name).read_bytes() for name in names if (folder / name).is_file()}
+    if not files.keys() & {"tokenizer.json", "tokenizer.model"}:
+        print(f"{folder} has neither tokenizer.json nor tokenizer.model: the checkpoint needs one beside its weights")
+    return files
 
 
-def _name_eos(src_dir: Path, out_dir: Path) -> None:
+def _name_eos(files: dict[str, bytes], src_dir: Path) -> dict[str, bytes]:
     """Names the end-of-text token in tokenizer_config.json where it is missing there, as in GPT-2's own repository."""
-    stated = out_dir / "tokenizer_config.json"
-    config = read_json(stated) if stated.is_file() else {}
-    if (out_dir / "tokenizer.json").is_file() and not config.get("eos_token"):
-        eos = read_json(src_dir / "config.json").get("eos_token_id")
-        eos = eos[0] if isinstance(eos, list) else eos
-        if eos is not None:
-            token = Tokenizer.from_file(str(out_dir / "tokenizer.json")).id_to_token(eos)
-            write_text(stated, json.dumps(config | {"eos_token": token}, indent=2) + "\n")
+    stated = "tokenizer_config.json"
+    config = read_json(src_dir / stated) if stated in files else {}
+    eos = read_json(src_dir / "config.json").get("eos_token_id")
+    eos = eos[0] if isinstance(eos, list) else eos
+    if "tokenizer.json" not in files or config.get("eos_token") or eos is None:
+        return files
+    token = Tokenizer.from_str(files["tokenizer.json"].decode()).id_to_token(eos)
+    return files | {stated: (json.dumps(config | {"eos_token": token}, indent=2) + "\n").encode()}
 
 
 _HF_ONLY = {  # what this model can do: field -> values; absent or null is fine
@@ -192,8 +189,6 @@ def convert_gguf(src: Path, out_dir: Path, dtype: torch.dtype = torch.bfloat16) 
 
     Raises FileNotFoundError or ValueError: no such file, no GGUF file, or of a kind that is not known here.
     """
-    from gguf import GGUFReader, dequantize  # here because importing it takes as long as importing torch
-
     refuse_used(out_dir)
     if not src.is_file():
         raise FileNotFoundError(f"{src} is not there")
@@ -210,6 +205,8 @@ def convert_gguf(src: Path, out_dir: Path, dtype: torch.dtype = torch.bfloat16) 
     if scaling != "none" or "rope_freqs.weight" in (t.name for t in reader.tensors):
         raise ValueError(f"{src}: rope scaling of type {scaling!r} is not supported")
     shapes = {t.name: tuple(int(n) for n in reversed(t.shape)) for t in reader.tensors}
+    if "token_embd.weight" not in shapes:
+        raise ValueError(f"{src} has no tensor token_embd.weight")
     config = Config(
         vocab_size=shapes["token_embd.weight"][0],
         block_size=fields["llama.context_length"],
@@ -232,10 +229,7 @@ def convert_gguf(src: Path, out_dir: Path, dtype: torch.dtype = torch.bfloat16) 
         if t.name.endswith(("attn_q.weight", "attn_k.weight")):
             weight = _half_split(weight, config.head_size)
         tensors[_renamed(t.name, _GGUF_LLAMA)] = weight.to(dtype)
-    files = _gguf_tokenizer(fields)
-    save_checkpoint(out_dir, config, tensors)
-    for name, content in files.items():
-        (out_dir / name).write_bytes(content)
+    save_checkpoint(out_dir, config, tensors, _gguf_tokenizer(fields))
 
 
 class _Fields(dict):

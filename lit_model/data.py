@@ -16,6 +16,8 @@ from tqdm import tqdm
 from lit_model.packing import Example
 from lit_model.tokenizer import Tokenizer
 
+KEYS = ("instruction", "input", "output")
+
 
 @dataclass
 class PromptOptions:
@@ -93,11 +95,10 @@ def read_rows(path: Path | str) -> list[dict[str, str]]:
         if not isinstance(row, dict) or not {"instruction", "output"} <= row.keys():
             has = f"it has {', '.join(row) or 'nothing'}" if isinstance(row, dict) else f"it is {json.dumps(row)[:40]}"
             raise ValueError(f"{path}, {where} {number}: a row needs instruction and output; {has}")
-        for key in ("instruction", "input", "output"):
+        for key in KEYS:
             if not isinstance(row.get(key, ""), str | int | float | None):
                 raise ValueError(f"{path}, {where} {number}: {key} is no text but {json.dumps(row[key])[:40]}")
-    texts = [[row.get(key) for key in ("instruction", "input", "output")] for _, row in rows]
-    return [dict(zip(("instruction", "input", "output"), ("" if t is None else str(t) for t in row))) for row in texts]
+    return [{key: "" if row.get(key) is None else str(row[key]) for key in KEYS} for _, row in rows]
 
 
 def split_rows(rows: Sequence[dict], val_fraction: float, seed: int) -> tuple[list[dict], list[dict]]:

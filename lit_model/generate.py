@@ -45,8 +45,6 @@ def generate(
         raise ValueError("the prompt is empty")
     c = gpt.config
     room = c.block_size - gpt.n_virtual_keys - gpt.n_virtual_tokens - len(ids)
-    if not ids:
-        raise ValueError("the prompt is empty")
     if room < 1:
         raise ValueError(
             f"the prompt has {len(ids)} tokens; the model's context of {c.block_size} leaves no room after it"

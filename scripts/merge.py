@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from lit_model import hub, load
 from lit_model.checkpoint import METHODS, method_header, read_tensors, save_checkpoint
 from lit_model.cli import cli
-from lit_model.convert import copy_tokenizer
+from lit_model.convert import tokenizer_files
 from lit_model.files import refuse_used
 
 
@@ -54,8 +54,7 @@ def main(options: Options) -> None:
     stored = {
         k: t.to(base[k].dtype if options.dtype == "same" else getattr(torch, options.dtype)) for k, t in exact.items()
     }
-    save_checkpoint(options.out_dir, gpt.config, stored)
-    copy_tokenizer(options.checkpoint_dir, options.out_dir)
+    save_checkpoint(options.out_dir, gpt.config, stored, tokenizer_files(options.checkpoint_dir))
     print(f"storing the sum loses {100 * rounding_error(exact, stored, base):.3g} % of what was trained")
     print(f"checkpoint: {options.out_dir}; give generate/base.py the --style that it was trained with")
 

@@ -7,6 +7,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from lit_model import model
 from lit_model.checkpoint import save_checkpoint
+from lit_model.convert import tokenizer_files
 
 
 @pytest.fixture(autouse=True)
@@ -57,7 +58,7 @@ def tiny(tmp_path_factory, rows):
     base = folder / "base"
     save_tokenizer(base, rows)
     gpt = model.GPT(model.Config(**{**LLAMA, "vocab_size": 400, "block_size": 512}))
-    save_checkpoint(base, gpt.config, gpt.state_dict())
+    save_checkpoint(base, gpt.config, gpt.state_dict(), tokenizer_files(base))
     return folder
 
 

@@ -124,11 +124,22 @@ def test_gguf_with_a_sentencepiece_tokenizer(tmp_path):
 
 def test_the_fingerprint_names_the_weights(tmp_path):
     gpt = model.GPT(model.Config(**LLAMA))
-    save_checkpoint(tmp_path / "a", gpt.config, gpt.state_dict())
-    save_checkpoint(tmp_path / "b", gpt.config, dict(reversed(gpt.state_dict().items())))
+    save_checkpoint(tmp_path / "a", gpt.config, gpt.state_dict(), {})
+    save_checkpoint(tmp_path / "b", gpt.config, dict(reversed(gpt.state_dict().items())), {})
     assert fingerprint_of(tmp_path / "a") == fingerprint_of(tmp_path / "b") == fingerprint(gpt.state_dict())
     gpt.blocks[1].norm_1.weight.data[3] += 1e-6
     assert fingerprint(gpt.state_dict()) != fingerprint_of(tmp_path / "a")
+
+
+def test_an_interrupted_conversion_does_not_look_complete(tmp_path):
+    class DiskFull(dict):
+        def items(self):
+            raise OSError("no space left")
+
+    gpt = model.GPT(model.Config(**LLAMA))
+    with pytest.raises(OSError):
+        save_checkpoint(tmp_path, gpt.config, gpt.state_dict(), DiskFull())
+    assert not (tmp_path / "lit_config.json").exists()
 
 
 def test_unknown_architectures_are_refused_with_the_field(tmp_path):
@@ -160,7 +171,7 @@ def test_loading_holds_no_second_copy_in_memory(tmp_path):
     config = model.Config(vocab_size=64, block_size=64, n_layer=4, n_head=8, n_embd=1024, n_hidden=6400)
     gpt = model.GPT(config).bfloat16()
     size = sum(p.numel() * 2 for p in gpt.parameters())
-    save_checkpoint(tmp_path, config, gpt.state_dict())
+    save_checkpoint(tmp_path, config, gpt.state_dict(), {})
     code = f"""
 import re, torch
 from lit_model import load

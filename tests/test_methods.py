@@ -35,7 +35,7 @@ def method(request):
 def checkpoint(family, tmp_path):
     """A folder with a random network of this family."""
     base = randomize(model.GPT(model.Config(**family)), std=0.05)
-    save_checkpoint(tmp_path / "base", base.config, base.state_dict())
+    save_checkpoint(tmp_path / "base", base.config, base.state_dict(), {})
     return tmp_path / "base"
 
 
@@ -76,7 +76,9 @@ def test_counts_what_the_paper_counts(name):
     module, _ = METHODS[name]
     with torch.device("meta"):
         gpt = module.GPT(module.Config.from_name("llama-7b"))
-    assert sum(p.numel() for n, p in gpt.named_parameters() if module.trainable(n)) == LLAMA_7B[name]
+    n = sum(p.numel() for n, p in gpt.named_parameters() if module.trainable(n))
+    print(f"\n{name}: {n:,} of llama-7b are trained")
+    assert n == LLAMA_7B[name]
 
 
 def test_moves_every_trainable_and_nothing_else(checkpoint, method):

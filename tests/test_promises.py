@@ -3,34 +3,44 @@
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
+import peft
 import torch
 from conftest import LLAMA
+from torch import nn
 
 from lit_model import lora, model
 
 ROOT = Path(__file__).parents[1]
 
 
-def test_building_one_lora_layer_enters_few_functions_and_files():
-    """The most used library enters 82 functions in 18 files of its own for that."""
-    gpt = model.GPT(model.Config(**{**LLAMA, "n_layer": 1}))
-    entered = []
+def entered(build: Callable[[], object], folder: Path) -> set[tuple[str, str]]:
+    """(file, function) of all functions in `folder` that build() enters, without lambdas and comprehensions."""
+    found = set()
 
     def enter(frame, event, _):
-        if event == "call" and frame.f_code.co_filename.startswith(str(ROOT / "lit_model")):
-            entered.append((Path(frame.f_code.co_filename).name, frame.f_code.co_qualname))
+        code = frame.f_code
+        if event == "call" and code.co_filename.startswith(str(folder)) and not code.co_qualname.endswith(">"):
+            found.add((code.co_filename, code.co_qualname))
 
     sys.setprofile(enter)
     try:
-        lora.install(gpt, lora.LoRA(targets="q_proj"))
+        build()
     finally:
         sys.setprofile(None)
-    own = sorted({e for e in entered if not e[1].endswith(">")})  # without comprehensions
-    print("\n" + "\n".join(f"{file}: {function}" for file, function in own))
-    assert "lora" in gpt.blocks[0].attn.q_proj.deltas
-    assert len(own) <= 10 and len({file for file, _ in own}) <= 2
+    return found
+
+
+def test_building_one_lora_layer_enters_few_functions_and_files():
+    gpt = model.GPT(model.Config(**{**LLAMA, "n_layer": 1}))
+    ours = entered(lambda: lora.install(gpt, lora.LoRA(targets="q_proj")), ROOT / "lit_model")
+    layer, options = nn.ModuleDict({"q_proj": nn.Linear(8, 8)}), peft.LoraConfig(r=8, target_modules=["q_proj"])
+    theirs = entered(lambda: peft.inject_adapter_in_model(options, layer), Path(peft.__file__).parent)
+    for name, functions in (("ours", ours), (f"peft {peft.__version__}", theirs)):
+        print(f"\n{name}: {len(functions)} functions in {len({file for file, _ in functions})} files", end="")
+    assert "lora" in gpt.blocks[0].attn.q_proj.deltas and len(ours) <= 10 and len({file for file, _ in ours}) <= 2
 
 
 def test_the_library_imports_no_script():
