@@ -36,7 +36,7 @@ def main(options: Options) -> None:
     run = loop.start(options)
     with torch.device("meta"):
         gpt = adapter.GPT(adapter.Config.load(options.checkpoint_dir, adapter=options.adapter))
-    load_base(gpt, options.checkpoint_dir, run.dtype, run.device)
+    load_base(gpt, options.checkpoint_dir, run.dtype, run.device, options.quantize)
     freeze(gpt, adapter.trainable)
     loop.fit(run, gpt, "adapter", options.adapter)
 

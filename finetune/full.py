@@ -27,6 +27,10 @@ class Options(loop.Options):
 
 
 def main(options: Options) -> None:
+    if options.quantize != "none":
+        raise ValueError(
+            "full finetuning trains the weights that --quantize would freeze; use finetune/lora.py with it"
+        )
     run = loop.start(options)
     with torch.device("meta"):
         gpt = full.GPT(full.Config.load(options.checkpoint_dir))

@@ -10,7 +10,9 @@ import re
 import resource
 import sys
 import time
+from collections import deque
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
@@ -21,17 +23,18 @@ import torch
 import yaml
 from lightning_fabric import Fabric
 from matplotlib.figure import Figure
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from lit_model import hub
-from lit_model.checkpoint import fingerprint_of, save_method
+from lit_model.checkpoint import fingerprint_of, is_base, save_method
 from lit_model.data import PromptOptions, read_rows, render, split_rows, tokenize
 from lit_model.data import check as check_prompt
 from lit_model.generate import generate
 from lit_model.model import GPT, Config, Linear
-from lit_model.packing import Example, pack
+from lit_model.packing import Example, Packed, pack
+from lit_model.quantize import Kind
 from lit_model.tokenizer import Tokenizer
 
 
@@ -85,6 +88,8 @@ class Options:
     train: Train = field(default_factory=Train)
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
     """of the base weights and all activations; auto: bfloat16 on GPUs and CPUs that multiply it fast, else float32"""
+    quantize: Kind = "none"
+    """keep the frozen base weights in fewer bits: nf4 (QLoRA) or int8 for little memory, fp8 for speed on an H100"""
     devices: Literal["auto", "cpu"] = "auto"
     """auto: the GPU if there is one"""
     compile: Literal["auto", "on", "off"] = "auto"
@@ -193,69 +198,76 @@ def fit(run: Run, gpt: GPT, method: str, method_options: Any = None, share: bool
         room = f"the model's context of {gpt.config.block_size}"
         raise ValueError(f"the longest example has {longest} tokens, too many for {room}: lower prompt.max_length")
 
-    big = sum(p.numel() for p in gpt.parameters()) > 1e9
-    if options.compile == "on" or (options.compile == "auto" and run.device.type == "cuda" and big):
-        for block in gpt.blocks:
-            block.compile(dynamic=True)
+    n_base = n_parameters(gpt.config)
+    if options.compile == "on" or (options.compile == "auto" and run.device.type == "cuda" and n_base > 1e9):
+        gpt.compile()
     header = (method, method_options, fingerprint_of(options.checkpoint_dir))
     # `network` is gpt as Fabric wraps it: the one to call where gradients are wanted
     network, optimizer = run.fabric.setup(gpt, make_optimizer(gpt, train))
     trained = [p for group in optimizer.param_groups for p in group["params"]]
-    n_trained, n_total = (sum(p.numel() for p in params) for params in (trained, gpt.parameters()))
+    n_trained = sum(p.numel() for p in trained)
+    n_total = n_base + sum(p.numel() for name, p in gpt.named_parameters() if p.requires_grad and not is_base(name))
     print(f"{method}: {n_trained:,} of {n_total:,} parameters ({100 * n_trained / n_total:.2f} %) are trained")
     print(f"{len(run.train_examples)} examples, {n_steps} steps of {train.batch_size}, {run.device.type}, {run.dtype}")
 
-    saved, stale, n_tokens, n_targets, seconds = False, 0, 0, 0, 0.0  # seconds: of training, without evaluations
+    saved, stale, underway, meter = False, 0, deque(), Meter(run.device)
+    stream = ahead(with_rows(batches(run.train_examples, train), gpt, run, share))
     with closing(Log(options)) as log, tqdm(total=n_steps, desc=method, unit="step", dynamic_ncols=True) as bar:
         first = best = evaluate(network, gpt, run)
         log.write(step=0, val_loss=first)
         bar.write(f"before: validation loss {first:.4f}")
         sample(gpt, run)
-        for step, batch in zip(range(1, n_steps + 1), batches(run.train_examples, train)):
-            began = time.perf_counter()
-            lr = learning_rate(step, n_steps, warmup, train)
+        meter.start()
+        for number, (batch, rows) in zip(range(1, n_steps + 1), stream):
+            step = Step(number, learning_rate(number, n_steps, warmup, train), batch)
             for group in optimizer.param_groups:
-                group["lr"] = lr
-            batch_targets = sum(e.n_targets for e in batch)
+                group["lr"] = step.lr
+            meter.mark()
             loss = torch.zeros((), device=run.device)
-            for idx, packed in pack(batch, train.row_tokens, gpt.n_virtual_tokens, gpt.n_virtual_keys, share):
-                row_loss = network(idx.to(run.device), packed.to(run.device)) / batch_targets
+            for idx, packed in rows:
+                idx, packed = idx.to(run.device, non_blocking=True), packed.to(run.device)
+                row_loss = network(idx, packed) / step.n_targets
                 run.fabric.backward(row_loss)
                 loss += row_loss.detach()
             norm = torch.nn.utils.clip_grad_norm_(trained, train.grad_clip or math.inf)
-            loss, norm = loss.item(), norm.item()
-            if not math.isfinite(loss + norm):
-                kept = f"{options.out_dir} keeps the best before it" if saved else "nothing was saved yet"
-                raise ValueError(f"loss {loss}, gradient norm {norm} at step {step}: try a lower train.lr; {kept}")
             optimizer.step()
             optimizer.zero_grad()
-            seconds += time.perf_counter() - began
-            n_tokens += sum(len(e.ids) for e in batch)
-            n_targets += batch_targets
-            speed = n_tokens / seconds
-            epoch = step / steps_per_epoch
-            log.write(
-                step=step, epoch=epoch, loss=loss, lr=lr, grad_norm=norm, tokens=n_tokens, tokens_per_second=speed
-            )
-            bar.set_postfix(loss=f"{loss:.3f}", lr=f"{lr:.1e}", tok_s=f"{speed:.0f}", refresh=False)
-            bar.update()
+            meter.mark()
+            underway.append(step.send(loss, norm))
 
-            done = step == n_steps or (train.max_time is not None and seconds >= 60 * train.max_time)
-            if done or step % interval == 0:
+            last = number == n_steps or (train.max_time is not None and meter.seconds() >= 60 * train.max_time)
+            pause = last or number % interval == 0
+            while len(underway) > (0 if pause else meter.lag):
+                done = underway.popleft()
+                loss, norm = done.receive()
+                if not math.isfinite(loss + norm):
+                    kept = f"{options.out_dir} keeps the best before it" if saved else "nothing was saved yet"
+                    what = f"loss {loss}, gradient norm {norm} at step {done.number}"
+                    raise ValueError(f"{what}: try a lower train.lr; {kept}")
+                meter.count(done)
+                epoch, speed = done.number / steps_per_epoch, meter.n_tokens / meter.seconds()
+                values = dict(epoch=epoch, loss=loss, lr=done.lr, grad_norm=norm, tokens=meter.n_tokens)
+                log.write(step=done.number, **values, tokens_per_second=speed)
+                bar.set_postfix(loss=f"{loss:.3f}", lr=f"{done.lr:.1e}", tok_s=f"{speed:.0f}", refresh=False)
+                bar.update()
+
+            if pause:
+                meter.pause()
                 val_loss = evaluate(network, gpt, run)
-                log.write(step=step, val_loss=val_loss)
-                bar.write(f"step {step}: validation loss {val_loss:.4f}")
+                log.write(step=number, val_loss=val_loss)
+                bar.write(f"step {number}: validation loss {val_loss:.4f}")
                 sample(gpt, run)
                 save_method(options.out_dir / "last.safetensors", gpt, *header)
                 stale += 1
                 if not saved or val_loss < best or not run.val_examples:
                     saved, best, stale = True, val_loss, 0
                     save_method(options.out_dir / "lit_method.safetensors", gpt, *header)
-                if done or (train.patience and stale >= train.patience):
+                if last or (train.patience and stale >= train.patience):
                     break
+                meter.start()
     if run.val_examples:
         print(f"validation loss: {first:.4f} before, {best:.4f} after (best)")
-    print(closing_line(gpt, run, n_tokens, n_targets, seconds))
+    print(closing_line(gpt, run, meter))
     where = "" if options.checkpoint_dir == hub.DEMO_CHECKPOINT else f" --checkpoint_dir {options.checkpoint_dir}"
     print(f"saved {options.out_dir}/: lit_method.safetensors, last.safetensors, hparams.yaml, metrics.csv, loss.png")
     print(f'try:  python generate/base.py{where} --method_dir {options.out_dir} --prompt "{train.sample}"')
@@ -278,6 +290,64 @@ def make_optimizer(gpt: GPT, train: Train) -> torch.optim.Optimizer:
     return torch.optim.AdamW([g for g in groups if g["params"]], lr=train.lr, betas=(0.9, 0.95), fused=True)
 
 
+@dataclass
+class Step:
+    """One optimizer step. Its loss and gradient norm come back from the GPU without holding it up."""
+
+    number: int
+    lr: float
+    batch: list[Example]
+
+    @property
+    def n_targets(self) -> int:
+        return sum(e.n_targets for e in self.batch)
+
+    def send(self, loss: Tensor, norm: Tensor) -> "Step":
+        self.values = torch.stack((loss, norm)).to("cpu", non_blocking=True)
+        self.arrived = torch.cuda.Event() if loss.is_cuda else None
+        if self.arrived:
+            self.arrived.record()
+        return self
+
+    def receive(self) -> list[float]:
+        if self.arrived:
+            self.arrived.synchronize()
+        return self.values.tolist()
+
+
+class Meter:
+    """Counts tokens, seconds of training without the evaluations, and how long the GPU waited between two steps."""
+
+    def __init__(self, device: torch.device):
+        self.n_tokens, self.n_targets, self.before, self.idle_ms = 0, 0, 0.0, 0.0
+        self.began: float | None = None
+        self.lag = 1 if device.type == "cuda" else 0  # a GPU works on the next step while we read what came of one
+
+    def start(self) -> None:
+        self.began = time.perf_counter()
+        self.marks = deque()  # events at the beginning and the end of each step
+
+    def pause(self) -> None:
+        self.before, self.began = self.seconds(), None
+
+    def seconds(self) -> float:
+        return self.before + (time.perf_counter() - self.began if self.began else 0.0)
+
+    def mark(self) -> None:
+        """Call at the beginning and at the end of the GPU's work on a step."""
+        if self.lag:
+            self.marks.append(torch.cuda.Event(enable_timing=True))
+            self.marks[-1].record()
+
+    def count(self, step: Step) -> None:
+        """Call when the GPU is done with the step."""
+        self.n_tokens += sum(len(e.ids) for e in step.batch)
+        self.n_targets += step.n_targets
+        if len(self.marks) > 4:  # of the step before, of this one and of the next
+            _, ended = self.marks.popleft(), self.marks.popleft()
+            self.idle_ms += ended.elapsed_time(self.marks[0])
+
+
 def batches(examples: Sequence[Example], train: Train) -> Iterator[list[Example]]:
     """Batches of `batch_size` examples for ever: each epoch a new order, each example once in it."""
     rng = np.random.default_rng(train.seed)
@@ -285,6 +355,26 @@ def batches(examples: Sequence[Example], train: Train) -> Iterator[list[Example]
         order = rng.permutation(len(examples))
         for start in range(0, len(order), train.batch_size):
             yield [examples[i] for i in order[start : start + train.batch_size]]
+
+
+def with_rows(
+    batches: Iterator[list[Example]], gpt: GPT, run: Run, share: bool
+) -> Iterator[tuple[list[Example], list[tuple[Tensor, Packed]]]]:
+    """Each batch and the rows that it is packed into."""
+    for batch in batches:
+        rows = pack(batch, run.options.train.row_tokens, gpt.n_virtual_tokens, gpt.n_virtual_keys, share)
+        if run.device.type == "cuda":  # a copy from other memory would hold up the host
+            rows = [(idx.pin_memory(), packed.pin_memory()) for idx, packed in rows]
+        yield batch, rows
+
+
+def ahead(items: Iterator, n: int = 2) -> Iterator:
+    """The same items, made n ahead in a thread."""
+    with ThreadPoolExecutor(1) as thread:
+        waiting = deque(thread.submit(next, items) for _ in range(n))
+        while True:
+            waiting.append(thread.submit(next, items))
+            yield waiting.popleft().result()
 
 
 def learning_rate(step: int, n_steps: int, warmup: int, train: Train) -> float:
@@ -325,12 +415,21 @@ def sample(gpt: GPT, run: Run) -> None:
 PEAK_TFLOPS = {"H100 PCIe": 756, "H100": 989, "H200": 989, "A100": 312, "L40S": 362, "L4": 121, "RTX 4090": 165}
 
 
-def closing_line(gpt: GPT, run: Run, n_tokens: int, n_targets: int, seconds: float) -> str:
-    """Tokens per second, share of the GPU's peak where it is known, and the most memory used.
+def n_parameters(config: Config) -> int:
+    """Of the base network, however its weights are kept."""
+    with torch.device("meta"):
+        return sum(
+            p.numel() for p in GPT(Config(**{f.name: getattr(config, f.name) for f in fields(Config)})).parameters()
+        )
+
+
+def closing_line(gpt: GPT, run: Run, meter: Meter) -> str:
+    """Tokens per second, share of the GPU's peak where it is known, idle share of the GPU, and the most memory used.
 
     The share counts what training must do: matrix products forward and backward, the output layer at the targets only,
     weight gradients of trained weights only; no attention scores.
     """
+    n_tokens, seconds = meter.n_tokens, meter.seconds()
     line = f"trained {n_tokens:,} tokens in {seconds:.0f} s: {n_tokens / seconds:.0f} tokens/s"
     if run.device.type != "cuda":
         unit = 2**30 if sys.platform == "darwin" else 2**20  # macOS counts bytes, Linux KiB
@@ -340,9 +439,11 @@ def closing_line(gpt: GPT, run: Run, n_tokens: int, n_targets: int, seconds: flo
     if peak:
         flops = 0
         for module in (m for m in gpt.modules() if isinstance(m, Linear)):
-            products = 3 if module.weight.requires_grad else 2
-            flops += 2 * products * module.weight.numel() * (n_targets if module is gpt.lm_head else n_tokens)
+            products = 3 if module.weight is not None and module.weight.requires_grad else 2
+            tokens = meter.n_targets if module is gpt.lm_head else n_tokens
+            flops += 2 * products * module.in_features * module.out_features * tokens
         line += f", MFU {100 * flops / seconds / peak / 1e12:.1f} % of {peak} TFLOP/s"
+    line += f", GPU idle {meter.idle_ms / seconds / 10:.1f} %"
     return f"{line}, peak memory {torch.cuda.max_memory_allocated(run.device) / 2**30:.1f} GiB on {name}"
 
 

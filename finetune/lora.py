@@ -35,7 +35,7 @@ def main(options: Options) -> None:
     run = loop.start(options)
     with torch.device("meta"):
         gpt = lora.GPT(lora.Config.load(options.checkpoint_dir, lora=options.lora))
-    load_base(gpt, options.checkpoint_dir, run.dtype, run.device)
+    load_base(gpt, options.checkpoint_dir, run.dtype, run.device, options.quantize)
     freeze(gpt, lora.trainable)
     loop.fit(run, gpt, "lora", options.lora, share=not options.lora.dropout)
 

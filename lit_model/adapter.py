@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from lit_model import model
-from lit_model.packing import plain_attention
+from lit_model.packing import attend_prompt
 
 
 @dataclass
@@ -55,7 +55,7 @@ class AdapterDelta(nn.Module):
         prompt = self.prompt.to(q.dtype)
         k, v = attn.heads(attn.k_proj(prompt)), attn.heads(attn.v_proj(prompt))  # (K, nkv, hs)
         gate = self.gate if self.linear_gate else self.gate.tanh()
-        return y + gate.to(q.dtype)[:, None] * plain_attention(q, k, v)
+        return attend_prompt(q, k, v, gate, y)
 
 
 def install(gpt: model.GPT, options: Adapter) -> None:

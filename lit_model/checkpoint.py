@@ -13,7 +13,8 @@ the keys that are missing afterwards are exactly the method's own.
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,8 @@ from torch import Tensor, nn
 
 from lit_model import adapter, full, lora, model
 from lit_model.files import read_json, write_tensors, write_text
+from lit_model.quantize import Kind
+from lit_model.quantize import quantize as quantize_block
 
 # a method's file, and the dataclass of its options
 METHODS = {"adapter": (adapter, adapter.Adapter), "lora": (lora, lora.LoRA), "full": (full, None)}
@@ -34,12 +37,14 @@ def load(
     method_dir: Path | str | None = None,
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
+    quantize: Kind = "none",
 ) -> model.GPT:
     """The network in `checkpoint_dir`, with what `method_dir` has trained on it, ready to generate.
 
     Args:
         method_dir: the out_dir of a finetuning run, or one .safetensors file in it.
         dtype: of the base weights and of all activations.
+        quantize: how to keep the base weights, see quantize.py.
     Raises:
         FileNotFoundError: a file is not there. ValueError: it is broken, or the method was trained on another base.
     """
@@ -52,26 +57,40 @@ def load(
         method, options = METHODS[header["method"]]
         with torch.device("meta"):
             method.install(gpt, options(**json.loads(header["options"])) if options else None)
-    load_base(gpt, checkpoint_dir, dtype, device)
+    load_base(gpt, checkpoint_dir, dtype, device, quantize)
     if method_dir is not None:
         tensors = read_tensors(method_file(method_dir), device)
-        tensors = {name: t.to(dtype) if _is_base(name) else t for name, t in tensors.items()}
-        missing = _assign(gpt, tensors, method_file(method_dir))
-        if missing := [name for name in missing if method.trainable(name)]:
+        tensors = {name: t.to(dtype) if is_base(name) else t for name, t in tensors.items()}
+        wanted = _shapes(gpt.state_dict())
+        _assign(gpt, tensors, method_file(method_dir), wanted)
+        if missing := [name for name in _missing(gpt, wanted, tensors) if method.trainable(name)]:
             raise ValueError(f"{method_file(method_dir)} lacks {len(missing)} tensors, such as {missing[0]}")
         gpt.tie()
     return gpt.requires_grad_(False).eval()
 
 
 def load_base(
-    gpt: model.GPT, checkpoint_dir: Path | str, dtype: torch.dtype, device: torch.device | str = "cpu"
+    gpt: model.GPT,
+    checkpoint_dir: Path | str,
+    dtype: torch.dtype,
+    device: torch.device | str = "cpu",
+    quantize: Kind = "none",
 ) -> None:
     """Puts the base weights into a network built on the meta device, without a second copy in memory: a CPU tensor of
-    the stored dtype is the memory-mapped file itself. What a method has added is initialised as its file says."""
+    the stored dtype is the memory-mapped file itself. What a method has added is initialised as its file says.
+
+    A block is quantized as soon as it is loaded, so that never more than one is there in full.
+    """
     path = Path(checkpoint_dir) / "lit_model.safetensors"
-    tensors = {name: t.to(dtype) for name, t in read_tensors(path, device).items()}
-    missing = _assign(gpt, tensors, path)
-    if missing := [name for name in missing if _is_base(name)]:
+    wanted = _shapes(gpt.state_dict())
+    with _open(path, device) as file:
+        names = set(file.keys())
+        for block in (None, *range(gpt.config.n_layer)):  # None: what is in no block
+            part = sorted(name for name in names if _block(name) == block)
+            _assign(gpt, {name: file.get_tensor(name).to(dtype) for name in part}, path, wanted)
+            if block is not None and quantize != "none":
+                quantize_block(gpt.blocks[block], quantize)
+    if missing := [name for name in _missing(gpt, wanted, names) if is_base(name)]:
         raise ValueError(f"{path} lacks {len(missing)} tensors, such as {missing[0]}; convert the checkpoint again")
     gpt.tie()
     gpt.dtype = dtype
@@ -180,17 +199,27 @@ def _open(path: Path, device: torch.device | str = "cpu") -> Any:
         raise ValueError(f"{path} is broken or only partly written ({e}); fetch or make it again") from None
 
 
-def _assign(gpt: model.GPT, tensors: Mapping[str, Tensor], path: Path) -> list[str]:
-    """Puts tensors in place of the network's own, as they are. Returns the names that `path` does not have."""
-    shapes = _shapes(gpt.state_dict())
+def _assign(gpt: model.GPT, tensors: Mapping[str, Tensor], path: Path, wanted: Mapping[str, torch.Size]) -> None:
+    """Puts tensors in place of the network's own, as they are, if they have the `wanted` shapes."""
     for name, t in tensors.items():
-        if name not in shapes:
+        if name not in wanted:
             raise ValueError(f"{path} has a tensor {name} that the model has no place for")
-        if t.shape != shapes[name]:
-            raise ValueError(f"{path}: {name} is {tuple(t.shape)}; the model wants {tuple(shapes[name])}")
-    missing = gpt.load_state_dict(tensors, strict=False, assign=True).missing_keys
-    return [name for name in missing if not (gpt.config.tie and name == "lm_head.weight")]  # a tied head is not stored
+        if t.shape != wanted[name]:
+            raise ValueError(f"{path}: {name} is {tuple(t.shape)}; the model wants {tuple(wanted[name])}")
+    gpt.load_state_dict(tensors, strict=False, assign=True)
 
 
-def _is_base(name: str) -> bool:
+def _missing(gpt: model.GPT, wanted: Iterable[str], given: Collection[str]) -> list[str]:
+    tied = {"lm_head.weight"} if gpt.config.tie else set()  # a tied head is not stored
+    return [name for name in wanted if name not in given and name not in tied]
+
+
+def _block(name: str) -> int | None:
+    """Index of the block that a tensor belongs to."""
+    found = re.match(r"blocks\.(\d+)\.", name)
+    return int(found[1]) if found else None
+
+
+def is_base(name: str) -> bool:
+    """Whether a tensor is the network's own, and not a method's."""
     return ".deltas." not in name and not name.startswith("virtual_")

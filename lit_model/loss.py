@@ -5,6 +5,7 @@ The gradient of a chunk is made in the forward pass, while its logits are there,
 twice and nothing of size (M, vocab_size) waits for the backward pass.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,7 +14,16 @@ from torch import Tensor, nn
 CHUNK_GPU, CHUNK_CPU = 2**26, 2**23  # logits at a time: enough to fill a GPU; few enough for a CPU's cache
 
 
-def linear_cross_entropy(head: nn.Linear, x: Tensor, targets: Tensor) -> Tensor:
+def chunk_loss(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Sum of -log softmax(logits)[target], at least in float32, and its gradient, in the dtype of the logits (m, V)."""
+    log_p = logits.log_softmax(-1, dtype=torch.promote_types(logits.dtype, torch.float32))
+    of_target = targets[:, None]
+    loss = -log_p.gather(1, of_target).sum()
+    grad = log_p.exp_().scatter_add_(1, of_target, log_p.new_full(of_target.shape, -1.0))  # p - onehot
+    return loss, grad.to(logits.dtype)
+
+
+def linear_cross_entropy(head: nn.Linear, x: Tensor, targets: Tensor, chunk_loss: Callable = chunk_loss) -> Tensor:
     """The sum over the M rows of x of -log softmax(head(x))[target], as a float32 scalar (float64 for float64 input).
 
     Args:
@@ -21,17 +31,20 @@ def linear_cross_entropy(head: nn.Linear, x: Tensor, targets: Tensor) -> Tensor:
             tensors that it uses, those among head.parameters() get a gradient.
         x: (M, C) hidden states at the target positions.
         targets: (M,) int64.
+        chunk_loss: the function of this name above, or what torch.compile has made of it.
     """
     if not torch.is_grad_enabled():  # inside a Function, needs_input_grad does not know that
         x, weights = x.detach(), []
     else:
         weights = [p for p in head.parameters() if p.requires_grad]
-    return _HeadLoss.apply(head, x, targets, *weights)
+    return _HeadLoss.apply(head, x, targets, chunk_loss, *weights)
 
 
 class _HeadLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, head: nn.Linear, x: Tensor, targets: Tensor, *weights: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, head: nn.Linear, x: Tensor, targets: Tensor, chunk_loss: Callable, *weights: Tensor
+    ) -> Tensor:
         wants_grad = any(ctx.needs_input_grad)
         wide = torch.promote_types(x.dtype, torch.float32)
         size = max(1, (CHUNK_GPU if x.is_cuda else CHUNK_CPU) // head.out_features)
@@ -42,12 +55,10 @@ class _HeadLoss(torch.autograd.Function):
             chunk = x[rows].detach().requires_grad_(wants_grad)
             with torch.set_grad_enabled(wants_grad):
                 logits = head(chunk)  # (m, V)
-            log_p = logits.detach().log_softmax(-1, dtype=wide)
-            of_target = targets[rows, None]
-            total -= log_p.gather(1, of_target).sum()
+            loss, grad = chunk_loss(logits.detach(), targets[rows])
+            total += loss
             if wants_grad:
-                grad = log_p.exp_().scatter_add_(1, of_target, log_p.new_full(of_target.shape, -1.0))  # p - onehot
-                grad_x, *grad_weights = torch.autograd.grad(logits, (chunk, *weights), grad.to(logits.dtype))
+                grad_x, *grad_weights = torch.autograd.grad(logits, (chunk, *weights), grad)
                 grads[0][rows] = grad_x
                 for sum_, part in zip(grads[1:], grad_weights, strict=True):
                     sum_ += part
@@ -57,4 +68,4 @@ class _HeadLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple:
         grad_x, *grad_weights = ((g.to(grad.dtype) * grad).to(g.dtype) for g in ctx.saved_tensors)
-        return None, grad_x, None, *grad_weights
+        return None, grad_x, None, None, *grad_weights

@@ -16,7 +16,7 @@ RoPE (https://arxiv.org/abs/2104.09864), SwiGLU (https://arxiv.org/abs/2002.0520
 """
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -25,8 +25,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lit_model.files import read_json
-from lit_model.loss import linear_cross_entropy
-from lit_model.packing import KVCache, Packed, attend, equal_examples
+from lit_model.loss import chunk_loss, linear_cross_entropy
+from lit_model.packing import KVCache, Packed, attend, equal_examples, take_rows
 
 
 @dataclass
@@ -177,18 +177,19 @@ def norm(config: Config) -> nn.Module:
 
 
 def rope_angles(pos: Tensor, config: Config, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """cos and sin of the rotary angles, each (T, 1, hs / 2). Recomputed in every forward: a buffer would need care on
-    the meta device and under changes of dtype, and the cost is negligible next to a block."""
+    """cos (T, 1, 1, hs / 2) and sin (T, 1, 2, hs / 2) of the rotary angles, for `rotate`. Made again in every forward:
+    a buffer would need care on the meta device and under changes of dtype, and the cost is negligible."""
     hs, wide = config.head_size, torch.promote_types(dtype, torch.float32)
     inverse = config.rope_base ** (-torch.arange(0, hs, 2, device=pos.device).to(wide) / hs)
-    angles = (pos[:, None] * inverse)[:, None]
-    return angles.cos().to(dtype), angles.sin().to(dtype)
+    angles = (pos[:, None] * inverse)[:, None, None]
+    return angles.cos().to(dtype), torch.cat((-angles.sin(), angles.sin()), dim=2).to(dtype)
 
 
 def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
     """RoPE in the half-split order: rotates the pair (x[i], x[i + hs/2]) of every head by its angle. x: (T, n, hs)."""
-    (cos, sin), (a, b) = rope, x.chunk(2, dim=-1)
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
+    cos, sin = rope
+    halves = x.unflatten(-1, (2, -1))  # (T, n, 2, hs / 2)
+    return (halves * cos + halves.flip(-2) * sin).flatten(-2)
 
 
 @dataclass
@@ -200,6 +201,7 @@ class Row:
     rope: tuple[Tensor, Tensor] | None
     cache: KVCache | None
     virtual_keys: nn.ModuleDict
+    only: Tensor | None = None  # (M,) the tokens that go on from here, in the last layer; None: all
 
 
 class CausalSelfAttention(nn.Module):
@@ -225,6 +227,8 @@ class CausalSelfAttention(nn.Module):
         for virtual in row.virtual_keys.values():
             pk, pv = virtual(row.layer)
             k, v = torch.cat((pk.to(k.dtype), k)), torch.cat((pv.to(v.dtype), v))
+        if row.only is not None:
+            q = take_rows(q, row.only)
         y = attend(q, k, v, row.packed)  # (T, nh, hs)
         for delta in self.deltas.values():
             y = delta(self, q, y)
@@ -256,7 +260,8 @@ class Block(nn.Module):
         self.mlp = MLP(config)
 
     def forward(self, x: Tensor, row: Row) -> Tensor:
-        x = x + self.attn(self.norm_1(x), row)
+        y = self.attn(self.norm_1(x), row)
+        x = y + (x if row.only is None else take_rows(x, row.only))
         return x + self.mlp(self.norm_2(x))
 
 
@@ -274,7 +279,14 @@ class GPT(nn.Module):
         self.lm_head = Linear(config.n_embd, config.vocab_size)
         self.virtual_tokens = nn.ModuleDict()
         self.virtual_keys = nn.ModuleDict()
+        self.chunk_loss = chunk_loss
         self.tie()
+
+    def compile(self) -> None:
+        """Compiles each block, which are all the same to the compiler, and the loss. Rows may have any length."""
+        for block in self.blocks:
+            block.compile(dynamic=True)
+        self.chunk_loss = torch.compile(chunk_loss, dynamic=True)
 
     def tie(self) -> None:
         if self.config.tie:
@@ -317,8 +329,13 @@ class GPT(nn.Module):
             x = x + self.wpe(packed.pos).to(x.dtype)
         rope = None if self.wpe is not None else rope_angles(packed.pos, self.config, x.dtype)
         for layer, block in enumerate(self.blocks):
-            x = block(x, Row(packed, layer, rope, cache, self.virtual_keys))
-        x = self.norm_f(x if packed.wanted is None else x[packed.wanted])  # (M, C)
+            row = Row(packed, layer, rope, cache, self.virtual_keys)
+            if packed.last is not None and layer == len(self.blocks) - 1:
+                row = replace(row, packed=packed.last, only=packed.wanted)
+            x = block(x, row)
+        if packed.last is None and packed.wanted is not None:
+            x = x[packed.wanted]
+        x = self.norm_f(x)  # (M, C)
         if packed.targets is None:
             return self.lm_head(x)
-        return linear_cross_entropy(self.lm_head, x, packed.targets)
+        return linear_cross_entropy(self.lm_head, x, packed.targets, self.chunk_loss)

@@ -15,9 +15,14 @@ decoding step is a row of one-token segments whose other keys come from the cach
 """
 
 import inspect
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import accumulate
+from importlib.util import find_spec
+from itertools import accumulate, groupby
+from operator import itemgetter
+from types import ModuleType
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -31,11 +36,89 @@ except ImportError:  # a build of torch without it
 
 # from torch 2.13 on it takes fewer key than query heads, and needs enable_gqa=True for that
 _VARLEN_GQA = varlen_attn is not None and "enable_gqa" in inspect.signature(varlen_attn).parameters
+HAS_TRITON = find_spec("triton") is not None
+BLOCK = 64  # queries or keys that a GPU program of kernels.py takes at a time
+MOST_QUERY_BLOCKS = 16  # that one program goes through for a block of keys
 MIN_SHARED = 16  # a common beginning shorter than this is cheaper computed twice than kept as a segment of its own
 
 
+class Movable:
+    """A dataclass of tensors, and of others of its kind."""
+
+    def to(self, device: torch.device) -> Self:
+        return self._map(lambda t: t.to(device, non_blocking=True))
+
+    def pin_memory(self) -> Self:
+        return self._map(Tensor.pin_memory)
+
+    def _map(self, f: Callable[[Tensor], Tensor]) -> Self:
+        changed = {}
+        for name, value in vars(self).items():
+            if isinstance(value, Tensor):
+                changed[name] = f(value)
+            elif isinstance(value, Movable):
+                changed[name] = value._map(f)
+        return replace(self, **changed)
+
+
 @dataclass
-class Packed:
+class Blocks(Movable):
+    """Who sees whom, cut into blocks for kernels.py: what to do for which block of queries, and of keys. All int32.
+
+    Segments stand in the order of a tree walk, so a token's descendants are one run: query i sees key j if
+    j <= i < until[j].
+    """
+
+    row: Tensor  # (T,) index of each query among the keys
+    until: Tensor  # (S,) first token that no longer sees this key
+    first: Tensor  # (blocks of queries + 1,) where each one's list begins in key_blocks
+    key_blocks: Tensor  # the blocks of keys that a block of queries sees
+    work: Tensor  # (pieces, 4): a block of keys; from, to: the blocks of queries that see it; its slot, or -1
+    query_blocks: Tensor  # the blocks of queries that see a block of keys
+    shared: Tensor  # (n, 3): a block of keys seen by so many queries that several programs share it; from, to: slots
+    n_slots: int
+
+
+def cut_into_blocks(row: np.ndarray, until: np.ndarray) -> Blocks:
+    """The lists of `Blocks` for queries at `row` (ascending) and keys that are seen `until` there."""
+    low = np.arange(0, len(until), BLOCK)  # of each block of keys: the first one, and where the last of them ends
+    high = np.maximum.reduceat(until, low)
+    starts = np.arange(0, len(row), BLOCK)
+    first_row, last_row = row[starts], row[np.minimum(starts + BLOCK, len(row)) - 1]
+    sees = (low[None] <= last_row[:, None]) & (high[None] > first_row[:, None])  # (query blocks, key blocks)
+    by_query, by_key = sees.sum(1), sees.sum(0)
+    query_blocks = np.nonzero(sees.T)[1]
+    work, shared, slots = [], [], 0
+    for block, (end, n) in enumerate(zip(by_key.cumsum(), by_key)):
+        cuts = [*range(end - n, end, MOST_QUERY_BLOCKS), end]
+        if len(cuts) <= 2:
+            work.append((block, end - n, end, -1))
+            continue
+        shared.append((block, slots, slots + len(cuts) - 1))
+        work += [(block, a, b, slots + i) for i, (a, b) in enumerate(zip(cuts, cuts[1:]))]
+        slots += len(cuts) - 1
+    work.sort(key=lambda piece: piece[1] - piece[2])  # long ones first: they would end last
+    nothing = len(low)  # a block behind the last; with it a list is never so short that torch.compile compiles anew
+    work += [(nothing, 0, 0, -1)] * 2
+    shared += [(nothing, 0, 0)] * 2
+    return Blocks(
+        row=_int32(row),
+        until=_int32(until),
+        first=_int32([0, *by_query.cumsum()]),
+        key_blocks=_int32(np.append(np.nonzero(sees)[1], nothing)),
+        work=_int32(work),
+        query_blocks=_int32(np.append(query_blocks, 0)),
+        shared=_int32(shared),
+        n_slots=slots + 2,
+    )
+
+
+def _int32(values: Any) -> Tensor:
+    return torch.from_numpy(np.asarray(values, dtype=np.int32))
+
+
+@dataclass
+class Packed(Movable):
     """Which token of a row sees which. N segments, T tokens, S gathered keys, M tokens whose output is wanted."""
 
     pos: Tensor  # (T,) position of each token in its own example
@@ -48,12 +131,10 @@ class Packed:
     wanted: Tensor | None = None  # (M,) tokens whose logits or loss are wanted; None: all
     targets: Tensor | None = None  # (M,) the token that each of them must predict
     slots: Tensor | None = None  # (T,) where the KV cache stores the keys of this row
+    last: "Packed | None" = None  # the row as the last layer needs it: with the queries of the wanted tokens only
+    blocks: Blocks | None = None  # the same in blocks; None with a KV cache
     n_virtual_keys: int = 0  # at the front of the source of keys
     has_virtual_tokens: bool = False  # the row begins with the network's virtual tokens, which `idx` does not contain
-
-    def to(self, device: torch.device) -> "Packed":
-        tensors = {name: value for name, value in vars(self).items() if torch.is_tensor(value)}
-        return replace(self, **{name: value.to(device, non_blocking=True) for name, value in tensors.items()})
 
 
 class Segment:
@@ -62,12 +143,15 @@ class Segment:
     def __init__(self, length: int, parent: "Segment | None" = None):
         self.length = length
         self.parent = parent
-        self.keys: Tensor  # indices into the source of keys: all that its last token sees
+        self.keys: np.ndarray  # indices into the source of keys: all that its last token sees
         self.end: int  # position after its last token
+        self.until: int  # index into the source of keys, after its last descendant
 
 
 def lay_out(segments: Sequence[Segment], n_virtual_keys: int = 0, cached: int | None = None) -> Packed:
     """Lays segments end to end. A parent stands before its children, in this row or (KV cache) in an earlier one.
+
+    Without a cache each stands before its parent's next child: a walk through the tree.
 
     Args:
         n_virtual_keys: every example sees so many virtual keys, and its positions start after them.
@@ -76,24 +160,40 @@ def lay_out(segments: Sequence[Segment], n_virtual_keys: int = 0, cached: int | 
     keys, pos, first = [], [], n_virtual_keys + (cached or 0)
     offset = first
     for s in segments:
-        seen, start = (s.parent.keys, s.parent.end) if s.parent else (torch.arange(n_virtual_keys), n_virtual_keys)
-        s.keys = torch.cat((seen, torch.arange(offset, offset + s.length)))
+        seen, start = (s.parent.keys, s.parent.end) if s.parent else (np.arange(n_virtual_keys), n_virtual_keys)
+        s.keys = np.concatenate((seen, np.arange(offset, offset + s.length)))
         s.end = start + s.length
         keys.append(s.keys)
-        pos.append(torch.arange(start, s.end))
+        pos.append(np.arange(start, s.end))
         offset += s.length
+        s.until = offset
+    blocks = None
+    if cached is None:
+        for s in reversed(segments):
+            if s.parent:
+                s.parent.until = max(s.parent.until, s.until)
+        until = np.repeat([offset, *(s.until for s in segments)], [n_virtual_keys, *(s.length for s in segments)])
+        blocks = cut_into_blocks(np.arange(first, offset), until)
     lengths = [(s.length, len(s.keys)) for s in segments]
     own_keys_only = cached is None and not n_virtual_keys and not any(s.parent for s in segments)
     return Packed(
-        pos=torch.cat(pos),
-        lengths=lengths,
-        cu_q=torch.tensor([0, *accumulate(q for q, _ in lengths)], dtype=torch.int32),
-        cu_k=torch.tensor([0, *accumulate(k for _, k in lengths)], dtype=torch.int32),
-        max_q=max(q for q, _ in lengths),
-        max_k=max(k for _, k in lengths),
-        kv_index=None if own_keys_only else torch.cat(keys),
+        pos=torch.from_numpy(np.concatenate(pos)),
+        **_sizes(lengths),
+        kv_index=None if own_keys_only else torch.from_numpy(np.concatenate(keys)),
         slots=None if cached is None else torch.arange(first, offset) - n_virtual_keys,
+        blocks=blocks,
         n_virtual_keys=n_virtual_keys,
+    )
+
+
+def _sizes(lengths: list[tuple[int, int]]) -> dict[str, Any]:
+    queries, keys = zip(*lengths, strict=True)
+    return dict(
+        lengths=lengths,
+        cu_q=_int32([0, *accumulate(queries)]),
+        cu_k=_int32([0, *accumulate(keys)]),
+        max_q=max(queries),
+        max_k=max(keys),
     )
 
 
@@ -132,7 +232,7 @@ def pack(
     n_virtual_keys: int = 0,
     share: bool = True,
 ) -> list[tuple[Tensor, Packed]]:
-    """Packs examples into rows of about `row_tokens` tokens (one that is longer gets a row of its own).
+    """Packs examples into the fewest rows of `row_tokens` tokens, all of about one size (a little over it, if need be).
 
     Args:
         share: compute a common beginning of examples once. Not with dropout, which would differ between its copies.
@@ -148,17 +248,12 @@ def pack(
 
 def _fill(examples: Sequence[Example], row_tokens: int, share: bool) -> Iterator[list[Example]]:
     """Cuts a list of examples into those of one row each."""
-    group, used = [], 0
-    for e in examples:
-        shared = _common(group[-1], e) if share and group else 0
-        cost = len(e.ids) - (shared if shared >= MIN_SHARED else 0)
-        if group and used + cost > row_tokens:
-            yield group
-            group, used, cost = [], 0, len(e.ids)
-        group.append(e)
-        used += cost
-    if group:
-        yield group
+    shared = [0, *(_common(a, b) if share else 0 for a, b in zip(examples, examples[1:]))]
+    costs = np.array([len(e.ids) - 1 - (n if n >= MIN_SHARED else 0) for e, n in zip(examples, shared)])
+    n_rows = math.ceil(costs.sum() / row_tokens)
+    row = (costs.cumsum() - costs / 2) * n_rows // costs.sum()  # rows of one size: a short one would be a slow one
+    for _, group in groupby(zip(row, examples), key=itemgetter(0)):
+        yield [e for _, e in group]
 
 
 def _common(a: Example, b: Example) -> int:
@@ -198,19 +293,54 @@ def _pack_row(
                 zero = offset - start  # where the example's first token would stand if it were all its own
                 wanted.append(zero + np.arange(e.first_target - 1, len(e.ids) - 1))
                 targets.append(e.ids[e.first_target :])
-                add(e.ids[start:], parent)
+                add(e.ids[start:-1], parent)  # no one sees the last token, and it predicts nothing
 
     grow(examples, 0, root)
+    packed = lay_out(segments, n_virtual_keys)
     packed = replace(
-        lay_out(segments, n_virtual_keys),
+        packed,
         wanted=torch.from_numpy(np.concatenate(wanted)),
         targets=torch.from_numpy(np.concatenate(targets)).long(),
         has_virtual_tokens=root is not None,
+        last=_only(packed, segments, wanted),
     )
     return torch.from_numpy(np.concatenate(ids)).long(), packed
 
 
+def _only(packed: Packed, segments: Sequence[Segment], wanted: Sequence[np.ndarray]) -> Packed:
+    """The row for queries at `wanted` alone: the last tokens of each segment that is no other's parent, in order."""
+    parents = {id(s.parent) for s in segments}
+    keys = [s.keys for s in segments if id(s) not in parents]
+    lengths = [(len(run), len(k)) for run, k in zip(wanted, keys, strict=True)]
+    rows = np.concatenate(wanted)
+    return replace(
+        packed,
+        pos=packed.pos[rows],
+        blocks=cut_into_blocks(rows + packed.n_virtual_keys, packed.blocks.until.numpy()),
+        kv_index=torch.from_numpy(np.concatenate(keys)),
+        **_sizes(lengths),
+    )
+
+
 # ------------------------------------------------------------------------------------------------------- attention
+
+
+class _TakeRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, index: Tensor) -> Tensor:
+        ctx.save_for_backward(index)
+        ctx.n = len(x)
+        return x.index_select(0, index)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple:
+        (index,) = ctx.saved_tensors
+        return grad.new_zeros(ctx.n, *grad.shape[1:]).index_copy(0, index, grad), None
+
+
+def take_rows(x: Tensor, index: Tensor) -> Tensor:
+    """x[index] for an index (M,) without repeats, so that the gradient is a copy and no sum."""
+    return _TakeRows.apply(x, index)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, packed: Packed) -> Tensor:
@@ -220,16 +350,42 @@ def attend(q: Tensor, k: Tensor, v: Tensor, packed: Packed) -> Tensor:
         q: (T, nh, hs).  k, v: (n, nkv, hs), the source of keys and of their values.
     Returns: (T, nh, hs).
     """
+    if packed.blocks is not None and _has_kernels(q):
+        return _kernels().packed_attention(q, k, v, packed.blocks)
     if packed.kv_index is not None:
         k, v = k.index_select(0, packed.kv_index), v.index_select(0, packed.kv_index)  # (S, nkv, hs)
-    half = q.dtype in (torch.bfloat16, torch.float16)
-    if q.is_cuda and half and varlen_attn is not None and torch.cuda.get_device_capability(q.device) >= (8, 0):
+    if varlen_attn is not None and _fast_16_bit(q):
         if not _VARLEN_GQA:
             k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], dim=1) for t in (k, v))
         options = {"enable_gqa": True} if _VARLEN_GQA else {}
         options["window_size"] = (-1, 0)  # causal, aligned at the last query and the last key
         return varlen_attn(q, k, v, packed.cu_q, packed.cu_k, packed.max_q, packed.max_k, **options)
     return _attend_each(q, k, v, packed.lengths)
+
+
+def attend_prompt(q: Tensor, k: Tensor, v: Tensor, gate: Tensor, y: Tensor) -> Tensor:
+    """y + gate * softmax attention of every query over all keys: q, y (T, nh, hs), k, v (K, nkv, hs), gate (nh,)."""
+    if _has_kernels(q):
+        return _kernels().prompt_attention(q, k, v, gate, y)
+    return y + gate.to(q.dtype)[:, None] * plain_attention(q, k, v)
+
+
+def _fast_16_bit(q: Tensor) -> bool:
+    """On a GPU that has kernels for this dtype."""
+    half = q.dtype in (torch.bfloat16, torch.float16)
+    return q.is_cuda and half and torch.cuda.get_device_capability(q.device) >= (8, 0)
+
+
+def _has_kernels(q: Tensor) -> bool:
+    hs = q.shape[-1]
+    return _fast_16_bit(q) and HAS_TRITON and 16 <= hs <= 256 and hs & (hs - 1) == 0
+
+
+def _kernels() -> ModuleType:
+    """kernels.py, which needs Triton to be imported."""
+    from lit_model import kernels
+
+    return kernels
 
 
 @torch.compiler.disable  # every row has other segments: it would be compiled anew for each

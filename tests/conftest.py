@@ -1,9 +1,13 @@
 import json
+import os
 import random
 
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+if not torch.cuda.is_available():  # before Triton is imported
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from lit_model import model
 from lit_model.checkpoint import save_checkpoint
@@ -33,6 +37,14 @@ def randomize(gpt: model.GPT, std: float = 0.2) -> model.GPT:
             scale = name.endswith("weight") and ("norm" in name or ".ln_" in name)
             p.normal_(1.0 if scale else 0.0, std)
     return gpt
+
+
+@pytest.fixture
+def checkpoint(family, tmp_path):
+    """A folder with a random network of this family."""
+    base = randomize(model.GPT(model.Config(**family)), std=0.05)
+    save_checkpoint(tmp_path / "base", base.config, base.state_dict(), {})
+    return tmp_path / "base"
 
 
 WORDS = "apple river stone seven green quiet makes finds under above".split()

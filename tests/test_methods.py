@@ -5,10 +5,10 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import FAMILIES, randomize
+from conftest import FAMILIES
 
 from lit_model import adapter, full, load, lora, model
-from lit_model.checkpoint import fingerprint_of, freeze, load_base, save_checkpoint, save_method
+from lit_model.checkpoint import fingerprint_of, freeze, load_base, save_method
 from lit_model.packing import KVCache, Segment, lay_out
 from scripts.merge import rounding_error
 
@@ -29,14 +29,6 @@ LLAMA_7B = {"adapter": 1_229_760, "lora": 4_194_304, "full": 6_738_415_616}
 def method(request):
     """(module, fields of its Config)"""
     return METHODS[request.param]
-
-
-@pytest.fixture
-def checkpoint(family, tmp_path):
-    """A folder with a random network of this family."""
-    base = randomize(model.GPT(model.Config(**family)), std=0.05)
-    save_checkpoint(tmp_path / "base", base.config, base.state_dict(), {})
-    return tmp_path / "base"
 
 
 def build(checkpoint, method) -> model.GPT:

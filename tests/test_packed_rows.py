@@ -152,8 +152,8 @@ def test_packed_loss_and_gradients_equal_a_naive_loop(family, methods, share, mo
         data, row_tokens=1000, n_virtual_tokens=gpt.n_virtual_tokens, n_virtual_keys=gpt.n_virtual_keys, share=share
     )
     assert len(rows) == 1
-    n_tokens = gpt.n_virtual_tokens + sum(len(e.ids) for e in data) - (5 * 3 + 5 if share else 0)
-    assert len(rows[0][1].pos) == n_tokens  # what is shared is computed once
+    n_tokens = gpt.n_virtual_tokens + sum(len(e.ids) - 1 for e in data) - (5 * 3 + 5 if share else 0)
+    assert len(rows[0][1].pos) == n_tokens  # what is shared is computed once, and no example's last token
     loss = sum(gpt(*row) for row in rows)
     assert abs(loss - expected) < 1e-9
     for name, grad in gradients(gpt, loss).items():
@@ -195,18 +195,19 @@ def test_rows_hold_every_example_once_and_no_padding():
     data = [Example(np.full(n, i, dtype=np.int32), 1) for i, n in enumerate(rng.integers(2, 60, 50))]
     rows = pack(data, row_tokens=100)
     sizes = [len(idx) for idx, _ in rows]
-    assert max(sizes) <= 100 and sum(sizes) == sum(len(e.ids) for e in data)
+    n_tokens = sum(len(e.ids) - 1 for e in data)  # the last token of an example is only ever a target
+    assert sum(sizes) == n_tokens and len(sizes) == -(-n_tokens // 100) and max(sizes) < 100 + 60
     counts = torch.cat([idx for idx, _ in rows]).bincount()
-    assert counts.tolist() == [len(e.ids) for e in data]
+    assert counts.tolist() == [len(e.ids) - 1 for e in data]
     assert sum(len(p.targets) for _, p in rows) == sum(e.n_targets for e in data)
 
 
 def test_a_preamble_is_shared_up_to_the_token_before_the_first_target():
     ids = np.arange(30, dtype=np.int32)
     ((idx, packed),) = pack([Example(ids, 25), Example(ids, 25)], row_tokens=100)
-    assert [q for q, _ in packed.lengths] == [24, 6, 6]
+    assert [q for q, _ in packed.lengths] == [24, 5, 5]
     ((idx, packed),) = pack([Example(ids, 1), Example(ids, 1)], row_tokens=100)  # prompts are trained on
-    assert [q for q, _ in packed.lengths] == [30, 30]
+    assert [q for q, _ in packed.lengths] == [29, 29]
 
 
 def test_chunks_of_the_loss_change_nothing(monkeypatch):

@@ -1,0 +1,152 @@
+"""Frozen weights in 4 or 8 bits. Only `Linear.matmul` changes, so every method works over them: QLoRA is lora.py here.
+
+    nf4   16 levels at the quantiles of a normal distribution, one scale per 64 weights, the scales themselves in 8 bit
+          (QLoRA, https://arxiv.org/abs/2305.14314): 4.13 bits a weight. The same codes as bitsandbytes.
+    int8  one scale a row: 8 bits a weight.
+    fp8   e4m3, one scale a row, and multiplied as such: activations and gradients are rounded too, with one scale a
+          token. Kept in both layouts, since the matrix units contract along the rows in forward and along the columns
+          in backward: as many bytes as bfloat16, at up to twice the speed. GPUs from Ada (RTX 40) and Hopper (H100) on.
+
+nf4 and int8 are dequantized to the activations' dtype where they are multiplied, in forward and again in backward, so
+that no dequantized matrix is kept. The embedding, the output layer and the norms stay as they are.
+"""
+
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lit_model.model import Linear
+
+Kind = Literal["none", "nf4", "int8", "fp8"]
+FP8 = torch.float8_e4m3fn
+NF4_LEVELS = (  # from the paper's appendix
+    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
+    -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
+    0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
+)  # fmt: skip
+
+
+def quantize(block: nn.Module, kind: Kind) -> None:
+    """Quantizes the linear layers of a block, in place.
+
+    Raises ValueError if the GPU or the shape of a layer does not allow it.
+    """
+    for linear in (m for m in block.modules() if type(m) is Linear):
+        weight = linear.weight.detach()
+        linear.__class__ = KINDS[kind]
+        linear.weight = None
+        for name, tensor in linear.quantized(weight).items():
+            setattr(linear, name, nn.Parameter(tensor, requires_grad=False))  # a parameter: sharding knows no buffers
+
+
+class _Dequantized(torch.autograd.Function):
+    """x W^T, with W made again for the backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, linear: "NF4Linear | Int8Linear") -> Tensor:
+        ctx.linear = linear
+        return F.linear(x, linear.dequantized(x.dtype))
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple:
+        return grad @ ctx.linear.dequantized(grad.dtype), None
+
+
+class Int8Linear(Linear):
+    def quantized(self, weight: Tensor) -> dict[str, Tensor]:
+        scale = weight.float().abs().amax(-1, keepdim=True).clamp(min=1e-12) / 127
+        return dict(codes=(weight.float() / scale).round().to(torch.int8), scale=scale)
+
+    def dequantized(self, dtype: torch.dtype) -> Tensor:
+        return (self.codes * self.scale).to(dtype)
+
+    def matmul(self, x: Tensor) -> Tensor:
+        return _Dequantized.apply(x, self)
+
+
+class NF4Linear(Linear):
+    def quantized(self, weight: Tensor) -> dict[str, Tensor]:
+        if weight.numel() % 64:
+            raise ValueError(f"nf4 quantizes 64 weights at a time; {tuple(weight.shape)} is no multiple of that")
+        blocks = weight.float().view(-1, 64)
+        scale = blocks.abs().amax(-1, keepdim=True)  # (n, 1)
+        levels, scale_levels = torch.tensor(NF4_LEVELS).to(weight.device), _scale_levels().to(weight.device)
+        codes = _nearest(blocks * (1 / scale.clamp(min=1e-30)), levels)
+        codes = codes[:, ::2] << 4 | codes[:, 1::2]  # two a byte, the first in the high half
+        offset = scale.mean()
+        centred = F.pad((scale - offset).flatten(), (0, -len(scale) % 256)).view(-1, 256)
+        scale_of_scale = centred.abs().amax(-1, keepdim=True)
+        scale_codes = _nearest(centred * (1 / scale_of_scale.clamp(min=1e-30)), scale_levels)
+        return dict(
+            codes=codes.view(len(weight), -1),  # (n_out, n_in / 2) uint8
+            scale_codes=scale_codes,  # (n / 256, 256) uint8
+            scale_of_scale=scale_of_scale,  # (n / 256, 1)
+            offset=offset,
+            levels=levels,
+            scale_levels=scale_levels,
+        )
+
+    def dequantized(self, dtype: torch.dtype) -> Tensor:
+        scale = self.scale_levels[self.scale_codes.int()] * self.scale_of_scale + self.offset
+        scale = scale.flatten()[: self.codes.numel() // 32, None]  # (n, 1)
+        levels = self.levels[torch.stack((self.codes >> 4, self.codes & 15), dim=-1).int()]
+        return (levels.view(-1, 64) * scale).to(dtype).view(self.out_features, self.in_features)
+
+    def matmul(self, x: Tensor) -> Tensor:
+        return _Dequantized.apply(x, self)
+
+
+def _scale_levels() -> Tensor:
+    """256 levels from -1 to 1, finer near 0: 2^e mantissas for each power of ten, from 10^-6 (e = 0) to 1 (e = 6)
+    (8-bit Optimizers, https://arxiv.org/abs/2110.02861, dynamic quantization)."""
+    means = [(torch.linspace(0.1, 1, 2**e + 1)[:-1] + torch.linspace(0.1, 1, 2**e + 1)[1:]) / 2 * 10.0 ** (e - 6)
+             for e in range(7)]  # fmt: skip
+    positive = torch.cat(means)
+    return torch.cat((-positive, torch.tensor([0.0, 1.0]), positive)).sort()[0]
+
+
+def _nearest(x: Tensor, levels: Tensor) -> Tensor:
+    """Index of the nearest of the ascending levels, as uint8."""
+    return torch.bucketize(x, (levels[:-1] + levels[1:]) / 2).to(torch.uint8)
+
+
+def _to_fp8(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows of x in fp8, and the scale of each (rows, 1)."""
+    scale = x.abs().amax(-1, keepdim=True).float().clamp(min=1e-12) / torch.finfo(FP8).max
+    return (x.float() / scale).to(FP8), scale
+
+
+class _FP8Product(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, codes: Tensor, scale: Tensor, codes_t: Tensor, scale_t: Tensor) -> Tensor:
+        ctx.save_for_backward(codes_t, scale_t)
+        return _fp8_product(x, codes, scale)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple:
+        return _fp8_product(grad, *ctx.saved_tensors), None, None, None, None
+
+
+def _fp8_product(x: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
+    """x W^T. x: (T, n_in).  codes, scale: (n_out, n_in), (n_out, 1).  Returns (T, n_out) in x's dtype."""
+    x8, x_scale = _to_fp8(x)
+    y = torch._scaled_mm(x8, codes.t(), x_scale, scale.t(), out_dtype=torch.bfloat16, use_fast_accum=True)
+    return y.to(x.dtype)
+
+
+class FP8Linear(Linear):
+    def quantized(self, weight: Tensor) -> dict[str, Tensor]:
+        if weight.is_cuda and torch.cuda.get_device_capability(weight.device) < (8, 9):
+            raise ValueError(f"{torch.cuda.get_device_name()} has no fp8 products; use --quantize int8 or nf4")
+        if any(n % 16 for n in weight.shape):
+            raise ValueError(f"fp8 products want multiples of 16; a layer is {tuple(weight.shape)}")
+        (codes, scale), (codes_t, scale_t) = _to_fp8(weight), _to_fp8(weight.t().contiguous())
+        return dict(codes=codes, scale=scale, codes_t=codes_t, scale_t=scale_t)
+
+    def matmul(self, x: Tensor) -> Tensor:
+        return _FP8Product.apply(x, self.codes, self.scale, self.codes_t, self.scale_t)
+
+
+KINDS = {"nf4": NF4Linear, "int8": Int8Linear, "fp8": FP8Linear}

@@ -1,0 +1,78 @@
+"""The Triton kernels agree with plain torch: on a GPU, or in Triton's interpreter, which conftest.py turns on."""
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from lit_model import packing
+from lit_model.packing import Segment, lay_out, plain_attention
+
+kernels = pytest.importorskip("lit_model.kernels")
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def tree(n_tokens: int, seed: int) -> list[Segment]:
+    """A root, a child of it, examples that descend from either, and others: as a walk through the tree."""
+    rng = np.random.default_rng(seed)
+    root = Segment(20)
+    child = Segment(5, root)
+    sizes = rng.integers(1, 70, n_tokens // 35)
+    groups = [
+        [Segment(int(n), parent) for n in part] for part, parent in zip(np.array_split(sizes, 3), (child, root, None))
+    ]
+    return [root, child, *(s for group in groups for s in group)]
+
+
+def close(pairs: list[tuple[Tensor, Tensor]], tolerance: float = 1e-5) -> None:
+    for got, expected in pairs:
+        assert (got - expected).norm() < tolerance * expected.norm()
+
+
+def random(*shape: int) -> Tensor:
+    return torch.randn(*shape, device=DEVICE, requires_grad=True)
+
+
+@pytest.mark.parametrize(
+    "n_tokens, nh, nkv, hs, n_virtual", [(150, 2, 2, 16, 0), (300, 4, 2, 32, 3), (700, 2, 1, 16, 0)]
+)
+@pytest.mark.parametrize("only_some", [False, True])
+def test_packed_attention(n_tokens, nh, nkv, hs, n_virtual, only_some, monkeypatch):
+    monkeypatch.setattr(
+        packing, "MOST_QUERY_BLOCKS", 2
+    )  # so that even a short row has keys that several programs share
+    segments = tree(n_tokens, seed=n_tokens)
+    packed = lay_out(segments, n_virtual)
+    assert packed.blocks.n_slots > 2 or n_tokens < 300
+    if only_some:  # the last layer's queries: the last tokens of each example
+        ends = [s.until - n_virtual for s in segments[2:]]
+        wanted = [np.arange(end - min(3, s.length), end) for s, end in zip(segments[2:], ends)]
+        packed = packing._only(packed, segments, wanted)
+    packed = packed.to(torch.device(DEVICE))
+    n_keys = len(packed.blocks.until)
+    q, k, v = random(len(packed.pos), nh, hs), random(n_keys, nkv, hs), random(n_keys, nkv, hs)
+    expected = packing._attend_each(q, k[packed.kv_index], v[packed.kv_index], packed.lengths)
+    got = kernels.packed_attention(q, k, v, packed.blocks)
+    towards = torch.randn_like(q)
+    grads, expected_grads = (torch.autograd.grad(y, (q, k, v), towards) for y in (got, expected))
+    close([(got, expected), *zip(grads, expected_grads)])
+
+
+def test_packed_attention_reads_heads_of_a_wider_tensor():
+    packed = lay_out([Segment(40), Segment(30)]).to(torch.device(DEVICE))
+    qkv = random(70, 3 * 2 * 16)
+    q, k, v = (t.unflatten(-1, (2, 16)) for t in qkv.chunk(3, dim=-1))
+    expected = packing._attend_each(q, k, v, packed.lengths)
+    got = kernels.packed_attention(q, k, v, packed.blocks)
+    close([(got, expected), *zip(*(torch.autograd.grad(y.square().sum(), qkv) for y in (got, expected)))])
+
+
+@pytest.mark.parametrize("n_tokens, K, nh, nkv", [(40, 10, 2, 2), (600, 3, 4, 2), (600, 20, 2, 1)])
+def test_prompt_attention(n_tokens, K, nh, nkv):
+    q, y, gate = random(n_tokens, nh, 16), random(n_tokens, nh, 16), random(nh)
+    k, v = random(K, nkv, 16), random(K, nkv, 16)
+    expected = y + gate[:, None] * plain_attention(q, k, v)
+    got = kernels.prompt_attention(q, k, v, gate, y)
+    towards = torch.randn_like(q)
+    grads, expected_grads = (torch.autograd.grad(out, (q, k, v, gate, y), towards) for out in (got, expected))
+    close([(got, expected), *zip(grads, expected_grads)])

@@ -1,0 +1,109 @@
+"""Quantized layers: the codes are bitsandbytes', the gradients are right, and training works over all of them."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from lit_model import adapter, load, lora, model, quantize
+from lit_model.checkpoint import freeze, load_base
+
+KINDS = ("nf4", "int8", "fp8")
+ERROR = {"nf4": 0.11, "int8": 0.02, "fp8": 0.05}  # relative, of a product: that of the weights, and in fp8 of x too
+
+
+def quantized(weight: torch.Tensor, kind: str) -> model.Linear:
+    linear = model.Linear(weight.shape[1], weight.shape[0])
+    linear.weight = nn.Parameter(weight)
+    holder = nn.ModuleList([linear])
+    quantize.quantize(holder, kind)
+    return linear
+
+
+@pytest.mark.parametrize("shape", [(64, 256), (192, 576), (1000, 640)])
+def test_nf4_codes_are_those_of_bitsandbytes(shape):
+    oracle = pytest.importorskip("bitsandbytes.functional")
+    weight = torch.randn(shape) * 0.02
+    weight[3, :70] = 0  # a block of zeros only
+    codes, state = oracle.quantize_4bit(weight, blocksize=64, quant_type="nf4", compress_statistics=True)
+    linear = quantized(weight, "nf4")
+    assert torch.equal(linear.codes.flatten(), codes.flatten())
+    assert torch.equal(linear.levels, state.code) and torch.equal(linear.scale_levels, state.state2.code)
+    assert torch.equal(linear.offset, state.offset)
+    # the scales' codes: ours is always the nearest level; theirs is a neighbour for a few that lie half-way
+    ours, theirs = linear.scale_codes.flatten()[: state.absmax.numel()].int(), state.absmax.int()
+    assert (ours - theirs).abs().max() <= 1 and (ours != theirs).float().mean() < 0.01
+    torch.testing.assert_close(
+        linear.dequantized(torch.float32), oracle.dequantize_4bit(codes, state), atol=1e-3, rtol=0
+    )
+
+
+def test_bits_per_weight():
+    for kind, bits in (("nf4", 4.13), ("int8", 8.01), ("fp8", 16.02)):
+        linear = quantized(torch.randn(4096, 4096), kind)
+        got = 8 * sum(p.numel() * p.element_size() for p in linear.parameters()) / 4096**2
+        assert abs(got - bits) < 0.01, kind
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_quantized_product_and_its_gradient(kind):
+    weight, x = torch.randn(96, 128, dtype=torch.float64) * 0.02, torch.randn(48, 128, dtype=torch.float64)
+    towards = torch.randn(48, 96, dtype=torch.float64)
+    linear, short = quantized(weight.float(), kind), x.bfloat16().requires_grad_()
+    y = linear(short)
+    (grad,) = torch.autograd.grad(y, short, towards.bfloat16())
+    for got, expected in ((y, x @ weight.T), (grad, towards @ weight)):
+        error = (got.double() - expected).norm() / expected.norm()
+        print(f"{kind}: relative error {error:.4f}")
+        assert 0.001 < error < ERROR[kind]
+
+
+def test_fp8_gradient_against_the_dequantized_weight_in_float64():
+    """What is left is the rounding of the gradient's own rows to 3 bits of mantissa: 2^-4 at most, 2.6 % on average."""
+    linear, towards = quantized(torch.randn(96, 128), "fp8"), torch.randn(48, 96)
+    x = torch.zeros(48, 128, dtype=torch.bfloat16, requires_grad=True)
+    (grad,) = torch.autograd.grad(linear(x), x, towards.bfloat16())
+    exact = towards.bfloat16().double() @ (linear.codes_t.double() * linear.scale_t.double()).T
+    assert (grad.double() - exact).norm() < 0.03 * exact.norm()
+    rows, scale = quantize._to_fp8(towards.bfloat16())
+    rounded = (rows.double() * scale.double()) @ (linear.codes_t.double() * linear.scale_t.double()).T
+    assert (grad.double() - rounded).norm() < 0.003 * rounded.norm()  # bfloat16 of the result
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("module, options", [(lora, lora.LoRA()), (adapter, adapter.Adapter(start_layer=1))])
+def test_methods_train_over_quantized_layers(kind, module, options, checkpoint):
+    with torch.device("meta"):
+        gpt = model.GPT(model.Config.load(checkpoint))
+        module.install(gpt, options)
+    load_base(gpt, checkpoint, torch.bfloat16, quantize=kind)
+    assert not any(type(m) is model.Linear for m in gpt.blocks.modules()) and type(gpt.lm_head) is model.Linear
+    freeze(gpt, module.trainable)
+    randomize_method(gpt)
+    idx = torch.randint(0, gpt.config.vocab_size, (4, 20))
+    F.cross_entropy(gpt(idx)[:, :-1].flatten(0, 1).float(), idx[:, 1:].flatten()).backward()
+    for name, p in gpt.named_parameters():
+        assert (p.grad is not None and p.grad.norm() > 0) == module.trainable(name), name
+
+
+def randomize_method(gpt: model.GPT) -> None:
+    for p in gpt.parameters():
+        if p.requires_grad:
+            nn.init.normal_(p, std=0.1)
+
+
+def test_a_quantized_network_is_close_to_its_base(checkpoint):
+    idx = torch.randint(0, 97, (2, 30))
+    base = load(checkpoint)(idx)
+    for kind in KINDS:
+        error = (
+            load(checkpoint, quantize=kind, dtype=torch.float32 if kind != "fp8" else torch.bfloat16)(idx) - base
+        ).norm()
+        assert 0 < error < 0.3 * base.norm(), kind
+
+
+def test_unfit_shapes_are_refused():
+    with pytest.raises(ValueError, match="64 weights"):
+        quantized(torch.randn(3, 30), "nf4")
+    with pytest.raises(ValueError, match="multiples of 16"):
+        quantized(torch.randn(30, 32), "fp8")
