@@ -19,7 +19,6 @@ import torch
 from torch import Tensor, nn
 
 from lit_model import model
-from lit_model.packing import attend_prompt
 
 
 @dataclass
@@ -51,11 +50,10 @@ class AdapterDelta(nn.Module):
         nn.init.normal_(self.prompt)
         nn.init.zeros_(self.gate)
 
-    def forward(self, attn: model.CausalSelfAttention, q: Tensor, y: Tensor) -> Tensor:  # q, y (T, nh, hs)
-        prompt = self.prompt.to(q.dtype)
+    def forward(self, attn: model.CausalSelfAttention, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+        prompt = self.prompt.to(dtype)
         k, v = attn.heads(attn.k_proj(prompt)), attn.heads(attn.v_proj(prompt))  # (K, nkv, hs)
-        gate = self.gate if self.linear_gate else self.gate.tanh()
-        return attend_prompt(q, k, v, gate, y)
+        return k, v, self.gate if self.linear_gate else self.gate.tanh()
 
 
 def install(gpt: model.GPT, options: Adapter) -> None:

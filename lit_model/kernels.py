@@ -1,15 +1,16 @@
-"""Attention of packed rows on a GPU, in Triton: the two places where torch has no kernel that fits.
+"""Triton kernels for a GPU, in the two places where torch and its compiler are measurably slower (docs/speed-log.md).
 
 `packed_attention` reads the keys where they lie. Torch's variable-length attention wants the keys of every segment
 gathered first, which copies a shared preamble for each example that sees it, and adds the copies' gradients up again:
-with it, attention takes a sixth of a training step of LLaMA-7B; with these kernels a twentieth.
+with it, attention takes a sixth of a training step of LLaMA-7B; with these kernels a fifteenth. LLaMA-Adapter's prompt,
+a few keys that every query sees in a softmax of its own, is done in the same pass.
 
-`prompt_attention` is LLaMA-Adapter's: every query over the same few keys, times a gate, added to what is there.
+`swiglu_to_fp8` makes an fp8 row and its scale in one pass, where the compiler's reductions take two.
 
 Which key a query sees is two numbers in packed order (packing.py): query i sees key j if j <= i < until[j]. The work is
 cut into blocks of BLOCK queries and BLOCK keys, of which `Blocks` lists those that touch. The results do not depend on
-the order in which the GPU runs them, so repeats are bit-identical. The same in plain torch: `packing._attend_each` and
-`packing.plain_attention`; tests/test_kernels.py compares them, on a CPU too, with Triton's interpreter.
+the order in which the GPU runs them, so repeats are bit-identical. The same in plain torch: `packing._attend_each`,
+`packing.plain_attention` and `quantize._to_fp8`; tests/test_kernels.py compares them, on a CPU in Triton's interpreter.
 
 The method is FlashAttention-2's (https://arxiv.org/abs/2307.08691): softmax in one pass over the keys, probabilities
 recomputed in the backward pass from the saved logarithm of their sum.
@@ -34,9 +35,25 @@ def _visible(row, key, until):
 
 
 @triton.jit
+def _prompt(pk_ptr, pv_ptr, head, K, NKV: tl.constexpr, HS: tl.constexpr, KEYS: tl.constexpr):
+    n = tl.arange(0, KEYS)[:, None]
+    at = (n * NKV + head) * HS + tl.arange(0, HS)[None, :]
+    return tl.load(pk_ptr + at, mask=n < K, other=0.0), tl.load(pv_ptr + at, mask=n < K, other=0.0)
+
+
+@triton.jit
+def _prompt_probabilities(q, pk, scale, K, KEYS: tl.constexpr):
+    s = tl.dot(q, tl.trans(pk), input_precision="ieee") * scale
+    s = tl.where(tl.arange(0, KEYS)[None, :] < K, s, float("-inf"))
+    p = tl.exp2(s - tl.max(s, 1)[:, None])
+    return p / tl.sum(p, 1)[:, None]
+
+
+@triton.jit
 def _forward(
-    q_ptr, k_ptr, v_ptr, y_ptr, lse_ptr, row_ptr, until_ptr, first_ptr, key_blocks_ptr, scale, T, S,
-    sqt, sqh, skt, skh, svt, svh, NH: tl.constexpr, GROUP: tl.constexpr, HS: tl.constexpr, BLOCK: tl.constexpr,
+    q_ptr, k_ptr, v_ptr, y_ptr, lse_ptr, row_ptr, until_ptr, first_ptr, key_blocks_ptr, pk_ptr, pv_ptr, gate_ptr,
+    scale, T, S, K, sqt, sqh, skt, skh, svt, svh,
+    NH: tl.constexpr, GROUP: tl.constexpr, HS: tl.constexpr, BLOCK: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
     block, head = tl.program_id(0), tl.program_id(1)
     i = block * BLOCK + tl.arange(0, BLOCK)
@@ -64,6 +81,10 @@ def _forward(
         top = new_top
     total = tl.where(row < 0, 1.0, total)  # those out of range have seen none
     y = y / total[:, None]
+    if KEYS > 0:
+        pk, pv = _prompt(pk_ptr, pv_ptr, head // GROUP, K, NH // GROUP, HS, KEYS)
+        p = _prompt_probabilities(q, pk, scale, K, KEYS)
+        y += tl.load(gate_ptr + head) * tl.dot(p.to(pv.dtype), pv, input_precision="ieee")
     tl.store(y_ptr + (at_q * NH + head) * HS + d[None, :], y.to(y_ptr.dtype.element_ty), mask=i[:, None] < T)
     tl.store(lse_ptr + head * T + i, top + tl.log2(total), mask=i < T)
 
@@ -71,8 +92,8 @@ def _forward(
 @triton.jit
 def _backward_q(
     q_ptr, k_ptr, v_ptr, y_ptr, dy_ptr, lse_ptr, sum_ptr, dq_ptr, row_ptr, until_ptr, first_ptr, key_blocks_ptr,
-    scale, T, S, sqt, sqh, skt, skh, svt, svh, sdt, sdh,
-    NH: tl.constexpr, GROUP: tl.constexpr, HS: tl.constexpr, BLOCK: tl.constexpr,
+    pk_ptr, pv_ptr, gate_ptr, dpk_ptr, dpv_ptr, dgate_ptr, scale, T, S, K, sqt, sqh, skt, skh, svt, svh, sdt, sdh,
+    NH: tl.constexpr, GROUP: tl.constexpr, HS: tl.constexpr, BLOCK: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
     block, head = tl.program_id(0), tl.program_id(1)
     i = block * BLOCK + tl.arange(0, BLOCK)
@@ -84,8 +105,24 @@ def _backward_q(
     dy = tl.load(dy_ptr + at_q * sdt + head * sdh + d[None, :], mask=inside, other=0.0)
     lse = tl.load(lse_ptr + head * T + i, mask=i < T, other=0.0)
     dy_y = tl.sum(dy.to(tl.float32) * y.to(tl.float32), 1)
-    tl.store(sum_ptr + head * T + i, dy_y, mask=i < T)
     dq = tl.zeros((BLOCK, HS), tl.float32)
+    if KEYS > 0:
+        pk, pv = _prompt(pk_ptr, pv_ptr, head // GROUP, K, NH // GROUP, HS, KEYS)
+        gate = tl.load(gate_ptr + head)
+        p = _prompt_probabilities(q, pk, scale, K, KEYS)
+        dp = tl.dot(dy, tl.trans(pv), input_precision="ieee")
+        along = tl.sum(p * dp, 1)
+        dy_y -= gate * along  # y holds the prompt's part too
+        ds = gate * p * (dp - along[:, None])
+        dq += tl.dot(ds.to(pk.dtype), pk, input_precision="ieee")
+        dpk = tl.dot(tl.trans(ds.to(q.dtype)), q, input_precision="ieee") * (scale / LOG2E)
+        dpv = tl.dot(tl.trans((gate * p).to(dy.dtype)), dy, input_precision="ieee")
+        part, n = block.to(tl.int64) * NH + head, tl.arange(0, KEYS)
+        to = (part * K + n[:, None]) * HS + d[None, :]
+        tl.store(dpk_ptr + to, dpk, mask=n[:, None] < K)
+        tl.store(dpv_ptr + to, dpv, mask=n[:, None] < K)
+        tl.store(dgate_ptr + part, tl.sum(along, 0))
+    tl.store(sum_ptr + head * T + i, dy_y, mask=i < T)
     for at in range(tl.load(first_ptr + block), tl.load(first_ptr + block + 1)):
         j = tl.load(key_blocks_ptr + at) * BLOCK + tl.arange(0, BLOCK)
         until = tl.load(until_ptr + j, mask=j < S, other=0)
@@ -166,198 +203,166 @@ def _strides(*tensors: Tensor) -> list[int]:
     return [stride for t in tensors for stride in t.stride()[:2]]
 
 
+def _keys(prompt: Tensor | None) -> int:
+    """Number of keys of the prompt, as the matrix units want it; 0: none."""
+    return 0 if prompt is None else max(16, triton.next_power_of_2(len(prompt)))
+
+
 @torch.library.custom_op("lit_model::packed_attention", mutates_args=())
 def _packed_attention(
-    q: Tensor, k: Tensor, v: Tensor, row: Tensor, until: Tensor, first: Tensor, key_blocks: Tensor,
-    work: Tensor, query_blocks: Tensor, shared: Tensor, n_slots: int,
+    q: Tensor, k: Tensor, v: Tensor, pk: Tensor | None, pv: Tensor | None, gate: Tensor | None, row: Tensor,
+    until: Tensor, first: Tensor, key_blocks: Tensor, work: Tensor, query_blocks: Tensor, shared: Tensor, n_slots: int,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     (T, nh, hs), (S, nkv, _) = q.shape, k.shape
     y = torch.empty((T, nh, hs), dtype=q.dtype, device=q.device)
     lse = torch.empty((nh, T), dtype=torch.float32, device=q.device)
+    K = 0 if pk is None else len(pk)
     _forward[(triton.cdiv(T, BLOCK), nh)](
-        q, k, v, y, lse, row, until, first, key_blocks, hs**-0.5 * LOG2E.value, T, S, *_strides(q, k, v),
-        NH=nh, GROUP=nh // nkv, HS=hs, BLOCK=BLOCK, num_warps=4, num_stages=3,
+        q, k, v, y, lse, row, until, first, key_blocks, pk, pv, gate, hs**-0.5 * LOG2E.value, T, S, K,
+        *_strides(q, k, v), NH=nh, GROUP=nh // nkv, HS=hs, BLOCK=BLOCK, KEYS=_keys(pk), num_warps=4, num_stages=3,
     )  # fmt: skip
     return y, lse
 
 
 @_packed_attention.register_fake
-def _(q, k, v, *plan):
+def _(q, *rest):
     return q.new_empty(q.shape), q.new_empty((q.shape[1], q.shape[0]), dtype=torch.float32)
 
 
 @torch.library.custom_op("lit_model::packed_attention_backward", mutates_args=())
 def _packed_attention_backward(
-    dy: Tensor, q: Tensor, k: Tensor, v: Tensor, y: Tensor, lse: Tensor, row: Tensor, until: Tensor, first: Tensor,
-    key_blocks: Tensor, work: Tensor, query_blocks: Tensor, shared: Tensor, n_slots: int,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    dy: Tensor, q: Tensor, k: Tensor, v: Tensor, pk: Tensor | None, pv: Tensor | None, gate: Tensor | None, y: Tensor,
+    lse: Tensor, row: Tensor, until: Tensor, first: Tensor, key_blocks: Tensor, work: Tensor, query_blocks: Tensor,
+    shared: Tensor, n_slots: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     (T, nh, hs), (S, nkv, _) = q.shape, k.shape
+    n_blocks, K = triton.cdiv(T, BLOCK), 0 if pk is None else len(pk)
     dy = dy if dy.stride(-1) == 1 else dy.contiguous()
     dq, dk, dv = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (q, k, v))
     sums = torch.empty_like(lse)
     part = torch.empty((n_slots, 2, nkv, BLOCK, hs), dtype=torch.float32, device=q.device)
+    dpk, dpv = torch.empty((2, n_blocks, nh, K, hs), dtype=torch.float32, device=q.device)
+    dgate = torch.empty((n_blocks, nh), dtype=torch.float32, device=q.device)
     scale, sizes = hs**-0.5 * LOG2E.value, dict(GROUP=nh // nkv, HS=hs, BLOCK=BLOCK)
-    _backward_q[(triton.cdiv(T, BLOCK), nh)](
-        q, k, v, y, dy, lse, sums, dq, row, until, first, key_blocks, scale, T, S, *_strides(q, k, v, dy),
-        NH=nh, **sizes, num_warps=4, num_stages=2,
+    _backward_q[(n_blocks, nh)](
+        q, k, v, y, dy, lse, sums, dq, row, until, first, key_blocks, pk, pv, gate, dpk, dpv, dgate, scale, T, S, K,
+        *_strides(q, k, v, dy), NH=nh, **sizes, KEYS=_keys(pk), num_warps=4, num_stages=2,
     )  # fmt: skip
     _backward_kv[(len(work), nkv)](
         q, k, v, dy, lse, sums, dk, dv, part, row, until, work, query_blocks, scale, T, S, *_strides(q, k, v, dy),
         NKV=nkv, **sizes, num_warps=4, num_stages=2,
     )  # fmt: skip
     _add_parts[(len(shared), nkv)](dk, dv, part, shared, S, NKV=nkv, HS=hs, BLOCK=BLOCK)
-    return dq, dk, dv
+    if pk is None:
+        return dq, dk, dv, dgate.new_empty(0), dgate.new_empty(0), dgate.new_empty(0)
+    dpk, dpv = (t.sum(0).view(nkv, -1, K, hs).sum(1).transpose(0, 1).to(pk.dtype).contiguous() for t in (dpk, dpv))
+    return dq, dk, dv, dpk, dpv, dgate.sum(0)
 
 
 @_packed_attention_backward.register_fake
-def _(dy, q, k, v, *rest):
-    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+def _(dy, q, k, v, pk, pv, gate, *rest):
+    return tuple(q.new_empty(0, dtype=torch.float32) if t is None else t.new_empty(t.shape)
+                 for t in (q, k, v, pk, pv, gate))  # fmt: skip
 
 
-def _save_attention(ctx, inputs, output):
+def _save(ctx, inputs, output):
     *tensors, ctx.n_slots = inputs
-    ctx.save_for_backward(*tensors[:3], *output, *tensors[3:])
+    ctx.save_for_backward(*tensors[:6], *output, *tensors[6:])
     ctx.mark_non_differentiable(output[1])
 
 
-def _attention_gradient(ctx, dy, _):
-    return *_packed_attention_backward(dy, *ctx.saved_tensors, ctx.n_slots), *(None,) * 8
+def _gradient(ctx, dy, _):
+    has_prompt = ctx.saved_tensors[3] is not None
+    grads = _packed_attention_backward(dy, *ctx.saved_tensors, ctx.n_slots)
+    return *grads[:3], *(grads[3:] if has_prompt else (None,) * 3), *(None,) * 8
 
 
-_packed_attention.register_autograd(_attention_gradient, setup_context=_save_attention)
+_packed_attention.register_autograd(_gradient, setup_context=_save)
 
 
-def packed_attention(q: Tensor, k: Tensor, v: Tensor, blocks: Blocks) -> Tensor:
+def packed_attention(
+    q: Tensor, k: Tensor, v: Tensor, blocks: Blocks, prompt: tuple[Tensor, Tensor, Tensor] | None = None
+) -> Tensor:
     """Softmax attention of the queries q (T, nh, hs) over those of the keys k, v (S, nkv, hs) that each may see.
 
-    On a GPU; 16 bit; hs a power of two, at least 16. Returns (T, nh, hs).
+    On a GPU; 16 bit; hs a power of two, at least 16.
+
+    Args:
+        prompt: k, v (K, nkv, hs) that every query sees in a softmax of its own, and the gate (nh,) that this is
+            multiplied by before it is added: LLaMA-Adapter's.
+    Returns: (T, nh, hs).
     """
     b = blocks
     lists = (b.row, b.until, b.first, b.key_blocks, b.work, b.query_blocks, b.shared)
-    return _packed_attention(q, k, v, *lists, b.n_slots)[0]
+    pk, pv, gate = prompt or (None, None, None)
+    if prompt:
+        pk, pv, gate = pk.contiguous(), pv.contiguous(), gate.float()
+    return _packed_attention(q, k, v, pk, pv, gate, *lists, b.n_slots)[0]
 
 
-STEPS = 8  # blocks of queries that one program of the prompt's backward pass goes through, to keep its sums few
-
-
-@triton.jit
-def _prompt_probabilities(q, k, scale, K):
-    s = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
-    s = tl.where(tl.arange(0, k.shape[0])[None, :] < K, s, float("-inf"))
-    p = tl.exp2(s - tl.max(s, 1)[:, None])
-    return p / tl.sum(p, 1)[:, None]
+# ------------------------------------------------------------------------------------------ SwiGLU to fp8, row by row
 
 
 @triton.jit
-def _prompt_forward(
-    q_ptr, k_ptr, v_ptr, gate_ptr, y_ptr, out_ptr, scale, T, K, sqt, sqh,
-    NH: tl.constexpr, GROUP: tl.constexpr, HS: tl.constexpr, KEYS: tl.constexpr, BLOCK: tl.constexpr,
+def _store_fp8(row, x, to_ptr, scale_ptr, at, inside):
+    scale = tl.maximum(tl.max(tl.abs(x), 0), 1e-12) / 448.0
+    tl.store(to_ptr + at, (x / scale).to(to_ptr.dtype.element_ty), mask=inside)
+    tl.store(scale_ptr + row, scale)
+
+
+@triton.jit
+def _swiglu_forward(gate_ptr, up_ptr, h_ptr, scale_ptr, H, WIDTH: tl.constexpr):
+    row, d = tl.program_id(0), tl.arange(0, WIDTH)
+    at, inside = row.to(tl.int64) * H + d, d < H
+    gate = tl.load(gate_ptr + at, mask=inside, other=0.0).to(tl.float32)
+    up = tl.load(up_ptr + at, mask=inside, other=0.0).to(tl.float32)
+    _store_fp8(row, gate * tl.sigmoid(gate) * up, h_ptr, scale_ptr, at, inside)
+
+
+@triton.jit
+def _swiglu_backward(
+    dh_ptr, gate_ptr, up_ptr, dgate_ptr, dgate_scale_ptr, dup_ptr, dup_scale_ptr, H, WIDTH: tl.constexpr
 ):  # fmt: skip
-    head = tl.program_id(1)
-    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    n, d = tl.arange(0, KEYS), tl.arange(0, HS)
-    at_q, inside = i.to(tl.int64)[:, None], i[:, None] < T
-    at_k = (n[:, None] * (NH // GROUP) + head // GROUP) * HS + d[None, :]
-    q = tl.load(q_ptr + at_q * sqt + head * sqh + d[None, :], mask=inside, other=0.0)
-    k = tl.load(k_ptr + at_k, mask=n[:, None] < K, other=0.0)
-    v = tl.load(v_ptr + at_k, mask=n[:, None] < K, other=0.0)
-    p = _prompt_probabilities(q, k, scale, K)
-    at_y = (at_q * NH + head) * HS + d[None, :]
-    y = tl.load(y_ptr + at_y, mask=inside, other=0.0).to(tl.float32)
-    y += tl.load(gate_ptr + head).to(tl.float32) * tl.dot(p.to(v.dtype), v, input_precision="ieee")
-    tl.store(out_ptr + at_y, y.to(out_ptr.dtype.element_ty), mask=inside)
+    row, d = tl.program_id(0), tl.arange(0, WIDTH)
+    at, inside = row.to(tl.int64) * H + d, d < H
+    gate = tl.load(gate_ptr + at, mask=inside, other=0.0).to(tl.float32)
+    up = tl.load(up_ptr + at, mask=inside, other=0.0).to(tl.float32)
+    dh = tl.load(dh_ptr + at, mask=inside, other=0.0).to(tl.float32)
+    s = tl.sigmoid(gate)
+    _store_fp8(row, dh * up * s * (1 + gate * (1 - s)), dgate_ptr, dgate_scale_ptr, at, inside)
+    _store_fp8(row, dh * gate * s, dup_ptr, dup_scale_ptr, at, inside)
 
 
-@triton.jit
-def _prompt_backward(
-    q_ptr, k_ptr, v_ptr, gate_ptr, dy_ptr, dq_ptr, dk_ptr, dv_ptr, dgate_ptr, scale, T, K, sqt, sqh, sdt, sdh,
-    NH: tl.constexpr, GROUP: tl.constexpr, HS: tl.constexpr, KEYS: tl.constexpr, BLOCK: tl.constexpr,
-    STEPS: tl.constexpr,
-):  # fmt: skip
-    head = tl.program_id(1)
-    n, d = tl.arange(0, KEYS), tl.arange(0, HS)
-    at_k = (n[:, None] * (NH // GROUP) + head // GROUP) * HS + d[None, :]
-    k = tl.load(k_ptr + at_k, mask=n[:, None] < K, other=0.0)
-    v = tl.load(v_ptr + at_k, mask=n[:, None] < K, other=0.0)
-    gate = tl.load(gate_ptr + head).to(tl.float32)
-    dk = tl.zeros((KEYS, HS), tl.float32)
-    dv = tl.zeros((KEYS, HS), tl.float32)
-    dgate = tl.zeros((BLOCK,), tl.float32)
-    for step in range(STEPS):
-        i = (tl.program_id(0) * STEPS + step) * BLOCK + tl.arange(0, BLOCK)
-        at_q, inside = i.to(tl.int64)[:, None], i[:, None] < T
-        q = tl.load(q_ptr + at_q * sqt + head * sqh + d[None, :], mask=inside, other=0.0)
-        dy = tl.load(dy_ptr + at_q * sdt + head * sdh + d[None, :], mask=inside, other=0.0)
-        p = _prompt_probabilities(q, k, scale, K)
-        dp = tl.dot(dy, tl.trans(v), input_precision="ieee")
-        along = tl.sum(p * dp, 1)
-        dgate += along
-        ds = gate * p * (dp - along[:, None])
-        dq = tl.dot(ds.to(k.dtype), k, input_precision="ieee") * (scale / LOG2E)
-        tl.store(dq_ptr + (at_q * NH + head) * HS + d[None, :], dq.to(dq_ptr.dtype.element_ty), mask=inside)
-        dk += tl.dot(tl.trans(ds.to(q.dtype)), q, input_precision="ieee")
-        dv += tl.dot(tl.trans((gate * p).to(dy.dtype)), dy, input_precision="ieee")
-    part = tl.program_id(0) * NH + head
-    to = (part.to(tl.int64) * KEYS + n[:, None]) * HS + d[None, :]
-    tl.store(dk_ptr + to, dk * (scale / LOG2E))
-    tl.store(dv_ptr + to, dv)
-    tl.store(dgate_ptr + part, tl.sum(dgate, 0))
+def _fp8_like(x: Tensor) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape, dtype=torch.float8_e4m3fn), x.new_empty((len(x), 1), dtype=torch.float32)
 
 
-@torch.library.custom_op("lit_model::prompt_attention", mutates_args=())
-def _prompt_attention(q: Tensor, k: Tensor, v: Tensor, gate: Tensor, y: Tensor) -> Tensor:
-    (T, nh, hs), (K, nkv, _) = q.shape, k.shape
-    out = torch.empty((T, nh, hs), dtype=y.dtype, device=y.device)
-    _prompt_forward[(triton.cdiv(T, BLOCK), nh)](
-        q, k.contiguous(), v.contiguous(), gate, y.contiguous(), out, hs**-0.5 * LOG2E.value, T, K, *_strides(q),
-        NH=nh, GROUP=nh // nkv, HS=hs, KEYS=max(16, triton.next_power_of_2(K)), BLOCK=BLOCK,
-    )  # fmt: skip
-    return out
+@torch.library.custom_op("lit_model::swiglu_to_fp8", mutates_args=())
+def swiglu_to_fp8(gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+    """silu(gate) * up in fp8, and the scale of each row. gate, up: (T, H). Returns (T, H) and (T, 1)."""
+    h, scale = _fp8_like(gate)
+    H = gate.shape[1]
+    _swiglu_forward[(len(gate),)](
+        gate.contiguous(), up.contiguous(), h, scale, H, WIDTH=triton.next_power_of_2(H), num_warps=16
+    )
+    return h, scale
 
 
-@_prompt_attention.register_fake
-def _(q, k, v, gate, y):
-    return y.new_empty(y.shape)
+@swiglu_to_fp8.register_fake
+def _(gate, up):
+    return _fp8_like(gate)
 
 
-@torch.library.custom_op("lit_model::prompt_attention_backward", mutates_args=())
-def _prompt_attention_backward(
-    dy: Tensor, q: Tensor, k: Tensor, v: Tensor, gate: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    (T, nh, hs), (K, nkv, _) = q.shape, k.shape
-    dy = dy if dy.stride(-1) == 1 else dy.contiguous()
-    dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    n, keys = triton.cdiv(T, BLOCK * STEPS), max(16, triton.next_power_of_2(K))
-    dk, dv = torch.empty((2, n, nh, keys, hs), dtype=torch.float32, device=q.device)
-    dgate = torch.empty((n, nh), dtype=torch.float32, device=q.device)
-    _prompt_backward[(n, nh)](
-        q, k.contiguous(), v.contiguous(), gate, dy, dq, dk, dv, dgate, hs**-0.5 * LOG2E.value, T, K,
-        *_strides(q, dy), NH=nh, GROUP=nh // nkv, HS=hs, KEYS=keys, BLOCK=BLOCK, STEPS=STEPS,
-    )  # fmt: skip
-    dk, dv = (t.sum(0).view(nkv, -1, keys, hs).sum(1)[:, :K].transpose(0, 1).to(k.dtype) for t in (dk, dv))
-    return dq, dk.contiguous(), dv.contiguous(), dgate.sum(0).to(gate.dtype)
+@torch.library.custom_op("lit_model::swiglu_backward_to_fp8", mutates_args=())
+def swiglu_backward_to_fp8(dh: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The gradients of gate and up (T, H) in fp8, each with the scale of its rows (T, 1), from that of the result."""
+    outputs, H = (*_fp8_like(gate), *_fp8_like(up)), gate.shape[1]
+    _swiglu_backward[(len(gate),)](
+        dh.contiguous(), gate, up, *outputs, H, WIDTH=triton.next_power_of_2(H), num_warps=16
+    )
+    return outputs
 
 
-@_prompt_attention_backward.register_fake
-def _(dy, q, k, v, gate):
-    return tuple(t.new_empty(t.shape) for t in (q, k, v, gate))
-
-
-def _save_prompt(ctx, inputs, output):
-    ctx.save_for_backward(*inputs[:4])
-
-
-def _prompt_gradient(ctx, dy):
-    return *_prompt_attention_backward(dy, *ctx.saved_tensors), dy
-
-
-_prompt_attention.register_autograd(_prompt_gradient, setup_context=_save_prompt)
-
-
-def prompt_attention(q: Tensor, k: Tensor, v: Tensor, gate: Tensor, y: Tensor) -> Tensor:
-    """y + gate * softmax attention of every query over all keys.
-
-    q, y: (T, nh, hs).  k, v: (K, nkv, hs).  gate: (nh,). On a GPU; 16 bit; hs a power of two, at least 16.
-    Returns (T, nh, hs).
-    """
-    return _prompt_attention(q, k, v, gate, y)
+@swiglu_backward_to_fp8.register_fake
+def _(dh, gate, up):
+    return *_fp8_like(gate), *_fp8_like(up)

@@ -3,7 +3,8 @@ may see which (packing.py). There is no padding and no other attention path.
 
 No finetuning method is known here. A method adds small modules to four slots:
   Linear.deltas                y = delta(linear, x, y)      after a linear layer (LoRA)
-  CausalSelfAttention.deltas   y = delta(attention, q, y)   on the heads, before o_proj (LLaMA-Adapter)
+  CausalSelfAttention.deltas   k, v, gate = delta(attention, dtype)   what every token sees in a softmax of its
+                               own, times a gate: (K, nkv, hs), (K, nkv, hs), (nh,)   (LLaMA-Adapter)
   GPT.virtual_tokens           x = virtual()                (P, C) embeddings in front of every example (soft prompt)
   GPT.virtual_keys             k, v = virtual(layer)        2 x (P, nkv, hs) in front of every example (prefix tuning)
 A virtual module states its number of positions P as `length`; tests/test_packed_rows.py has a small one of each kind.
@@ -229,9 +230,7 @@ class CausalSelfAttention(nn.Module):
             k, v = torch.cat((pk.to(k.dtype), k)), torch.cat((pv.to(v.dtype), v))
         if row.only is not None:
             q = take_rows(q, row.only)
-        y = attend(q, k, v, row.packed)  # (T, nh, hs)
-        for delta in self.deltas.values():
-            y = delta(self, q, y)
+        y = attend(q, k, v, row.packed, [delta(self, x.dtype) for delta in self.deltas.values()])  # (T, nh, hs)
         return self.o_proj(y.flatten(1))
 
 

@@ -343,15 +343,28 @@ def take_rows(x: Tensor, index: Tensor) -> Tensor:
     return _TakeRows.apply(x, index)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, packed: Packed) -> Tensor:
+Prompt = tuple[Tensor, Tensor, Tensor]  # k, v (K, nkv, hs) and a gate (nh,), see attend
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, packed: Packed, prompts: Sequence[Prompt] = ()) -> Tensor:
     """Softmax attention of every segment's queries over the keys that it may see.
 
     Args:
         q: (T, nh, hs).  k, v: (n, nkv, hs), the source of keys and of their values.
+        prompts: keys and values that every query sees in a softmax of their own; times a gate, that is added.
     Returns: (T, nh, hs).
     """
     if packed.blocks is not None and _has_kernels(q):
-        return _kernels().packed_attention(q, k, v, packed.blocks)
+        y = _kernels().packed_attention(q, k, v, packed.blocks, prompts[0] if prompts else None)
+        prompts = prompts[1:]
+    else:
+        y = _attend_gathered(q, k, v, packed)
+    for pk, pv, gate in prompts:
+        y = y + gate.to(y.dtype)[:, None] * plain_attention(q, pk, pv)
+    return y
+
+
+def _attend_gathered(q: Tensor, k: Tensor, v: Tensor, packed: Packed) -> Tensor:
     if packed.kv_index is not None:
         k, v = k.index_select(0, packed.kv_index), v.index_select(0, packed.kv_index)  # (S, nkv, hs)
     if varlen_attn is not None and _fast_16_bit(q):
@@ -361,13 +374,6 @@ def attend(q: Tensor, k: Tensor, v: Tensor, packed: Packed) -> Tensor:
         options["window_size"] = (-1, 0)  # causal, aligned at the last query and the last key
         return varlen_attn(q, k, v, packed.cu_q, packed.cu_k, packed.max_q, packed.max_k, **options)
     return _attend_each(q, k, v, packed.lengths)
-
-
-def attend_prompt(q: Tensor, k: Tensor, v: Tensor, gate: Tensor, y: Tensor) -> Tensor:
-    """y + gate * softmax attention of every query over all keys: q, y (T, nh, hs), k, v (K, nkv, hs), gate (nh,)."""
-    if _has_kernels(q):
-        return _kernels().prompt_attention(q, k, v, gate, y)
-    return y + gate.to(q.dtype)[:, None] * plain_attention(q, k, v)
 
 
 def _fast_16_bit(q: Tensor) -> bool:

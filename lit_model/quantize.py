@@ -17,7 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lit_model.model import Linear
+from lit_model.model import MLP, Linear
+from lit_model.packing import HAS_TRITON
 
 Kind = Literal["none", "nf4", "int8", "fp8"]
 FP8 = torch.float8_e4m3fn
@@ -39,6 +40,9 @@ def quantize(block: nn.Module, kind: Kind) -> None:
         linear.weight = None
         for name, tensor in linear.quantized(weight).items():
             setattr(linear, name, nn.Parameter(tensor, requires_grad=False))  # a parameter: sharding knows no buffers
+    if kind == "fp8":
+        for mlp in (m for m in block.modules() if type(m) is MLP and m.gate_proj is not None):
+            mlp.__class__ = FP8MLP
 
 
 class _Dequantized(torch.autograd.Function):
@@ -122,18 +126,16 @@ class _FP8Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, codes: Tensor, scale: Tensor, codes_t: Tensor, scale_t: Tensor) -> Tensor:
         ctx.save_for_backward(codes_t, scale_t)
-        return _fp8_product(x, codes, scale)
+        return _product(*_to_fp8(x), codes, scale)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple:
-        return _fp8_product(grad, *ctx.saved_tensors), None, None, None, None
+        return _product(*_to_fp8(grad), *ctx.saved_tensors), None, None, None, None
 
 
-def _fp8_product(x: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
-    """x W^T. x: (T, n_in).  codes, scale: (n_out, n_in), (n_out, 1).  Returns (T, n_out) in x's dtype."""
-    x8, x_scale = _to_fp8(x)
-    y = torch._scaled_mm(x8, codes.t(), x_scale, scale.t(), out_dtype=torch.bfloat16, use_fast_accum=True)
-    return y.to(x.dtype)
+def _product(x8: Tensor, x_scale: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
+    """x W^T from fp8: (T, n_in), (T, 1), (n_out, n_in), (n_out, 1). Returns (T, n_out) in bfloat16."""
+    return torch._scaled_mm(x8, codes.t(), x_scale, scale.t(), out_dtype=torch.bfloat16, use_fast_accum=True)
 
 
 class FP8Linear(Linear):
@@ -146,7 +148,39 @@ class FP8Linear(Linear):
         return dict(codes=codes, scale=scale, codes_t=codes_t, scale_t=scale_t)
 
     def matmul(self, x: Tensor) -> Tensor:
-        return _FP8Product.apply(x, self.codes, self.scale, self.codes_t, self.scale_t)
+        return _FP8Product.apply(x.bfloat16(), self.codes, self.scale, self.codes_t, self.scale_t).to(x.dtype)
+
+
+class FP8MLP(MLP):
+    """LLaMA's MLP over fp8 layers: what lies between the products goes from and to fp8 in one pass over memory."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        linears = self.gate_proj, self.up_proj, self.down_proj
+        if any(linear.deltas for linear in linears) or not (x.is_cuda and HAS_TRITON):
+            return super().forward(x)
+        return _FP8SwiGLU.apply(x, *linears)
+
+
+class _FP8SwiGLU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, gate_proj: FP8Linear, up_proj: FP8Linear, down_proj: FP8Linear) -> Tensor:
+        from lit_model.kernels import swiglu_to_fp8
+
+        ctx.linears = gate_proj, up_proj, down_proj
+        x8 = _to_fp8(x)
+        gate, up = _product(*x8, gate_proj.codes, gate_proj.scale), _product(*x8, up_proj.codes, up_proj.scale)
+        ctx.save_for_backward(gate, up)
+        return _product(*swiglu_to_fp8(gate, up), down_proj.codes, down_proj.scale)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple:
+        from lit_model.kernels import swiglu_backward_to_fp8
+
+        gate_proj, up_proj, down_proj = ctx.linears
+        grad = _product(*_to_fp8(grad), down_proj.codes_t, down_proj.scale_t)
+        gate8, gate_scale, up8, up_scale = swiglu_backward_to_fp8(grad, *ctx.saved_tensors)
+        of_gate = _product(gate8, gate_scale, gate_proj.codes_t, gate_proj.scale_t)
+        return of_gate + _product(up8, up_scale, up_proj.codes_t, up_proj.scale_t), None, None, None
 
 
 KINDS = {"nf4": NF4Linear, "int8": Int8Linear, "fp8": FP8Linear}

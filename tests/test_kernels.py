@@ -3,10 +3,12 @@
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from lit_model import packing
 from lit_model.packing import Segment, lay_out, plain_attention
+from lit_model.quantize import _to_fp8
 
 kernels = pytest.importorskip("lit_model.kernels")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -67,12 +69,26 @@ def test_packed_attention_reads_heads_of_a_wider_tensor():
     close([(got, expected), *zip(*(torch.autograd.grad(y.square().sum(), qkv) for y in (got, expected)))])
 
 
-@pytest.mark.parametrize("n_tokens, K, nh, nkv", [(40, 10, 2, 2), (600, 3, 4, 2), (600, 20, 2, 1)])
-def test_prompt_attention(n_tokens, K, nh, nkv):
-    q, y, gate = random(n_tokens, nh, 16), random(n_tokens, nh, 16), random(nh)
-    k, v = random(K, nkv, 16), random(K, nkv, 16)
-    expected = y + gate[:, None] * plain_attention(q, k, v)
-    got = kernels.prompt_attention(q, k, v, gate, y)
+@pytest.mark.parametrize("n_tokens, K, nh, nkv", [(40, 10, 2, 2), (300, 3, 4, 2), (300, 20, 2, 1)])
+def test_a_prompt_that_every_token_sees(n_tokens, K, nh, nkv):
+    packed = lay_out([Segment(n_tokens - 15), Segment(15)]).to(torch.device(DEVICE))
+    q, k, v = (random(n_tokens, n, 16) for n in (nh, nkv, nkv))
+    prompt = random(K, nkv, 16), random(K, nkv, 16), random(nh)
+    pk, pv, gate = prompt
+    expected = packing._attend_each(q, k, v, packed.lengths) + gate[:, None] * plain_attention(q, pk, pv)
+    got = kernels.packed_attention(q, k, v, packed.blocks, prompt)
     towards = torch.randn_like(q)
-    grads, expected_grads = (torch.autograd.grad(out, (q, k, v, gate, y), towards) for out in (got, expected))
+    grads, expected_grads = (torch.autograd.grad(out, (q, k, v, *prompt), towards) for out in (got, expected))
     close([(got, expected), *zip(grads, expected_grads)])
+
+
+def test_swiglu_to_fp8():
+    gate, up, dh = random(30, 72), random(30, 72), torch.randn(30, 72, device=DEVICE)
+    h = F.silu(gate) * up
+    expected = [_to_fp8(t) for t in (h, *torch.autograd.grad(h, (gate, up), dh))]
+    dgate, dgate_scale, dup, dup_scale = kernels.swiglu_backward_to_fp8(dh, gate, up)
+    got = [kernels.swiglu_to_fp8(gate, up), (dgate, dgate_scale), (dup, dup_scale)]
+    for (x, scale), (x_, scale_) in zip(got, expected):
+        close([(scale, scale_)])
+        tolerance = 1e-3 if DEVICE == "cuda" else 0.08  # the interpreter rounds to fp8 towards zero
+        close([(x.float() * scale, x_.float() * scale_)], tolerance)
