@@ -83,8 +83,8 @@ def _forward(
     y = y / total[:, None]
     if KEYS > 0:
         pk, pv = _prompt(pk_ptr, pv_ptr, head // GROUP, K, NH // GROUP, HS, KEYS)
-        p = _prompt_probabilities(q, pk, scale, K, KEYS)
-        y += tl.load(gate_ptr + head) * tl.dot(p.to(pv.dtype), pv, input_precision="ieee")
+        p_prompt = _prompt_probabilities(q, pk, scale, K, KEYS)
+        y += tl.load(gate_ptr + head) * tl.dot(p_prompt.to(pv.dtype), pv, input_precision="ieee")
     tl.store(y_ptr + (at_q * NH + head) * HS + d[None, :], y.to(y_ptr.dtype.element_ty), mask=i[:, None] < T)
     tl.store(lse_ptr + head * T + i, top + tl.log2(total), mask=i < T)
 
@@ -109,14 +109,14 @@ def _backward_q(
     if KEYS > 0:
         pk, pv = _prompt(pk_ptr, pv_ptr, head // GROUP, K, NH // GROUP, HS, KEYS)
         gate = tl.load(gate_ptr + head)
-        p = _prompt_probabilities(q, pk, scale, K, KEYS)
-        dp = tl.dot(dy, tl.trans(pv), input_precision="ieee")
-        along = tl.sum(p * dp, 1)
+        p_prompt = _prompt_probabilities(q, pk, scale, K, KEYS)  # (queries, KEYS)
+        dp_prompt = tl.dot(dy, tl.trans(pv), input_precision="ieee")
+        along = tl.sum(p_prompt * dp_prompt, 1)
         dy_y -= gate * along  # y holds the prompt's part too
-        ds = gate * p * (dp - along[:, None])
-        dq += tl.dot(ds.to(pk.dtype), pk, input_precision="ieee")
-        dpk = tl.dot(tl.trans(ds.to(q.dtype)), q, input_precision="ieee") * (scale / LOG2E)
-        dpv = tl.dot(tl.trans((gate * p).to(dy.dtype)), dy, input_precision="ieee")
+        ds_prompt = gate * p_prompt * (dp_prompt - along[:, None])
+        dq += tl.dot(ds_prompt.to(pk.dtype), pk, input_precision="ieee")
+        dpk = tl.dot(tl.trans(ds_prompt.to(q.dtype)), q, input_precision="ieee") * (scale / LOG2E)
+        dpv = tl.dot(tl.trans((gate * p_prompt).to(dy.dtype)), dy, input_precision="ieee")
         part, n = block.to(tl.int64) * NH + head, tl.arange(0, KEYS)
         to = (part * K + n[:, None]) * HS + d[None, :]
         tl.store(dpk_ptr + to, dpk, mask=n[:, None] < K)

@@ -158,29 +158,30 @@ class FP8MLP(MLP):
         linears = self.gate_proj, self.up_proj, self.down_proj
         if any(linear.deltas for linear in linears) or not (x.is_cuda and HAS_TRITON):
             return super().forward(x)
-        return _FP8SwiGLU.apply(x, *linears)
+        weights = [(m.codes, m.scale, m.codes_t, m.scale_t) for m in linears]
+        return _FP8SwiGLU.apply(x.bfloat16(), *(t for group in weights for t in group)).to(x.dtype)
 
 
 class _FP8SwiGLU(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, gate_proj: FP8Linear, up_proj: FP8Linear, down_proj: FP8Linear) -> Tensor:
+    def forward(ctx: Any, x: Tensor, *weights: Tensor) -> Tensor:
+        """weights: of gate_proj, up_proj and down_proj, each codes, scale, codes_t, scale_t."""
         from lit_model.kernels import swiglu_to_fp8
 
-        ctx.linears = gate_proj, up_proj, down_proj
         x8 = _to_fp8(x)
-        gate, up = _product(*x8, gate_proj.codes, gate_proj.scale), _product(*x8, up_proj.codes, up_proj.scale)
-        ctx.save_for_backward(gate, up)
-        return _product(*swiglu_to_fp8(gate, up), down_proj.codes, down_proj.scale)
+        gate, up = _product(*x8, *weights[0:2]), _product(*x8, *weights[4:6])
+        ctx.save_for_backward(gate, up, *weights[2:4], *weights[6:8], *weights[10:12])
+        return _product(*swiglu_to_fp8(gate, up), *weights[8:10])
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple:
         from lit_model.kernels import swiglu_backward_to_fp8
 
-        gate_proj, up_proj, down_proj = ctx.linears
-        grad = _product(*_to_fp8(grad), down_proj.codes_t, down_proj.scale_t)
-        gate8, gate_scale, up8, up_scale = swiglu_backward_to_fp8(grad, *ctx.saved_tensors)
-        of_gate = _product(gate8, gate_scale, gate_proj.codes_t, gate_proj.scale_t)
-        return of_gate + _product(up8, up_scale, up_proj.codes_t, up_proj.scale_t), None, None, None
+        gate, up, *weights = ctx.saved_tensors
+        grad = _product(*_to_fp8(grad), *weights[4:6])
+        gate8, gate_scale, up8, up_scale = swiglu_backward_to_fp8(grad, gate, up)
+        grad = _product(gate8, gate_scale, *weights[0:2]) + _product(up8, up_scale, *weights[2:4])
+        return grad, *(None,) * 12
 
 
 KINDS = {"nf4": NF4Linear, "int8": Int8Linear, "fp8": FP8Linear}
