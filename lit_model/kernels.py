@@ -334,7 +334,7 @@ def _swiglu_backward(
 
 
 def _fp8_like(x: Tensor) -> tuple[Tensor, Tensor]:
-    return x.new_empty(x.shape, dtype=torch.float8_e4m3fn), x.new_empty((len(x), 1), dtype=torch.float32)
+    return x.new_empty(x.shape, dtype=torch.float8_e4m3fn), x.new_empty((x.shape[0], 1), dtype=torch.float32)
 
 
 @torch.library.custom_op("lit_model::swiglu_to_fp8", mutates_args=())

@@ -329,13 +329,13 @@ class _TakeRows(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, index: Tensor) -> Tensor:
         ctx.save_for_backward(index)
-        ctx.n = len(x)
+        ctx.shape = x.shape
         return x.index_select(0, index)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple:
         (index,) = ctx.saved_tensors
-        return grad.new_zeros(ctx.n, *grad.shape[1:]).index_copy(0, index, grad), None
+        return grad.new_zeros(ctx.shape).index_copy(0, index, grad), None
 
 
 def take_rows(x: Tensor, index: Tensor) -> Tensor:
