@@ -35,6 +35,13 @@ def _visible(row, key, until):
 
 
 @triton.jit
+def _load(ptr, rows, n, stride_t, stride_h, head, HS: tl.constexpr):
+    """Rows of one head, (BLOCK, HS); zeros for those that are not among the n."""
+    at = rows.to(tl.int64)[:, None] * stride_t + head * stride_h + tl.arange(0, HS)[None, :]
+    return tl.load(ptr + at, mask=rows[:, None] < n, other=0.0)
+
+
+@triton.jit
 def _prompt(pk_ptr, pv_ptr, head, K, NKV: tl.constexpr, HS: tl.constexpr, KEYS: tl.constexpr):
     n = tl.arange(0, KEYS)[:, None]
     at = (n * NKV + head) * HS + tl.arange(0, HS)[None, :]
@@ -60,16 +67,15 @@ def _forward(
     d = tl.arange(0, HS)
     row = tl.load(row_ptr + i, mask=i < T, other=-1)
     at_q = i.to(tl.int64)[:, None]
-    q = tl.load(q_ptr + at_q * sqt + head * sqh + d[None, :], mask=i[:, None] < T, other=0.0)
+    q = _load(q_ptr, i, T, sqt, sqh, head, HS)
     top = tl.full((BLOCK,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK,), tl.float32)
     y = tl.zeros((BLOCK, HS), tl.float32)
     for at in range(tl.load(first_ptr + block), tl.load(first_ptr + block + 1)):
         j = tl.load(key_blocks_ptr + at) * BLOCK + tl.arange(0, BLOCK)
         until = tl.load(until_ptr + j, mask=j < S, other=0)
-        at_k = j.to(tl.int64)[:, None]
-        k = tl.load(k_ptr + at_k * skt + (head // GROUP) * skh + d[None, :], mask=j[:, None] < S, other=0.0)
-        v = tl.load(v_ptr + at_k * svt + (head // GROUP) * svh + d[None, :], mask=j[:, None] < S, other=0.0)
+        k = _load(k_ptr, j, S, skt, skh, head // GROUP, HS)
+        v = _load(v_ptr, j, S, svt, svh, head // GROUP, HS)
         s = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
         s = tl.where(_visible(row, j, until), s, float("-inf"))
         new_top = tl.maximum(top, tl.max(s, 1))
@@ -100,9 +106,9 @@ def _backward_q(
     d = tl.arange(0, HS)
     row = tl.load(row_ptr + i, mask=i < T, other=-1)
     at_q, inside = i.to(tl.int64)[:, None], i[:, None] < T
-    q = tl.load(q_ptr + at_q * sqt + head * sqh + d[None, :], mask=inside, other=0.0)
+    q = _load(q_ptr, i, T, sqt, sqh, head, HS)
     y = tl.load(y_ptr + (at_q * NH + head) * HS + d[None, :], mask=inside, other=0.0)
-    dy = tl.load(dy_ptr + at_q * sdt + head * sdh + d[None, :], mask=inside, other=0.0)
+    dy = _load(dy_ptr, i, T, sdt, sdh, head, HS)
     lse = tl.load(lse_ptr + head * T + i, mask=i < T, other=0.0)
     dy_y = tl.sum(dy.to(tl.float32) * y.to(tl.float32), 1)
     dq = tl.zeros((BLOCK, HS), tl.float32)
@@ -126,9 +132,8 @@ def _backward_q(
     for at in range(tl.load(first_ptr + block), tl.load(first_ptr + block + 1)):
         j = tl.load(key_blocks_ptr + at) * BLOCK + tl.arange(0, BLOCK)
         until = tl.load(until_ptr + j, mask=j < S, other=0)
-        at_k = j.to(tl.int64)[:, None]
-        k = tl.load(k_ptr + at_k * skt + (head // GROUP) * skh + d[None, :], mask=j[:, None] < S, other=0.0)
-        v = tl.load(v_ptr + at_k * svt + (head // GROUP) * svh + d[None, :], mask=j[:, None] < S, other=0.0)
+        k = _load(k_ptr, j, S, skt, skh, head // GROUP, HS)
+        v = _load(v_ptr, j, S, svt, svh, head // GROUP, HS)
         s = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
         p = tl.where(_visible(row, j, until), tl.exp2(s - lse[:, None]), 0.0)
         dp = tl.dot(dy, tl.trans(v), input_precision="ieee")
@@ -150,17 +155,16 @@ def _backward_kv(
     first, last, slot = tl.load(work + 1), tl.load(work + 2), tl.load(work + 3)
     until = tl.load(until_ptr + j, mask=j < S, other=0)
     at_k, inside = j.to(tl.int64)[:, None], j[:, None] < S
-    k = tl.load(k_ptr + at_k * skt + head * skh + d[None, :], mask=inside, other=0.0)
-    v = tl.load(v_ptr + at_k * svt + head * svh + d[None, :], mask=inside, other=0.0)
+    k = _load(k_ptr, j, S, skt, skh, head, HS)
+    v = _load(v_ptr, j, S, svt, svh, head, HS)
     dk = tl.zeros((BLOCK, HS), tl.float32)
     dv = tl.zeros((BLOCK, HS), tl.float32)
     for step in range(first * GROUP, last * GROUP):
         i = tl.load(query_blocks_ptr + step // GROUP) * BLOCK + tl.arange(0, BLOCK)
         h = head * GROUP + step % GROUP
         row = tl.load(row_ptr + i, mask=i < T, other=-1)
-        at_q = i.to(tl.int64)[:, None]
-        q = tl.load(q_ptr + at_q * sqt + h * sqh + d[None, :], mask=i[:, None] < T, other=0.0)
-        dy = tl.load(dy_ptr + at_q * sdt + h * sdh + d[None, :], mask=i[:, None] < T, other=0.0)
+        q = _load(q_ptr, i, T, sqt, sqh, h, HS)
+        dy = _load(dy_ptr, i, T, sdt, sdh, h, HS)
         lse = tl.load(lse_ptr + h * T + i, mask=i < T, other=0.0)
         dy_y = tl.load(sum_ptr + h * T + i, mask=i < T, other=0.0)
         s = tl.dot(k, tl.trans(q), input_precision="ieee") * scale  # (keys, queries)
