@@ -107,3 +107,13 @@ def test_unfit_shapes_are_refused():
         quantized(torch.randn(3, 30), "nf4")
     with pytest.raises(ValueError, match="multiples of 16"):
         quantized(torch.randn(30, 32), "fp8")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_compiled_layers_equal_eager_ones_at_any_length(kind):
+    linear = quantized(torch.randn(96, 128), kind)
+    compiled = torch.compile(linear, backend="aot_eager", dynamic=True)
+    for n in (20, 33, 57):
+        x = torch.randn(n, 128, dtype=torch.bfloat16, requires_grad=True)
+        (grad,), (expected,) = (torch.autograd.grad(f(x).sum(), x) for f in (compiled, linear))
+        assert expected.norm() > 0 and torch.equal(grad, expected)
