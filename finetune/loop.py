@@ -1,41 +1,42 @@
 """The training loop. One for all methods: it trains whatever requires gradients, and does not ask what that is.
 
-To hack it for one method, copy `fit` into that method's script.
+To hack it for one method, copy `fit` into that method's script. What it prints and writes is in report.py, how it fits
+into a GPU's memory in memory.py.
 """
 
-import csv
 import ctypes
 import math
-import re
-import resource
+import os
 import sys
-import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
-import yaml
 from lightning_fabric import Fabric
-from matplotlib.figure import Figure
 from torch import Tensor, nn
-from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
+from finetune import memory
+from finetune.report import Log, Meter, Step, closing_line, n_parameters
 from lit_model import hub
 from lit_model.checkpoint import fingerprint_of, is_base, save_method
 from lit_model.data import PromptOptions, read_rows, render, split_rows, tokenize
 from lit_model.data import check as check_prompt
 from lit_model.generate import generate
-from lit_model.model import GPT, Config, Linear
+from lit_model.model import GPT, Config
 from lit_model.packing import Example, Packed, pack
 from lit_model.quantize import Kind
 from lit_model.tokenizer import Tokenizer
+
+# rows differ in length from step to step: without this the memory between tensors is lost bit by bit
+os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
 
 
 @dataclass
@@ -54,8 +55,8 @@ class Train:
     """the norm of the whole gradient is cut to this; 0: never"""
     batch_size: int = 16
     """examples per optimizer step, however many rows and devices they are spread over"""
-    row_tokens: int = 4096
-    """tokens of one packed row, which is one pass through the network: less takes less memory, more is faster"""
+    row_tokens: int = 16384
+    """most tokens of a packed row, which is one pass through the network; fewer if a GPU's memory demands it"""
     epochs: int = 1
     """passes over the training rows, each in a new order"""
     max_steps: int | None = None
@@ -94,6 +95,11 @@ class Options:
     """auto: the GPU if there is one"""
     compile: Literal["auto", "on", "off"] = "auto"
     """torch.compile for each block; auto: on a GPU for networks of a billion parameters and more, where it pays"""
+    memory_gb: float | None = None
+    """GiB of a GPU's memory to use at most: shorter rows, then recomputing blocks, then the host's memory make it do;
+    null: all that is free"""
+    deterministic: bool = False
+    """the same numbers, bit for bit, whenever a run is repeated on the same machine; a little slower"""
     overwrite: bool = False
     """replace the run that out_dir holds"""
 
@@ -133,6 +139,9 @@ def start(options: Options) -> Run:
         hub.fetch_demo_data()
     if options.devices == "cpu" or not torch.cuda.is_available():
         keep_freed_memory()
+    if options.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
     fabric = Fabric(accelerator="cpu" if options.devices == "cpu" else "auto", devices=1, precision="32-true")
     fabric.launch()
     fabric.seed_everything(options.train.seed, verbose=False)
@@ -198,17 +207,16 @@ def fit(run: Run, gpt: GPT, method: str, method_options: Any = None, share: bool
         room = f"the model's context of {gpt.config.block_size}"
         raise ValueError(f"the longest example has {longest} tokens, too many for {room}: lower prompt.max_length")
 
-    n_base = n_parameters(gpt.config)
-    if options.compile == "on" or (options.compile == "auto" and run.device.type == "cuda" and n_base > 1e9):
-        gpt.compile()
     header = (method, method_options, fingerprint_of(options.checkpoint_dir))
-    # `network` is gpt as Fabric wraps it: the one to call where gradients are wanted
-    network, optimizer = run.fabric.setup(gpt, make_optimizer(gpt, train))
-    trained = [p for group in optimizer.param_groups for p in group["params"]]
-    n_trained = sum(p.numel() for p in trained)
-    n_total = n_base + sum(p.numel() for name, p in gpt.named_parameters() if p.requires_grad and not is_base(name))
+    n_trained = sum(p.numel() for p in gpt.parameters() if p.requires_grad)
+    n_total = n_parameters(gpt.config) + sum(
+        p.numel() for name, p in gpt.named_parameters() if p.requires_grad and not is_base(name)
+    )
     print(f"{method}: {n_trained:,} of {n_total:,} parameters ({100 * n_trained / n_total:.2f} %) are trained")
     print(f"{len(run.train_examples)} examples, {n_steps} steps of {train.batch_size}, {run.device.type}, {run.dtype}")
+    run, network, optimizer, plan = prepare(run, gpt, share)
+    if plan:
+        print(plan.report)
 
     saved, stale, underway, meter = False, 0, deque(), Meter(run.device)
     stream = ahead(with_rows(batches(run.train_examples, train), gpt, run, share))
@@ -220,20 +228,13 @@ def fit(run: Run, gpt: GPT, method: str, method_options: Any = None, share: bool
         meter.start()
         for number, (batch, rows) in zip(range(1, n_steps + 1), stream):
             step = Step(number, learning_rate(number, n_steps, warmup, train), batch)
-            for group in optimizer.param_groups:
-                group["lr"] = step.lr
             meter.mark()
-            loss = torch.zeros((), device=run.device)
-            for idx, packed in rows:
-                idx, packed = idx.to(run.device, non_blocking=True), packed.to(run.device)
-                row_loss = network(idx, packed) / step.n_targets
-                run.fabric.backward(row_loss)
-                loss += row_loss.detach()
-            norm = torch.nn.utils.clip_grad_norm_(trained, train.grad_clip or math.inf)
-            optimizer.step()
-            optimizer.zero_grad()
+            try:
+                train_step(run, network, optimizer, step, rows)
+            except torch.OutOfMemoryError:
+                raise ValueError(f"out of memory at step {number}: {plan.advice}") from None
             meter.mark()
-            underway.append(step.send(loss, norm))
+            underway.append(step)
 
             last = number == n_steps or (train.max_time is not None and meter.seconds() >= 60 * train.max_time)
             pause = last or number % interval == 0
@@ -267,10 +268,48 @@ def fit(run: Run, gpt: GPT, method: str, method_options: Any = None, share: bool
                 meter.start()
     if run.val_examples:
         print(f"validation loss: {first:.4f} before, {best:.4f} after (best)")
-    print(closing_line(gpt, run, meter))
+    print(closing_line(gpt, meter, run.device))
     where = "" if options.checkpoint_dir == hub.DEMO_CHECKPOINT else f" --checkpoint_dir {options.checkpoint_dir}"
     print(f"saved {options.out_dir}/: lit_method.safetensors, last.safetensors, hparams.yaml, metrics.csv, loss.png")
     print(f'try:  python generate/base.py{where} --method_dir {options.out_dir} --prompt "{train.sample}"')
+
+
+def prepare(run: Run, gpt: GPT, share: bool = True) -> tuple[Run, nn.Module, torch.optim.Optimizer, memory.Plan | None]:
+    """Compiles the network where that pays, makes the optimizer, and finds rows that fit into the GPU's memory.
+
+    Returns the run with these rows; the network as Fabric wraps it, to be called where gradients are wanted; the
+    optimizer; and how it fits, None on a CPU.
+    """
+    options, train, on_gpu = run.options, run.options.train, run.device.type == "cuda"
+    if options.compile == "on" or (options.compile == "auto" and on_gpu and n_parameters(gpt.config) > 1e9):
+        gpt.compile()
+    network, optimizer = run.fabric.setup(gpt, make_optimizer(gpt, train))
+    if not on_gpu:
+        return run, network, optimizer, None
+    some = list(islice(batches(run.train_examples, train), 8))
+    plan = memory.plan(gpt, run.fabric.backward, some, train.row_tokens, share, options.memory_gb)
+    run = replace(run, options=replace(options, train=replace(train, row_tokens=plan.row_tokens)))
+    return run, network, optimizer, plan
+
+
+def train_step(
+    run: Run, network: nn.Module, optimizer: torch.optim.Optimizer, step: Step, rows: list[tuple[Tensor, Packed]]
+) -> None:
+    """One update of what is trained, with a batch packed into `rows`. `step` receives its loss and gradient norm."""
+    loss = torch.zeros((), device=run.device)
+    step.n_computed = sum(len(packed.pos) for _, packed in rows)
+    for idx, packed in rows:
+        idx, packed = idx.to(run.device, non_blocking=True), packed.to(run.device)
+        row_loss = network(idx, packed) / step.n_targets
+        run.fabric.backward(row_loss)
+        loss += row_loss.detach()
+    for group in optimizer.param_groups:
+        group["lr"] = step.lr
+    trained = [p for group in optimizer.param_groups for p in group["params"]]
+    norm = torch.nn.utils.clip_grad_norm_(trained, run.options.train.grad_clip or math.inf)
+    optimizer.step()
+    optimizer.zero_grad()
+    step.send(loss, norm)
 
 
 def check(train: Train) -> None:
@@ -288,64 +327,6 @@ def make_optimizer(gpt: GPT, train: Train) -> torch.optim.Optimizer:
     matrices, vectors = [p for p in trained if p.ndim > 1], [p for p in trained if p.ndim <= 1]
     groups = [dict(params=matrices, weight_decay=train.weight_decay), dict(params=vectors, weight_decay=0.0)]
     return torch.optim.AdamW([g for g in groups if g["params"]], lr=train.lr, betas=(0.9, 0.95), fused=True)
-
-
-@dataclass
-class Step:
-    """One optimizer step. Its loss and gradient norm come back from the GPU without holding it up."""
-
-    number: int
-    lr: float
-    batch: list[Example]
-
-    @property
-    def n_targets(self) -> int:
-        return sum(e.n_targets for e in self.batch)
-
-    def send(self, loss: Tensor, norm: Tensor) -> "Step":
-        self.values = torch.stack((loss, norm)).to("cpu", non_blocking=True)
-        self.arrived = torch.cuda.Event() if loss.is_cuda else None
-        if self.arrived:
-            self.arrived.record()
-        return self
-
-    def receive(self) -> list[float]:
-        if self.arrived:
-            self.arrived.synchronize()
-        return self.values.tolist()
-
-
-class Meter:
-    """Counts tokens, seconds of training without the evaluations, and how long the GPU waited between two steps."""
-
-    def __init__(self, device: torch.device):
-        self.n_tokens, self.n_targets, self.before, self.idle_ms = 0, 0, 0.0, 0.0
-        self.began: float | None = None
-        self.lag = 1 if device.type == "cuda" else 0  # a GPU works on the next step while we read what came of one
-
-    def start(self) -> None:
-        self.began = time.perf_counter()
-        self.marks = deque()  # events at the beginning and the end of each step
-
-    def pause(self) -> None:
-        self.before, self.began = self.seconds(), None
-
-    def seconds(self) -> float:
-        return self.before + (time.perf_counter() - self.began if self.began else 0.0)
-
-    def mark(self) -> None:
-        """Call at the beginning and at the end of the GPU's work on a step."""
-        if self.lag:
-            self.marks.append(torch.cuda.Event(enable_timing=True))
-            self.marks[-1].record()
-
-    def count(self, step: Step) -> None:
-        """Call when the GPU is done with the step."""
-        self.n_tokens += sum(len(e.ids) for e in step.batch)
-        self.n_targets += step.n_targets
-        if len(self.marks) > 4:  # of the step before, of this one and of the next
-            _, ended = self.marks.popleft(), self.marks.popleft()
-            self.idle_ms += ended.elapsed_time(self.marks[0])
 
 
 def batches(examples: Sequence[Example], train: Train) -> Iterator[list[Example]]:
@@ -392,7 +373,8 @@ def evaluate(network: nn.Module, gpt: GPT, run: Run) -> float:
         return math.nan
     network.eval()
     rows = pack(run.val_examples, run.options.train.row_tokens, gpt.n_virtual_tokens, gpt.n_virtual_keys)
-    total = sum(network(idx.to(run.device), packed.to(run.device)) for idx, packed in rows)
+    with torch.compiler.set_stance("force_eager"):  # compiling for a few rows takes longer than it saves
+        total = sum(network(idx.to(run.device), packed.to(run.device)) for idx, packed in rows)
     network.train()
     return total.item() / sum(e.n_targets for e in run.val_examples)
 
@@ -409,84 +391,3 @@ def sample(gpt: GPT, run: Run) -> None:
         tokens = list(generate(gpt, ids, max_new_tokens=64, temperature=0, stop_ids=[run.tokenizer.eos_id]))
     gpt.train()
     tqdm.write(f"  {instruction}\n  -> {' '.join(run.tokenizer.decode(tokens).split())}")
-
-
-# bf16 matrix products without sparsity, TFLOP/s, from the makers' data sheets; the first name that fits counts
-PEAK_TFLOPS = {"H100 PCIe": 756, "H100": 989, "H200": 989, "A100": 312, "L40S": 362, "L4": 121, "RTX 4090": 165}
-
-
-def n_parameters(config: Config) -> int:
-    """Of the base network, however its weights are kept."""
-    with torch.device("meta"):
-        return sum(
-            p.numel() for p in GPT(Config(**{f.name: getattr(config, f.name) for f in fields(Config)})).parameters()
-        )
-
-
-def closing_line(gpt: GPT, run: Run, meter: Meter) -> str:
-    """Tokens per second, share of the GPU's peak where it is known, idle share of the GPU, and the most memory used.
-
-    The share counts what training must do: matrix products forward and backward, the output layer at the targets only,
-    weight gradients of trained weights only; no attention scores.
-    """
-    n_tokens, seconds = meter.n_tokens, meter.seconds()
-    line = f"trained {n_tokens:,} tokens in {seconds:.0f} s: {n_tokens / seconds:.0f} tokens/s"
-    if run.device.type != "cuda":
-        unit = 2**30 if sys.platform == "darwin" else 2**20  # macOS counts bytes, Linux KiB
-        return f"{line}, peak memory {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit:.1f} GiB"
-    name = torch.cuda.get_device_name(run.device)
-    peak = next((tflops for known, tflops in PEAK_TFLOPS.items() if re.search(rf"\b{known}\b", name)), None)
-    if peak:
-        flops = 0
-        for module in (m for m in gpt.modules() if isinstance(m, Linear)):
-            products = 3 if module.weight is not None and module.weight.requires_grad else 2
-            tokens = meter.n_targets if module is gpt.lm_head else n_tokens
-            flops += 2 * products * module.in_features * module.out_features * tokens
-        line += f", MFU {100 * flops / seconds / peak / 1e12:.1f} % of {peak} TFLOP/s"
-    line += f", GPU idle {meter.idle_ms / seconds / 10:.1f} %"
-    return f"{line}, peak memory {torch.cuda.max_memory_allocated(run.device) / 2**30:.1f} GiB on {name}"
-
-
-class Log:
-    """Writes out_dir: hparams.yaml at once, metrics.csv and TensorBoard events as they come, loss.png at the end."""
-
-    COLUMNS = ("step", "epoch", "loss", "val_loss", "lr", "grad_norm", "tokens", "tokens_per_second")
-
-    def __init__(self, options: Options):
-        self.out_dir = options.out_dir
-        self.out_dir.mkdir(parents=True, exist_ok=True)
-        if (self.out_dir / "hparams.yaml").exists():  # a failed run, or one to overwrite; its tensors stay until ours
-            for events in self.out_dir.glob("events.out.tfevents.*"):
-                events.unlink()
-        (self.out_dir / "hparams.yaml").write_text(yaml.safe_dump(_plain(options), sort_keys=False))
-        self.file = open(self.out_dir / "metrics.csv", "w", newline="")
-        self.csv = csv.DictWriter(self.file, self.COLUMNS)
-        self.csv.writeheader()
-        self.events = SummaryWriter(str(self.out_dir))
-        self.rows: list[dict] = []
-
-    def write(self, step: int, **values: float) -> None:
-        self.rows.append(dict(step=step, **values))
-        self.csv.writerow(self.rows[-1])
-        self.file.flush()
-        for name, value in values.items():
-            self.events.add_scalar(name, value, step)
-
-    def close(self) -> None:
-        self.file.close()
-        self.events.close()
-        figure = Figure(figsize=(7, 4), layout="constrained")
-        axes = figure.subplots()
-        for name, style in (("loss", dict(lw=1, alpha=0.5)), ("val_loss", dict(marker="o"))):
-            points = [(row["step"], row[name]) for row in self.rows if name in row]
-            axes.plot(*zip(*points), label={"loss": "training", "val_loss": "validation"}[name], **style)
-        axes.set(xlabel="step", ylabel="loss per target token")
-        axes.legend()
-        figure.savefig(self.out_dir / "loss.png", dpi=120)
-
-
-def _plain(value: Any) -> Any:
-    """Options as what YAML knows."""
-    if is_dataclass(value):
-        return {f.name: _plain(getattr(value, f.name)) for f in fields(value)}
-    return str(value) if isinstance(value, Path) else value

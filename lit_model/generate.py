@@ -6,8 +6,9 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 import torch
 from torch import Tensor
 
+from lit_model.attention import KVCache
 from lit_model.model import GPT
-from lit_model.packing import KVCache, Segment, lay_out
+from lit_model.packing import Segment, lay_out
 from lit_model.tokenizer import Tokenizer
 
 

@@ -3,26 +3,29 @@
 `packed_attention` reads the keys where they lie. Torch's variable-length attention wants the keys of every segment
 gathered first, which copies a shared preamble for each example that sees it, and adds the copies' gradients up again:
 with it, attention takes a sixth of a training step of LLaMA-7B; with these kernels a fifteenth. LLaMA-Adapter's prompt,
-a few keys that every query sees in a softmax of its own, is done in the same pass.
+a few keys that every query sees in a softmax of its own, is done in the same pass, and RoPE's gradient too.
 
 `swiglu_to_fp8` makes an fp8 row and its scale in one pass, where the compiler's reductions take two.
 
 Which key a query sees is two numbers in packed order (packing.py): query i sees key j if j <= i < until[j]. The work is
 cut into blocks of BLOCK queries and BLOCK keys, of which `Blocks` lists those that touch. The results do not depend on
-the order in which the GPU runs them, so repeats are bit-identical. The same in plain torch: `packing._attend_each`,
-`packing.plain_attention` and `quantize._to_fp8`; tests/test_kernels.py compares them, on a CPU in Triton's interpreter.
+the order in which the GPU runs them, so repeats are bit-identical. The same in plain torch: `_attend_each` and
+`plain_attention` in attention.py, `_to_fp8` in quantize.py; tests/test_kernels.py compares them, on a CPU in Triton's
+interpreter.
 
 The method is FlashAttention-2's (https://arxiv.org/abs/2307.08691): softmax in one pass over the keys, probabilities
 recomputed in the backward pass from the saved logarithm of their sum.
 """
 
 import math
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from lit_model.attention import Prompt, Rope, rotate
 from lit_model.packing import BLOCK, Blocks
 
 LOG2E = tl.constexpr(math.log2(math.e))
@@ -54,6 +57,17 @@ def _prompt_probabilities(q, pk, scale, K, KEYS: tl.constexpr):
     s = tl.where(tl.arange(0, KEYS)[None, :] < K, s, float("-inf"))
     p = tl.exp2(s - tl.max(s, 1)[:, None])
     return p / tl.sum(p, 1)[:, None]
+
+
+@triton.jit
+def _rotate_back(x, cos_ptr, sin_ptr, rows, n, HS: tl.constexpr, BLOCK: tl.constexpr):
+    """The gradient of what RoPE rotated: x (BLOCK, HS), turned back by the angles of `rows`."""
+    half = tl.arange(0, HS // 2)[None, :]
+    inside = rows[:, None] < n
+    cos = tl.load(cos_ptr + rows[:, None] * (HS // 2) + half, mask=inside, other=1.0).to(tl.float32)
+    sin = tl.load(sin_ptr + rows[:, None] * HS + HS // 2 + half, mask=inside, other=0.0).to(tl.float32)
+    a, b = tl.split(tl.permute(tl.reshape(x, (BLOCK, 2, HS // 2)), (0, 2, 1)))  # the two halves of a head
+    return tl.reshape(tl.permute(tl.join(a * cos + b * sin, b * cos - a * sin), (0, 2, 1)), (BLOCK, HS))
 
 
 @triton.jit
@@ -98,8 +112,9 @@ def _forward(
 @triton.jit
 def _backward_q(
     q_ptr, k_ptr, v_ptr, y_ptr, dy_ptr, lse_ptr, sum_ptr, dq_ptr, row_ptr, until_ptr, first_ptr, key_blocks_ptr,
-    pk_ptr, pv_ptr, gate_ptr, dpk_ptr, dpv_ptr, dgate_ptr, scale, T, S, K, sqt, sqh, skt, skh, svt, svh, sdt, sdh,
-    NH: tl.constexpr, GROUP: tl.constexpr, HS: tl.constexpr, BLOCK: tl.constexpr, KEYS: tl.constexpr,
+    pk_ptr, pv_ptr, gate_ptr, dpk_ptr, dpv_ptr, dgate_ptr, cos_ptr, sin_ptr, scale, T, S, K, sqt, sqh, skt, skh, svt,
+    svh, sdt, sdh, NH: tl.constexpr, GROUP: tl.constexpr, HS: tl.constexpr, BLOCK: tl.constexpr, KEYS: tl.constexpr,
+    ROPE: tl.constexpr,
 ):  # fmt: skip
     block, head = tl.program_id(0), tl.program_id(1)
     i = block * BLOCK + tl.arange(0, BLOCK)
@@ -140,14 +155,16 @@ def _backward_q(
         ds = p * (dp - dy_y[:, None])
         dq += tl.dot(ds.to(k.dtype), k, input_precision="ieee")
     dq = dq * (scale / LOG2E)
+    if ROPE:
+        dq = _rotate_back(dq, cos_ptr, sin_ptr, i, T, HS, BLOCK)
     tl.store(dq_ptr + (at_q * NH + head) * HS + d[None, :], dq.to(dq_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit
 def _backward_kv(
     q_ptr, k_ptr, v_ptr, dy_ptr, lse_ptr, sum_ptr, dk_ptr, dv_ptr, part_ptr, row_ptr, until_ptr, work_ptr,
-    query_blocks_ptr, scale, T, S, sqt, sqh, skt, skh, svt, svh, sdt, sdh,
-    NKV: tl.constexpr, GROUP: tl.constexpr, HS: tl.constexpr, BLOCK: tl.constexpr,
+    query_blocks_ptr, cos_ptr, sin_ptr, scale, T, S, sqt, sqh, skt, skh, svt, svh, sdt, sdh,
+    NKV: tl.constexpr, GROUP: tl.constexpr, HS: tl.constexpr, BLOCK: tl.constexpr, ROPE: tl.constexpr,
 ):  # fmt: skip
     work, head = work_ptr + tl.program_id(0) * 4, tl.program_id(1)
     d = tl.arange(0, HS)
@@ -176,6 +193,8 @@ def _backward_kv(
         dk += tl.dot(ds.to(q.dtype), q, input_precision="ieee")
     dk = dk * (scale / LOG2E)
     if slot < 0:
+        if ROPE:
+            dk = _rotate_back(dk, cos_ptr, sin_ptr, j, S, HS, BLOCK)
         to = (at_k * NKV + head) * HS + d[None, :]
         tl.store(dk_ptr + to, dk.to(dk_ptr.dtype.element_ty), mask=inside)
         tl.store(dv_ptr + to, dv.to(dv_ptr.dtype.element_ty), mask=inside)
@@ -187,7 +206,8 @@ def _backward_kv(
 
 @triton.jit
 def _add_parts(
-    dk_ptr, dv_ptr, part_ptr, shared_ptr, S, NKV: tl.constexpr, HS: tl.constexpr, BLOCK: tl.constexpr
+    dk_ptr, dv_ptr, part_ptr, shared_ptr, cos_ptr, sin_ptr, S,
+    NKV: tl.constexpr, HS: tl.constexpr, BLOCK: tl.constexpr, ROPE: tl.constexpr,
 ):  # fmt: skip
     shared, head = shared_ptr + tl.program_id(0) * 3, tl.program_id(1)
     d = tl.arange(0, HS)
@@ -198,6 +218,8 @@ def _add_parts(
         at = ((slot * 2 * NKV + head) * BLOCK + tl.arange(0, BLOCK).to(tl.int64)[:, None]) * HS + d[None, :]
         dk += tl.load(part_ptr + at)
         dv += tl.load(part_ptr + at + NKV * BLOCK * HS)
+    if ROPE:
+        dk = _rotate_back(dk, cos_ptr, sin_ptr, j, S, HS, BLOCK)
     to = (j.to(tl.int64)[:, None] * NKV + head) * HS + d[None, :]
     tl.store(dk_ptr + to, dk.to(dk_ptr.dtype.element_ty), mask=j[:, None] < S)
     tl.store(dv_ptr + to, dv.to(dv_ptr.dtype.element_ty), mask=j[:, None] < S)
@@ -235,9 +257,9 @@ def _(q, *rest):
 
 @torch.library.custom_op("lit_model::packed_attention_backward", mutates_args=())
 def _packed_attention_backward(
-    dy: Tensor, q: Tensor, k: Tensor, v: Tensor, pk: Tensor | None, pv: Tensor | None, gate: Tensor | None, y: Tensor,
-    lse: Tensor, row: Tensor, until: Tensor, first: Tensor, key_blocks: Tensor, work: Tensor, query_blocks: Tensor,
-    shared: Tensor, n_slots: int,
+    dy: Tensor, q: Tensor, k: Tensor, v: Tensor, pk: Tensor | None, pv: Tensor | None, gate: Tensor | None,
+    cos: Tensor | None, sin: Tensor | None, y: Tensor, lse: Tensor, row: Tensor, until: Tensor, first: Tensor,
+    key_blocks: Tensor, work: Tensor, query_blocks: Tensor, shared: Tensor, n_slots: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     (T, nh, hs), (S, nkv, _) = q.shape, k.shape
     n_blocks, K = triton.cdiv(T, BLOCK), 0 if pk is None else len(pk)
@@ -247,16 +269,17 @@ def _packed_attention_backward(
     part = torch.empty((n_slots, 2, nkv, BLOCK, hs), dtype=torch.float32, device=q.device)
     dpk, dpv = torch.empty((2, n_blocks, nh, K, hs), dtype=torch.float32, device=q.device)
     dgate = torch.empty((n_blocks, nh), dtype=torch.float32, device=q.device)
-    scale, sizes = hs**-0.5 * LOG2E.value, dict(GROUP=nh // nkv, HS=hs, BLOCK=BLOCK)
+    scale, sizes = hs**-0.5 * LOG2E.value, dict(HS=hs, BLOCK=BLOCK, ROPE=cos is not None)
     _backward_q[(n_blocks, nh)](
-        q, k, v, y, dy, lse, sums, dq, row, until, first, key_blocks, pk, pv, gate, dpk, dpv, dgate, scale, T, S, K,
-        *_strides(q, k, v, dy), NH=nh, **sizes, KEYS=_keys(pk), num_warps=4, num_stages=2,
+        q, k, v, y, dy, lse, sums, dq, row, until, first, key_blocks, pk, pv, gate, dpk, dpv, dgate, cos, sin,
+        scale, T, S, K, *_strides(q, k, v, dy), NH=nh, GROUP=nh // nkv, **sizes, KEYS=_keys(pk), num_warps=4,
+        num_stages=2,
     )  # fmt: skip
     _backward_kv[(len(work), nkv)](
-        q, k, v, dy, lse, sums, dk, dv, part, row, until, work, query_blocks, scale, T, S, *_strides(q, k, v, dy),
-        NKV=nkv, **sizes, num_warps=4, num_stages=2,
+        q, k, v, dy, lse, sums, dk, dv, part, row, until, work, query_blocks, cos, sin, scale, T, S,
+        *_strides(q, k, v, dy), NKV=nkv, GROUP=nh // nkv, **sizes, num_warps=4, num_stages=2,
     )  # fmt: skip
-    _add_parts[(len(shared), nkv)](dk, dv, part, shared, S, NKV=nkv, HS=hs, BLOCK=BLOCK)
+    _add_parts[(len(shared), nkv)](dk, dv, part, shared, cos, sin, S, NKV=nkv, **sizes)
     if pk is None:
         return dq, dk, dv, dgate.new_empty(0), dgate.new_empty(0), dgate.new_empty(0)
     dpk, dpv = (t.sum(0).view(nkv, -1, K, hs).sum(1).transpose(0, 1).to(pk.dtype).contiguous() for t in (dpk, dpv))
@@ -269,29 +292,33 @@ def _(dy, q, k, v, pk, pv, gate, *rest):
                  for t in (q, k, v, pk, pv, gate))  # fmt: skip
 
 
-def _save(ctx, inputs, output):
-    *tensors, ctx.n_slots = inputs
-    ctx.save_for_backward(*tensors[:6], *output, *tensors[6:])
-    ctx.mark_non_differentiable(output[1])
+class _PackedAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, *rest: Any) -> Tensor:
+        v, pk, pv, gate, cos, sin, *lists, n_slots = rest
+        if cos is not None:
+            q, k = rotate(q, (cos, sin)), rotate(k, (cos, sin))
+        y, lse = _packed_attention(q, k, v, pk, pv, gate, *lists, n_slots)
+        ctx.save_for_backward(q, k, v, pk, pv, gate, cos, sin, y, lse, *lists)
+        ctx.n_slots = n_slots
+        return y
 
-
-def _gradient(ctx, dy, _):
-    has_prompt = ctx.saved_tensors[3] is not None
-    grads = _packed_attention_backward(dy, *ctx.saved_tensors, ctx.n_slots)
-    return *grads[:3], *(grads[3:] if has_prompt else (None,) * 3), *(None,) * 8
-
-
-_packed_attention.register_autograd(_gradient, setup_context=_save)
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple:
+        dq, dk, dv, *of_prompt = _packed_attention_backward(dy, *ctx.saved_tensors, ctx.n_slots)
+        return dq, dk, dv, *(of_prompt if ctx.needs_input_grad[3] else (None,) * 3), *(None,) * 10
 
 
 def packed_attention(
-    q: Tensor, k: Tensor, v: Tensor, blocks: Blocks, prompt: tuple[Tensor, Tensor, Tensor] | None = None
+    q: Tensor, k: Tensor, v: Tensor, blocks: Blocks, rope: Rope | None = None, prompt: Prompt | None = None
 ) -> Tensor:
     """Softmax attention of the queries q (T, nh, hs) over those of the keys k, v (S, nkv, hs) that each may see.
 
     On a GPU; 16 bit; hs a power of two, at least 16.
 
     Args:
+        rope: to rotate q and k by first, which are of the same tokens then. Their gradients are turned back before
+            they leave the kernel.
         prompt: k, v (K, nkv, hs) that every query sees in a softmax of its own, and the gate (nh,) that this is
             multiplied by before it is added: LLaMA-Adapter's.
     Returns: (T, nh, hs).
@@ -301,7 +328,7 @@ def packed_attention(
     pk, pv, gate = prompt or (None, None, None)
     if prompt:
         pk, pv, gate = pk.contiguous(), pv.contiguous(), gate.float()
-    return _packed_attention(q, k, v, pk, pv, gate, *lists, b.n_slots)[0]
+    return _PackedAttention.apply(q, k, v, pk, pv, gate, *(rope or (None, None)), *lists, b.n_slots)
 
 
 # ------------------------------------------------------------------------------------------ SwiGLU to fp8, row by row

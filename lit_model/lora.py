@@ -58,7 +58,7 @@ class LoRADelta(nn.Module):
 
     def forward(self, linear: model.Linear, x: Tensor, y: Tensor) -> Tensor:  # x (T, n_in), y (T, n_out)
         x = F.dropout(x, self.dropout, self.training)
-        return y + F.linear(F.linear(x, self.A.to(x.dtype)), self.B.to(x.dtype)) * self.scale
+        return y + F.linear(F.linear(x, self.A.to(x.dtype)) * self.scale, self.B.to(x.dtype))
 
     def delta_weight(self) -> Tensor:
         """The correction as a matrix (n_out, n_in), in float32."""

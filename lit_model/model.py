@@ -25,9 +25,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lit_model.attention import KVCache, Rope, attend, rotate, take_rows
 from lit_model.files import read_json
 from lit_model.loss import chunk_loss, linear_cross_entropy
-from lit_model.packing import KVCache, Packed, attend, equal_examples, take_rows
+from lit_model.packing import Packed, equal_examples
+from lit_model.recompute import Offload, recomputed
 
 
 @dataclass
@@ -177,20 +179,13 @@ def norm(config: Config) -> nn.Module:
     return (LayerNorm if config.arch == "gpt2" else RMSNorm)(config.n_embd, eps=config.norm_eps)
 
 
-def rope_angles(pos: Tensor, config: Config, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """cos (T, 1, 1, hs / 2) and sin (T, 1, 2, hs / 2) of the rotary angles, for `rotate`. Made again in every forward:
-    a buffer would need care on the meta device and under changes of dtype, and the cost is negligible."""
+def rope_angles(pos: Tensor, config: Config, dtype: torch.dtype) -> Rope:
+    """Of tokens at the positions (T,). Made again in every forward: a buffer would need care on the meta device and
+    under changes of dtype, and the cost is negligible."""
     hs, wide = config.head_size, torch.promote_types(dtype, torch.float32)
     inverse = config.rope_base ** (-torch.arange(0, hs, 2, device=pos.device).to(wide) / hs)
     angles = (pos[:, None] * inverse)[:, None, None]
     return angles.cos().to(dtype), torch.cat((-angles.sin(), angles.sin()), dim=2).to(dtype)
-
-
-def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
-    """RoPE in the half-split order: rotates the pair (x[i], x[i + hs/2]) of every head by its angle. x: (T, n, hs)."""
-    cos, sin = rope
-    halves = x.unflatten(-1, (2, -1))  # (T, n, 2, hs / 2)
-    return (halves * cos + halves.flip(-2) * sin).flatten(-2)
 
 
 @dataclass
@@ -199,7 +194,7 @@ class Row:
 
     packed: Packed
     layer: int
-    rope: tuple[Tensor, Tensor] | None
+    rope: Rope | None
     cache: KVCache | None
     virtual_keys: nn.ModuleDict
     only: Tensor | None = None  # (M,) the tokens that go on from here, in the last layer; None: all
@@ -221,8 +216,9 @@ class CausalSelfAttention(nn.Module):
 
     def forward(self, x: Tensor, row: Row) -> Tensor:
         q, k, v = self.heads(self.q_proj(x)), self.heads(self.k_proj(x)), self.heads(self.v_proj(x))
-        if row.rope is not None:
-            q, k = rotate(q, row.rope), rotate(k, row.rope)
+        rope = row.rope
+        if rope is not None and (row.cache is not None or len(row.virtual_keys) or row.only is not None):
+            q, k, rope = rotate(q, rope), rotate(k, rope), None  # otherwise `attend` does it, in fewer passes
         if row.cache is not None:
             k, v = row.cache.store(row.layer, row.packed.slots, k, v)  # (slots, nkv, hs): every slot, used or not
         for virtual in row.virtual_keys.values():
@@ -230,7 +226,8 @@ class CausalSelfAttention(nn.Module):
             k, v = torch.cat((pk.to(k.dtype), k)), torch.cat((pv.to(v.dtype), v))
         if row.only is not None:
             q = take_rows(q, row.only)
-        y = attend(q, k, v, row.packed, [delta(self, x.dtype) for delta in self.deltas.values()])  # (T, nh, hs)
+        prompts = [delta(self, x.dtype) for delta in self.deltas.values()]
+        y = attend(q, k, v, row.packed, rope, prompts)  # (T, nh, hs)
         return self.o_proj(y.flatten(1))
 
 
@@ -279,13 +276,17 @@ class GPT(nn.Module):
         self.virtual_tokens = nn.ModuleDict()
         self.virtual_keys = nn.ModuleDict()
         self.chunk_loss = chunk_loss
+        self.recompute: Literal["off", "on", "offload"] = "off"  # less memory for more time in training: recompute.py
         self.tie()
 
     def compile(self) -> None:
         """Compiles each block, which are all the same to the compiler, and the loss. Rows may have any length."""
         torch.fx.experimental._config.use_duck_shape = False  # two sizes that agree in one row may differ in the next
+        torch._functorch.config.autograd_cache_allow_custom_autograd_functions = True  # the next run starts sooner
+        # reductions over a row in one pass or in two, whichever is faster here; their last bits differ
+        options = {"triton.multi_kernel": 0 if torch.are_deterministic_algorithms_enabled() else 1}
         for block in self.blocks:
-            block.compile(dynamic=True)
+            block.compile(dynamic=True, options=options)
         self.chunk_loss = torch.compile(chunk_loss, dynamic=True)
 
     def tie(self) -> None:
@@ -328,11 +329,13 @@ class GPT(nn.Module):
         if self.wpe is not None:
             x = x + self.wpe(packed.pos).to(x.dtype)
         rope = None if self.wpe is not None else rope_angles(packed.pos, self.config, x.dtype)
+        recompute = self.recompute != "off" and torch.is_grad_enabled()
+        offload = Offload(x.device) if recompute and self.recompute == "offload" else None
         for layer, block in enumerate(self.blocks):
             row = Row(packed, layer, rope, cache, self.virtual_keys)
             if packed.last is not None and layer == len(self.blocks) - 1:
                 row = replace(row, packed=packed.last, only=packed.wanted)
-            x = block(x, row)
+            x = recomputed(block, x, row, offload) if recompute else block(x, row)
         if packed.last is None and packed.wanted is not None:
             x = x[packed.wanted]
         x = self.norm_f(x)  # (M, C)

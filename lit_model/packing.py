@@ -14,29 +14,17 @@ other which of them it sees; attention gathers these and runs over pairs (querie
 decoding step is a row of one-token segments whose other keys come from the cache.
 """
 
-import inspect
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from importlib.util import find_spec
 from itertools import accumulate, groupby
 from operator import itemgetter
-from types import ModuleType
 from typing import Any, Self
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-try:
-    from torch.nn.attention.varlen import varlen_attn
-except ImportError:  # a build of torch without it
-    varlen_attn = None
-
-# from torch 2.13 on it takes fewer key than query heads, and needs enable_gqa=True for that
-_VARLEN_GQA = varlen_attn is not None and "enable_gqa" in inspect.signature(varlen_attn).parameters
-HAS_TRITON = find_spec("triton") is not None
 BLOCK = 64  # queries or keys that a GPU program of kernels.py takes at a time
 MOST_QUERY_BLOCKS = 16  # that one program goes through for a block of keys
 MIN_SHARED = 16  # a common beginning shorter than this is cheaper computed twice than kept as a segment of its own
@@ -320,121 +308,3 @@ def _only(packed: Packed, segments: Sequence[Segment], wanted: Sequence[np.ndarr
         kv_index=torch.from_numpy(np.concatenate(keys)),
         **_sizes(lengths),
     )
-
-
-# ------------------------------------------------------------------------------------------------------- attention
-
-
-class _TakeRows(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, index: Tensor) -> Tensor:
-        ctx.save_for_backward(index)
-        ctx.shape = x.shape
-        return x.index_select(0, index)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple:
-        (index,) = ctx.saved_tensors
-        return grad.new_zeros(ctx.shape).index_copy(0, index, grad), None
-
-
-def take_rows(x: Tensor, index: Tensor) -> Tensor:
-    """x[index] for an index (M,) without repeats, so that the gradient is a copy and no sum."""
-    return _TakeRows.apply(x, index)
-
-
-Prompt = tuple[Tensor, Tensor, Tensor]  # k, v (K, nkv, hs) and a gate (nh,), see attend
-
-
-def attend(q: Tensor, k: Tensor, v: Tensor, packed: Packed, prompts: Sequence[Prompt] = ()) -> Tensor:
-    """Softmax attention of every segment's queries over the keys that it may see.
-
-    Args:
-        q: (T, nh, hs).  k, v: (n, nkv, hs), the source of keys and of their values.
-        prompts: keys and values that every query sees in a softmax of their own; times a gate, that is added.
-    Returns: (T, nh, hs).
-    """
-    if packed.blocks is not None and _has_kernels(q):
-        y = _kernels().packed_attention(q, k, v, packed.blocks, prompts[0] if prompts else None)
-        prompts = prompts[1:]
-    else:
-        y = _attend_gathered(q, k, v, packed)
-    for pk, pv, gate in prompts:
-        y = y + gate.to(y.dtype)[:, None] * plain_attention(q, pk, pv)
-    return y
-
-
-def _attend_gathered(q: Tensor, k: Tensor, v: Tensor, packed: Packed) -> Tensor:
-    if packed.kv_index is not None:
-        k, v = k.index_select(0, packed.kv_index), v.index_select(0, packed.kv_index)  # (S, nkv, hs)
-    if varlen_attn is not None and _fast_16_bit(q):
-        if not _VARLEN_GQA:
-            k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], dim=1) for t in (k, v))
-        options = {"enable_gqa": True} if _VARLEN_GQA else {}
-        options["window_size"] = (-1, 0)  # causal, aligned at the last query and the last key
-        return varlen_attn(q, k, v, packed.cu_q, packed.cu_k, packed.max_q, packed.max_k, **options)
-    return _attend_each(q, k, v, packed.lengths)
-
-
-def _fast_16_bit(q: Tensor) -> bool:
-    """On a GPU that has kernels for this dtype."""
-    half = q.dtype in (torch.bfloat16, torch.float16)
-    return q.is_cuda and half and torch.cuda.get_device_capability(q.device) >= (8, 0)
-
-
-def _has_kernels(q: Tensor) -> bool:
-    hs = q.shape[-1]
-    return _fast_16_bit(q) and HAS_TRITON and 16 <= hs <= 256 and hs & (hs - 1) == 0
-
-
-def _kernels() -> ModuleType:
-    """kernels.py, which needs Triton to be imported."""
-    from lit_model import kernels
-
-    return kernels
-
-
-@torch.compiler.disable  # every row has other segments: it would be compiled anew for each
-def _attend_each(q: Tensor, k: Tensor, v: Tensor, lengths: list[tuple[int, int]]) -> Tensor:
-    n_q, n_k = zip(*lengths, strict=True)
-    return torch.cat([_attend_one(*qkv) for qkv in zip(q.split(n_q), k.split(n_k), v.split(n_k), strict=True)])
-
-
-def _attend_one(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """One segment: (lq, nh, hs) over (lk, nkv, hs). The last query sees all keys, the one before it one fewer, ..."""
-    lq, lk = len(q), len(k)
-    # In 16 bit on a CPU the backward pass of torch's fused attention takes 4 times as long as the plain products. They
-    # keep (nh, lq, lk) scores for it, which is why long segments do not take this way.
-    if q.requires_grad and q.device.type == "cpu" and q.dtype == torch.bfloat16 and lk <= 1024:
-        mask = torch.full((lq, lk), -torch.inf, dtype=q.dtype).triu(lk - lq + 1)
-        return plain_attention(q, k, v, mask)
-    mask = None if lq in (1, lk) else torch.ones(lq, lk, dtype=torch.bool, device=q.device).tril(lk - lq)
-    q, k, v = (t.transpose(0, 1)[None] for t in (q, k, v))  # (1, n, l, hs)
-    y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and lq > 1, enable_gqa=True)
-    return y[0].transpose(0, 1)
-
-
-def plain_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Softmax attention written out: queries (T, nh, hs) over keys (S, nkv, hs), `mask` (T, S) added to the scores."""
-    (T, nh, hs), (S, nkv, _) = q.shape, k.shape
-    q = q.transpose(0, 1).reshape(nkv, -1, hs)  # the heads that share a key lie together
-    scores = (q @ (k * hs**-0.5).permute(1, 2, 0)).view(nh, T, S)
-    scores = scores if mask is None else scores + mask
-    y = scores.softmax(-1).view(nkv, -1, S) @ v.transpose(0, 1)  # (nkv, nh / nkv * T, hs)
-    return y.view(nh, T, hs).transpose(0, 1)
-
-
-class KVCache:
-    """Keys and values of all layers, in flat slots; `Packed.kv_index` knows which example a slot belongs to."""
-
-    def __init__(
-        self, n_layer: int, slots: int, n_kv_head: int, head_size: int, dtype: torch.dtype, device: torch.device | str
-    ):
-        self.k = torch.zeros(n_layer, slots, n_kv_head, head_size, dtype=dtype, device=device)
-        self.v = torch.zeros_like(self.k)
-
-    def store(self, layer: int, slots: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Stores (T, nkv, hs) keys and values in `slots` (T,); returns all slots of this layer, (slots, nkv, hs)."""
-        self.k[layer].index_copy_(0, slots, k)
-        self.v[layer].index_copy_(0, slots, v)
-        return self.k[layer], self.v[layer]

@@ -17,8 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lit_model.attention import HAS_TRITON
 from lit_model.model import MLP, Linear
-from lit_model.packing import HAS_TRITON
 
 Kind = Literal["none", "nf4", "int8", "fp8"]
 FP8 = torch.float8_e4m3fn

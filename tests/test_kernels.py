@@ -6,8 +6,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lit_model import packing
-from lit_model.packing import Segment, lay_out, plain_attention
+from lit_model import attention, packing
+from lit_model.attention import plain_attention, rotate
+from lit_model.model import Config, rope_angles
+from lit_model.packing import Segment, lay_out
 from lit_model.quantize import _to_fp8
 
 kernels = pytest.importorskip("lit_model.kernels")
@@ -53,8 +55,24 @@ def test_packed_attention(n_tokens, nh, nkv, hs, n_virtual, only_some, monkeypat
     packed = packed.to(torch.device(DEVICE))
     n_keys = len(packed.blocks.until)
     q, k, v = random(len(packed.pos), nh, hs), random(n_keys, nkv, hs), random(n_keys, nkv, hs)
-    expected = packing._attend_each(q, k[packed.kv_index], v[packed.kv_index], packed.lengths)
+    expected = attention._attend_each(q, k[packed.kv_index], v[packed.kv_index], packed.lengths)
     got = kernels.packed_attention(q, k, v, packed.blocks)
+    towards = torch.randn_like(q)
+    grads, expected_grads = (torch.autograd.grad(y, (q, k, v), towards) for y in (got, expected))
+    close([(got, expected), *zip(grads, expected_grads)])
+
+
+@pytest.mark.parametrize("n_tokens, nh, nkv, hs", [(150, 2, 2, 16), (300, 4, 2, 32)])
+def test_rope_in_packed_attention(n_tokens, nh, nkv, hs, monkeypatch):
+    monkeypatch.setattr(packing, "MOST_QUERY_BLOCKS", 2)
+    packed = lay_out(tree(n_tokens, seed=n_tokens)).to(torch.device(DEVICE))
+    T = len(packed.pos)
+    rope = rope_angles(packed.pos, Config(head_size=hs), torch.float32)
+    q, k, v = random(T, nh, hs), random(T, nkv, hs), random(T, nkv, hs)
+    expected = attention._attend_each(
+        rotate(q, rope), rotate(k, rope)[packed.kv_index], v[packed.kv_index], packed.lengths
+    )
+    got = kernels.packed_attention(q, k, v, packed.blocks, rope)
     towards = torch.randn_like(q)
     grads, expected_grads = (torch.autograd.grad(y, (q, k, v), towards) for y in (got, expected))
     close([(got, expected), *zip(grads, expected_grads)])
@@ -64,7 +82,7 @@ def test_packed_attention_reads_heads_of_a_wider_tensor():
     packed = lay_out([Segment(40), Segment(30)]).to(torch.device(DEVICE))
     qkv = random(70, 3 * 2 * 16)
     q, k, v = (t.unflatten(-1, (2, 16)) for t in qkv.chunk(3, dim=-1))
-    expected = packing._attend_each(q, k, v, packed.lengths)
+    expected = attention._attend_each(q, k, v, packed.lengths)
     got = kernels.packed_attention(q, k, v, packed.blocks)
     close([(got, expected), *zip(*(torch.autograd.grad(y.square().sum(), qkv) for y in (got, expected)))])
 
@@ -75,8 +93,8 @@ def test_a_prompt_that_every_token_sees(n_tokens, K, nh, nkv):
     q, k, v = (random(n_tokens, n, 16) for n in (nh, nkv, nkv))
     prompt = random(K, nkv, 16), random(K, nkv, 16), random(nh)
     pk, pv, gate = prompt
-    expected = packing._attend_each(q, k, v, packed.lengths) + gate[:, None] * plain_attention(q, pk, pv)
-    got = kernels.packed_attention(q, k, v, packed.blocks, prompt)
+    expected = attention._attend_each(q, k, v, packed.lengths) + gate[:, None] * plain_attention(q, pk, pv)
+    got = kernels.packed_attention(q, k, v, packed.blocks, prompt=prompt)
     towards = torch.randn_like(q)
     grads, expected_grads = (torch.autograd.grad(out, (q, k, v, *prompt), towards) for out in (got, expected))
     close([(got, expected), *zip(grads, expected_grads)])

@@ -8,8 +8,9 @@ import torch
 from conftest import FAMILIES
 
 from lit_model import adapter, full, load, lora, model
+from lit_model.attention import KVCache
 from lit_model.checkpoint import fingerprint_of, freeze, load_base, save_method
-from lit_model.packing import KVCache, Segment, lay_out
+from lit_model.packing import Segment, lay_out
 from scripts.merge import rounding_error
 
 METHODS = {

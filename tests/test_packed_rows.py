@@ -8,8 +8,9 @@ import torch.nn.functional as F
 from conftest import randomize
 from torch import nn
 
-from lit_model import adapter, model, packing
-from lit_model.packing import Example, KVCache, Segment, lay_out, pack
+from lit_model import adapter, attention, model, packing
+from lit_model.attention import KVCache
+from lit_model.packing import Example, Segment, lay_out, pack
 
 
 class Prefix(nn.Module):
@@ -226,8 +227,8 @@ def test_chunks_of_the_loss_change_nothing(monkeypatch):
 
 def test_sixteen_bit_training_attention_on_the_cpu_agrees_with_the_fused_one():
     q, k, v = torch.randn(7, 4, 16), torch.randn(12, 2, 16), torch.randn(12, 2, 16)
-    expected = packing._attend_one(q, k, v)
-    got = packing._attend_one(*(t.bfloat16().requires_grad_() for t in (q, k, v)))
+    expected = attention._attend_one(q, k, v)
+    got = attention._attend_one(*(t.bfloat16().requires_grad_() for t in (q, k, v)))
     assert (got.float() - expected).norm() / expected.norm() < 1e-2
     mask = torch.full((7, 12), -torch.inf).triu(12 - 7 + 1)
-    torch.testing.assert_close(packing.plain_attention(q, k, v, mask), expected)
+    torch.testing.assert_close(attention.plain_attention(q, k, v, mask), expected)

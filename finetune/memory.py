@@ -1,0 +1,114 @@
+"""How a run fits into the memory of a GPU, measured before the first step.
+
+The peak of a step is a straight line in the tokens of its longest row,
+
+    needed(tokens) = fixed + per_token * tokens
+
+fixed: weights, gradients, what the optimizer keeps; per_token: what forward leaves for backward, and working memory.
+Two short rows give the line. If the rows that were asked for do not fit, shorter ones are taken, then blocks are
+recomputed in the backward pass, then even their inputs wait on the host (lit_model/recompute.py): the cheapest first.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lit_model.model import GPT, Linear
+from lit_model.packing import Example, pack
+
+GIB = 2**30
+SPARE = 0.05  # of the memory: gaps between tensors, steps with longer rows than those seen
+SHORTEST = 1024  # tokens of a row; shorter ones leave a GPU idle, and recomputing in longer rows is faster
+WAYS = {"off": "", "on": ", blocks recomputed", "offload": ", blocks recomputed and their inputs kept on the host"}
+
+
+@dataclass
+class Plan:
+    row_tokens: int
+    report: str
+    """what training needs, and what is done about it"""
+    advice: str
+    """what would need less, and by how much"""
+
+
+def plan(
+    gpt: GPT,
+    backward: Callable[[Tensor], None],
+    batches: Sequence[list[Example]],
+    row_tokens: int,
+    share: bool,
+    memory_gb: float | None,
+) -> Plan:
+    """Finds rows with which training fits into the memory of a GPU, and sets `gpt.recompute`.
+
+    Args:
+        backward: called with a loss.
+        batches: the examples of a few steps.
+        row_tokens: how long a row may be.
+        memory_gb: GiB that PyTorch may use, and never more; None: what is free.
+    Raises:
+        ValueError: it does not fit; the message says what would help, and by how much.
+    """
+    device = gpt.wte.weight.device
+    free, total = torch.cuda.mem_get_info(device)
+    limit = free + torch.cuda.memory_reserved(device)
+    if memory_gb is not None:
+        limit = min(limit, int(memory_gb * GIB))
+        torch.cuda.empty_cache()
+        torch.cuda.set_per_process_memory_fraction(limit / total, device)
+    longest = max(len(e.ids) for batch in batches for e in batch)
+    virtual = gpt.n_virtual_tokens, gpt.n_virtual_keys
+    usual = max(len(packed.pos) for batch in batches for _, packed in pack(batch, row_tokens, *virtual, share))
+    report = f"rows of {usual:,} tokens do not fit into {limit / GIB:.1f} GiB"
+    advice = f"{_nf4(gpt)}a smaller network needs less"
+    for way, meaning in WAYS.items():
+        gpt.recompute = way
+        line = _measure(gpt, backward, batches[0], usual, share)
+        if line is None:
+            continue
+        fixed, per_token = line
+        if way == "off":
+            report = f"training needs {(fixed + per_token * usual) / GIB:.1f} GiB of {limit / GIB:.1f}"
+        fewer = f"100 tokens less in --train.row_tokens or --prompt.max_length save {100 * per_token / GIB:.2f} GiB"
+        advice = f"{fewer}, {_nf4(gpt)}a smaller network needs less"
+        fits = int((limit * (1 - SPARE) - fixed) / per_token)
+        if fits >= min(usual, longest if way == "offload" else max(longest, SHORTEST)):
+            change = f"; rows of {fits:,} tokens instead of {usual:,}" if fits < usual else ""
+            return Plan(min(row_tokens, fits), f"{report}{change}{meaning}", advice)
+    raise ValueError(f"{report}, even with blocks recomputed and on the host: {advice}")
+
+
+def _measure(
+    gpt: GPT, backward: Callable[[Tensor], None], batch: list[Example], usual: int, share: bool
+) -> tuple[float, float] | None:
+    """The line's two numbers, in bytes; None if even short rows do not fit."""
+    trained = [p for p in gpt.parameters() if p.requires_grad]
+    for part in (2, 4, 8, 16):
+        points = []
+        for tokens in (usual // part // 2, usual // part // 2, usual // part):  # the first one also compiles
+            idx, packed = pack(batch, max(tokens, 1), gpt.n_virtual_tokens, gpt.n_virtual_keys, share)[0]
+            idx, packed = idx.to(gpt.wte.weight.device), packed.to(gpt.wte.weight.device)
+            torch.cuda.reset_peak_memory_stats()
+            try:
+                backward(gpt(idx, packed) / len(packed.targets))
+            except torch.OutOfMemoryError:
+                break
+            finally:
+                gpt.zero_grad()
+            points.append((len(packed.pos), torch.cuda.max_memory_allocated()))
+        if len(points) == 3:
+            (_, (short, low), (long, high)) = points
+            per_token = max(high - low, 1) / max(long - short, 1)
+            states = 8 * sum(p.numel() for p in trained)  # AdamW's two averages, which are not there yet
+            return low - per_token * short + states, per_token
+        torch.cuda.empty_cache()
+    return None
+
+
+def _nf4(gpt: GPT) -> str:
+    """What quantization to nf4 would save."""
+    frozen = [m.weight for b in gpt.blocks for m in b.modules() if type(m) is Linear and not m.weight.requires_grad]
+    saved = sum(w.numel() * (w.element_size() - 0.52) for w in frozen)
+    return f"--quantize nf4 saves {saved / GIB:.1f} GiB, " if saved else ""

@@ -1,0 +1,178 @@
+"""What a run tells: losses that come back from the GPU later, a meter, the closing line, the files of out_dir."""
+
+import csv
+import re
+import resource
+import sys
+import time
+from collections import deque
+from dataclasses import dataclass, fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from matplotlib.figure import Figure
+from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter
+
+from lit_model.model import GPT, Config, Linear
+from lit_model.packing import Example
+from lit_model.quantize import FP8Linear
+
+
+@dataclass
+class Step:
+    """One optimizer step. Its loss and gradient norm come back from the GPU without holding it up: send, receive."""
+
+    number: int
+    lr: float
+    batch: list[Example]
+    n_computed: int = 0  # tokens in its rows: fewer than in its examples where these share a beginning
+
+    @property
+    def n_targets(self) -> int:
+        return sum(e.n_targets for e in self.batch)
+
+    def send(self, loss: Tensor, norm: Tensor) -> None:
+        self.values = torch.stack((loss, norm)).to("cpu", non_blocking=True)
+        self.arrived = torch.cuda.Event() if loss.is_cuda else None
+        if self.arrived:
+            self.arrived.record()
+
+    def receive(self) -> list[float]:
+        if self.arrived:
+            self.arrived.synchronize()
+        return self.values.tolist()
+
+
+class Meter:
+    """Counts tokens, seconds of training without the evaluations, and how long the GPU waited between two steps."""
+
+    def __init__(self, device: torch.device):
+        self.n_tokens, self.n_computed, self.n_targets, self.before, self.idle_ms = 0, 0, 0, 0.0, 0.0
+        self.began: float | None = None
+        self.lag = 1 if device.type == "cuda" else 0  # a GPU works on the next step while we read what came of one
+
+    def start(self) -> None:
+        self.began = time.perf_counter()
+        self.marks = deque()  # events at the beginning and the end of each step
+
+    def pause(self) -> None:
+        self.before, self.began = self.seconds(), None
+
+    def seconds(self) -> float:
+        return self.before + (time.perf_counter() - self.began if self.began else 0.0)
+
+    def mark(self) -> None:
+        """Call at the beginning and at the end of the GPU's work on a step."""
+        if self.lag:
+            self.marks.append(torch.cuda.Event(enable_timing=True))
+            self.marks[-1].record()
+
+    def count(self, step: Step) -> None:
+        """Call when the GPU is done with the step."""
+        self.n_tokens += sum(len(e.ids) for e in step.batch)
+        self.n_computed += step.n_computed
+        self.n_targets += step.n_targets
+        if len(self.marks) > 4:  # of the step before, of this one and of the next
+            _, ended = self.marks.popleft(), self.marks.popleft()
+            self.idle_ms += ended.elapsed_time(self.marks[0])
+
+
+# TFLOP/s of matrix products in bf16 without sparsity, from the makers' data sheets, half of those in fp8; the first
+# name that fits counts
+PEAK_TFLOPS = {"H100 PCIe": 756, "H100": 989, "H200": 989, "A100": 312, "L40S": 362, "L4": 121, "RTX 4090": 165}
+
+
+def n_parameters(config: Config) -> int:
+    """Of the base network, however its weights are kept."""
+    with torch.device("meta"):
+        return sum(
+            p.numel() for p in GPT(Config(**{f.name: getattr(config, f.name) for f in fields(Config)})).parameters()
+        )
+
+
+def n_flops(gpt: GPT, n_tokens: int, n_targets: int) -> int:
+    """What training on so many computed tokens takes: matrix products forward and backward, the output layer at the
+    targets only, weight gradients of trained weights only; no attention scores."""
+    flops = 0
+    for module in (m for m in gpt.modules() if isinstance(m, Linear)):
+        products = 3 if module.weight is not None and module.weight.requires_grad else 2
+        tokens = n_targets if module is gpt.lm_head else n_tokens
+        flops += 2 * products * module.in_features * module.out_features * tokens
+    return flops
+
+
+def peak_tflops(gpt: GPT) -> int | None:
+    """Of the GPU, in the type that most products of `gpt` are in; None where it is not known."""
+    name = torch.cuda.get_device_name(gpt.wte.weight.device)
+    found = (tflops for known, tflops in PEAK_TFLOPS.items() if re.search(rf"\b{known}\b", name))
+    in_fp8 = any(isinstance(m, FP8Linear) for m in gpt.modules())
+    return next((tflops * (1 + in_fp8) for tflops in found), None)
+
+
+def peak_memory(device: torch.device) -> float:
+    """The most memory that was in use, in GiB: of tensors on a GPU, of the process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    unit = 2**30 if sys.platform == "darwin" else 2**20  # macOS counts bytes, Linux KiB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
+
+
+def closing_line(gpt: GPT, meter: Meter, device: torch.device) -> str:
+    """Tokens per second, share of the GPU's peak where it is known, idle share of the GPU, and the most memory used."""
+    n_tokens, seconds = meter.n_tokens, meter.seconds()
+    line = f"trained {n_tokens:,} tokens in {seconds:.0f} s: {n_tokens / seconds:.0f} tokens/s"
+    memory = f"peak memory {peak_memory(device):.1f} GiB"
+    if device.type != "cuda":
+        return f"{line}, {memory}"
+    if peak := peak_tflops(gpt):
+        mfu = n_flops(gpt, meter.n_computed, meter.n_targets) / seconds / peak / 1e12
+        line += f", MFU {100 * mfu:.1f} % of {peak} TFLOP/s"
+    return f"{line}, GPU idle {meter.idle_ms / seconds / 10:.1f} %, {memory} on {torch.cuda.get_device_name(device)}"
+
+
+class Log:
+    """Writes out_dir: hparams.yaml at once, metrics.csv and TensorBoard events as they come, loss.png at the end."""
+
+    COLUMNS = ("step", "epoch", "loss", "val_loss", "lr", "grad_norm", "tokens", "tokens_per_second")
+
+    def __init__(self, options: Any):
+        self.out_dir = options.out_dir
+        self.out_dir.mkdir(parents=True, exist_ok=True)
+        if (self.out_dir / "hparams.yaml").exists():  # a failed run, or one to overwrite; its tensors stay until ours
+            for events in self.out_dir.glob("events.out.tfevents.*"):
+                events.unlink()
+        (self.out_dir / "hparams.yaml").write_text(yaml.safe_dump(_plain(options), sort_keys=False))
+        self.file = open(self.out_dir / "metrics.csv", "w", newline="")
+        self.csv = csv.DictWriter(self.file, self.COLUMNS)
+        self.csv.writeheader()
+        self.events = SummaryWriter(str(self.out_dir))
+        self.rows: list[dict] = []
+
+    def write(self, step: int, **values: float) -> None:
+        self.rows.append(dict(step=step, **values))
+        self.csv.writerow(self.rows[-1])
+        self.file.flush()
+        for name, value in values.items():
+            self.events.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        self.file.close()
+        self.events.close()
+        figure = Figure(figsize=(7, 4), layout="constrained")
+        axes = figure.subplots()
+        for name, style in (("loss", dict(lw=1, alpha=0.5)), ("val_loss", dict(marker="o"))):
+            points = [(row["step"], row[name]) for row in self.rows if name in row]
+            axes.plot(*zip(*points), label={"loss": "training", "val_loss": "validation"}[name], **style)
+        axes.set(xlabel="step", ylabel="loss per target token")
+        axes.legend()
+        figure.savefig(self.out_dir / "loss.png", dpi=120)
+
+
+def _plain(value: Any) -> Any:
+    """Options as what YAML knows."""
+    if is_dataclass(value):
+        return {f.name: _plain(getattr(value, f.name)) for f in fields(value)}
+    return str(value) if isinstance(value, Path) else value

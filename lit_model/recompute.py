@@ -1,0 +1,76 @@
+"""Less memory for more time: keep only the input of a block, and run the block again when its gradient is wanted
+(activation checkpointing, https://arxiv.org/abs/1604.06174).
+
+Of LLaMA-7B's 32 blocks this keeps 0.25 MiB a token instead of 3, and computes a third more. With `Offload` not even the
+inputs stay on the GPU: they travel to the host's memory and back while the GPU works on other blocks.
+"""
+
+from collections import deque
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils.checkpoint import checkpoint
+
+
+@dataclass(eq=False)
+class _Away:
+    """A tensor in the host's memory, perhaps on its way back."""
+
+    host: Tensor
+    back: Tensor | None = None
+    arrived: torch.cuda.Event | None = None
+
+
+class Offload:
+    """Of one forward and backward pass: takes the blocks' inputs to the host, and gets them back, last one first."""
+
+    def __init__(self, device: torch.device):
+        self.copying = torch.cuda.Stream(device)
+        self.away: list[_Away] = []
+        self.leaving: deque[tuple[Tensor, torch.cuda.Event]] = deque()  # their memory is in use until they are gone
+
+    def take(self, x: Tensor) -> _Away | Tensor:
+        if not x.is_cuda:  # an empty tensor that torch.utils.checkpoint keeps for itself
+            return x
+        self.copying.wait_stream(torch.cuda.current_stream())
+        host = torch.empty(x.shape, dtype=x.dtype, pin_memory=True)
+        with torch.cuda.stream(self.copying):
+            host.copy_(x, non_blocking=True)
+            self.leaving.append((x, self.copying.record_event()))
+        self._let_go(2)
+        self.away.append(_Away(host))
+        return self.away[-1]
+
+    def fetch(self, item: _Away | Tensor) -> Tensor:
+        if isinstance(item, Tensor):
+            return item
+        self._let_go(0)
+        if item.back is None:
+            self._begin(item)
+        torch.cuda.current_stream().wait_event(item.arrived)
+        x, item.back = item.back, None
+        index = self.away.index(item)
+        if index:
+            self._begin(self.away[index - 1])  # the one that will be wanted next
+        return x
+
+    def _let_go(self, n: int) -> None:
+        """Frees the memory of all but the last n tensors that left, as soon as they are on the host."""
+        while len(self.leaving) > n:
+            torch.cuda.current_stream().wait_event(self.leaving.popleft()[1])
+
+    def _begin(self, item: _Away) -> None:
+        item.back = torch.empty_like(item.host, device=self.copying.device)
+        self.copying.wait_stream(torch.cuda.current_stream())  # whoever had this memory before is done with it
+        with torch.cuda.stream(self.copying):
+            item.back.copy_(item.host, non_blocking=True)
+            item.arrived = self.copying.record_event()
+
+
+def recomputed(block: nn.Module, x: Tensor, row: object, offload: Offload | None) -> Tensor:
+    """block(x, row), of which only x is kept for the backward pass, and with `offload` not on the GPU."""
+    with saved_tensors_hooks(offload.take, offload.fetch) if offload else nullcontext():
+        return checkpoint(block, x, row, use_reentrant=False)

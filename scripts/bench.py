@@ -1,0 +1,475 @@
+"""Measures training: tokens a second, memory, and the share of the time that its matrix products alone would take. With
+--peers also transformers + peft, on the same examples in the same run, padded and grouped by length.
+
+The network has random weights, which does not change its speed. The examples are as long as Alpaca's 52,002, begin with
+one of two preambles, and half of their tokens are targets; --data demo takes the demo's 999 rows instead. "Real" tokens
+are those of the examples, whatever is computed for them. The figures are those of whole optimizer steps; results are
+added to a CSV file and printed as a table.
+"""
+
+import csv
+import gc
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from datetime import datetime
+from itertools import islice
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs from a bare clone
+
+from lightning_fabric import Fabric
+
+from finetune import loop
+from finetune.report import Step, n_flops, peak_memory, peak_tflops
+from lit_model import adapter, full, hub, lora, model
+from lit_model.checkpoint import freeze, initialize
+from lit_model.cli import cli
+from lit_model.data import PromptOptions, read_rows, tokenize
+from lit_model.packing import Example
+from lit_model.quantize import quantize
+from lit_model.tokenizer import Tokenizer
+
+ALL_LINEARS = "q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj"
+METHODS = {
+    "adapter": (adapter, adapter.Adapter()),
+    "lora": (lora, lora.LoRA()),
+    "lora-all": (lora, lora.LoRA(r=16, targets=ALL_LINEARS)),
+    "full": (full, None),
+}
+PRECISIONS = {"bf16": "none", "fp32": "none", "fp8": "fp8", "int8": "int8", "nf4": "nf4"}  # the base weights
+WARM_UP = 3  # steps that are not counted
+
+
+@dataclass
+class Options:
+    """What to measure."""
+
+    preset: str = "llama-7b"
+    """shape of the network: a name of lit_model/model.py's presets"""
+    methods: str = "adapter,lora"
+    """of adapter, lora (rank 8 on q and v), lora-all (rank 16 on all linear layers), full"""
+    precision: str = "bf16"
+    """of bf16, fp8, int8, nf4 (the base weights; activations in bf16) and fp32"""
+    peers: Literal["", "hf-peft"] = ""
+    """hf-peft: also transformers + peft, if they are installed; in bf16 and fp32, and bitsandbytes' nf4"""
+    device: Literal["auto", "cpu"] = "auto"
+    """auto: the GPU if there is one"""
+    data: Literal["alpaca-lengths", "demo"] = "alpaca-lengths"
+    """alpaca-lengths: random tokens in examples of Alpaca's lengths; demo: the rows of the demo"""
+    batch_size: int = 128
+    """examples per optimizer step"""
+    row_tokens: int = 16384
+    """most tokens of a packed row"""
+    steps: int = 10
+    """optimizer steps that count, after three that do not; the peer takes two after one"""
+    memory_gb: float | None = None
+    """GiB of the GPU's memory to use at most"""
+    compile: Literal["auto", "on", "off"] = "auto"
+    """torch.compile, as in the finetuning scripts"""
+    profile: bool = False
+    """also say which kernels take the time of a step"""
+    out: Path = Path("out/bench.csv")
+    """file that the results are added to"""
+
+
+@dataclass
+class Result:
+    """One line of the table."""
+
+    system: str
+    method: str
+    precision: str
+    setting: str
+    tokens_per_second: float
+    """real tokens"""
+    step_ms: float
+    peak_gib: float
+    loss: float
+    targets: float
+    """share of the tokens that are predicted"""
+    mfu: float | None = None
+    """share of the GPU's peak that the computed tokens' matrix products make"""
+    products: float | None = None
+    """share of the step's time that these products take alone, measured in the same run"""
+    ratio: float | None = None
+    """tokens a second, of the peer's"""
+
+
+def lengths(
+    n: int = 52_002, mean: float = 130.0, sigma: float = 0.62, lo: int = 40, hi: int = 512, seed: int = 0
+) -> np.ndarray:
+    """Lengths in tokens like those of Alpaca's examples: lognormal, clipped."""
+    rng = np.random.default_rng(seed)
+    return np.clip(np.rint(rng.lognormal(np.log(mean) - sigma**2 / 2, sigma, n)), lo, hi).astype(int)
+
+
+def alpaca_lengths(vocab_size: int) -> list[Example]:
+    """52,002 examples of random tokens, after Alpaca's preambles: 29 tokens, or 39 in two fifths of the examples."""
+    rng = np.random.default_rng(3)
+    preambles = [rng.integers(5, vocab_size, n).astype(np.int32) for n in (29, 39)]
+    examples = []
+    for n in lengths():
+        preamble = preambles[int(rng.random() < 0.4)]
+        own = max(int(n) - len(preamble), 8)
+        ids = np.concatenate((preamble, rng.integers(5, vocab_size, own).astype(np.int32)))
+        examples.append(Example(ids, len(preamble) + int(0.3 * own)))
+    return examples
+
+
+def demo_examples() -> list[Example]:
+    hub.fetch_demo_model()
+    hub.fetch_demo_data()
+    return tokenize(read_rows(hub.DEMO_DATA), Tokenizer(hub.DEMO_CHECKPOINT), PromptOptions(), "rows")
+
+
+def main(options: Options) -> None:
+    wanted = [(m.strip(), p.strip()) for m in options.methods.split(",") for p in options.precision.split(",")]
+    for method, precision in wanted:
+        if method not in METHODS or precision not in PRECISIONS:
+            raise ValueError(f"methods are {', '.join(METHODS)}; precisions are {', '.join(PRECISIONS)}")
+    config = model.Config.from_name(options.preset)
+    if options.device == "cpu" or not torch.cuda.is_available():
+        loop.keep_freed_memory()
+    fabric = Fabric(accelerator="cpu" if options.device == "cpu" else "auto", devices=1, precision="32-true")
+    fabric.launch()
+    examples = demo_examples() if options.data == "demo" else alpaca_lengths(config.vocab_size)
+    results, peers = [], {}
+    for method, precision in wanted:
+        result = _try(ours, method, precision, config, examples, fabric, options)
+        if options.peers and precision in ("bf16", "fp32", "nf4"):
+            peers[method, precision] = _try(theirs, method, precision, config, examples, fabric, options)
+        if result:
+            peer = peers.get((method, precision)) or peers.get((method, "bf16"))
+            result.ratio = peer and result.tokens_per_second / peer.tokens_per_second
+            results.append(result)
+    results += [peer for peer in peers.values() if peer]
+    where = torch.cuda.get_device_name() if fabric.device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    describe = ["git", "describe", "--always", "--dirty"]
+    commit = subprocess.run(describe, capture_output=True, text=True).stdout.strip() if shutil.which("git") else ""
+    save(results, options, dict(on=where, torch=torch.__version__, commit=commit))
+    print(
+        f"\n{options.preset}, {options.batch_size} examples a step, {where}, torch {torch.__version__}, commit {commit}"
+    )
+    print(table(results))
+
+
+def _try(measure: Callable[..., Result], method: str, precision: str, *rest: Any) -> Result | None:
+    """What does not fit into memory does not end the others."""
+    try:
+        result = measure(method, precision, *rest)
+        print(f"{result.system}: {method} {precision} {result.tokens_per_second:.0f} tokens/s", flush=True)
+    except (torch.OutOfMemoryError, ValueError) as e:
+        print(e, file=sys.stderr)
+        result = None
+    torch._dynamo.reset()
+    gc.collect()
+    torch.cuda.empty_cache()
+    return result
+
+
+def sync(device: torch.device) -> float:
+    """The time now, when the device is done."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+# ------------------------------------------------------------------------------------------------------------ ours
+
+
+def ours(
+    method: str, precision: str, config: model.Config, examples: list[Example], fabric: Fabric, options: Options
+) -> Result:
+    train = loop.Train(batch_size=options.batch_size, row_tokens=options.row_tokens, lr=1e-4)
+    settings = loop.Options(train=train, compile=options.compile, memory_gb=options.memory_gb)
+    dtype = torch.float32 if precision == "fp32" else torch.bfloat16
+    run = loop.Run(settings, fabric, dtype, None, examples, [])
+    torch.manual_seed(0)
+    gpt = build(method, precision, config, dtype, fabric.device)
+    run, network, optimizer, plan = loop.prepare(run, gpt)
+    if plan:
+        print(plan.report)
+    stream = loop.ahead(loop.with_rows(loop.batches(examples, run.options.train), gpt, run, share=True))
+
+    def take(n: int) -> list[Step]:
+        steps = []
+        for batch, rows in islice(stream, n):
+            steps.append(Step(len(steps), train.lr, batch))
+            loop.train_step(run, network, optimizer, steps[-1], rows)
+        return steps
+
+    take(WARM_UP)
+    if fabric.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    start = sync(fabric.device)
+    steps = take(options.steps)
+    seconds = sync(fabric.device) - start
+    real, computed = sum(len(e.ids) for s in steps for e in s.batch), sum(s.n_computed for s in steps)
+    targets, peak = sum(s.n_targets for s in steps), peak_memory(fabric.device)
+    if options.profile:
+        profile(lambda: take(1), f"{method} {precision}")
+    tflops = peak_tflops(gpt) if fabric.device.type == "cuda" else None
+    _, batches = next(stream)
+    alone = product_seconds(gpt, len(batches), computed / len(steps), targets / len(steps))
+    return Result(
+        "lit-model",
+        method,
+        precision,
+        setting=f"{len(batches)} rows of {computed / len(steps) / len(batches):,.0f} tokens"
+        + ("" if gpt.recompute == "off" else ", blocks recomputed")
+        + (", inputs on the host" if gpt.recompute == "offload" else ""),
+        tokens_per_second=real / seconds,
+        step_ms=1e3 * seconds / len(steps),
+        peak_gib=peak,
+        loss=steps[-1].receive()[0],
+        targets=targets / real,
+        mfu=tflops and n_flops(gpt, computed, targets) / seconds / tflops / 1e12,
+        products=alone * len(steps) / seconds,
+    )
+
+
+def build(method: str, precision: str, config: model.Config, dtype: torch.dtype, device: torch.device) -> model.GPT:
+    """A network of random weights with the method in it, quantized block by block."""
+    module, method_options = METHODS[method]
+    with torch.device("meta"):
+        gpt = model.GPT(config)
+        module.install(gpt, method_options)
+    for block in gpt.blocks:
+        initialize(block.to(dtype), device)
+        if PRECISIONS[precision] != "none":
+            quantize(block, PRECISIONS[precision])
+    for part in (gpt.wte, gpt.norm_f, gpt.lm_head):
+        initialize(part.to(dtype), device)
+    gpt.dtype = dtype
+    gpt.tie()
+    freeze(gpt, module.trainable)
+    return gpt.train()
+
+
+def product_seconds(gpt: model.GPT, n_rows: int, n_tokens: float, n_targets: float) -> float:
+    """Time that the matrix products of one step take when nothing else is done.
+
+    Forward in all layers; towards the input from the lowest block on that is trained; weight gradients of trained
+    weights; the output layer, and all but keys and values in the last block, at the targets only.
+    """
+    lowest = min(i for i, b in enumerate(gpt.blocks) if any(p.requires_grad for p in b.parameters()))
+    total, known = 0.0, {}
+    for name, linear in gpt.named_modules():
+        if not isinstance(linear, model.Linear):
+            continue
+        block = int(name.split(".")[1]) if name.startswith("blocks.") else len(gpt.blocks)
+        in_last = block == len(gpt.blocks) - 1 and not name.endswith(("k_proj", "v_proj"))
+        at_targets = in_last or linear is gpt.lm_head
+        m = round((n_targets if at_targets else n_tokens) / n_rows)
+        trained = linear.weight is not None and linear.weight.requires_grad
+        key = (m, linear.in_features, linear.out_features, block >= lowest, trained, hasattr(linear, "codes_t"))
+        if key not in known:
+            known[key] = _time_products(*key, gpt.dtype, gpt.wte.weight.device)
+        total += n_rows * known[key]
+    return total
+
+
+def _time_products(
+    m: int, n_in: int, n_out: int, backward: bool, trained: bool, fp8: bool, dtype: torch.dtype, device: torch.device
+) -> float:
+    x, grad, w = (torch.randn(*shape, device=device, dtype=dtype) for shape in ((m, n_in), (m, n_out), (n_out, n_in)))
+    if fp8:
+
+        def product(a: Tensor, b: Tensor) -> Callable[[], Tensor]:  # a b^T
+            a, b = a.to(torch.float8_e4m3fn), b.contiguous().to(torch.float8_e4m3fn)
+            scale = [torch.ones(len(t), 1, device=device) for t in (a, b)]
+            return lambda: torch._scaled_mm(
+                a, b.t(), scale[0], scale[1].t(), out_dtype=torch.bfloat16, use_fast_accum=True
+            )
+
+        products = [product(x, w)] + [product(grad, w.t())] * backward
+    else:
+        products = [lambda: x @ w.t()] + [lambda: grad @ w] * backward + [lambda: grad.t() @ x] * trained
+    n = 10 if device.type == "cuda" else 2
+    seconds = 0.0
+    for run in products:
+        run()
+        start = sync(device)
+        for _ in range(n):
+            run()
+        seconds += (sync(device) - start) / n
+    return seconds
+
+
+def profile(step: Callable[[], Any], title: str) -> None:
+    """Prints which kernels the time of a step goes to."""
+    activity = torch.profiler.ProfilerActivity
+    on_gpu = torch.cuda.is_available()
+    with torch.profiler.profile(activities=[activity.CUDA if on_gpu else activity.CPU]) as record:
+        step()
+        sync(torch.device("cuda" if on_gpu else "cpu"))
+    kernels = {}
+    for e in record.key_averages():
+        kernels[e.key] = e.self_device_time_total if on_gpu else e.self_cpu_time_total, e.count
+    total = sum(us for us, _ in kernels.values())
+    of_products = ("nvjet", "gemm", "cutlass", "::mm", "::addmm")
+    products = sum(us for name, (us, _) in kernels.items() if any(s in name for s in of_products))
+    print(f"{title}: {total / 1e3:.0f} ms of kernels in a step, {100 * products / total:.1f} % of it matrix products")
+    for name, (us, count) in sorted(kernels.items(), key=lambda item: -item[1][0])[:40]:
+        print(f"{us / 1e3:9.2f} ms {100 * us / total:5.1f} % {count:6d} x  {name[:110]}")
+
+
+# ----------------------------------------------------------------------------------------------- transformers + peft
+
+
+def theirs(
+    method: str, precision: str, config: model.Config, examples: list[Example], fabric: Fabric, options: Options
+) -> Result:
+    """The fastest of a few micro-batch sizes, nothing recomputed."""
+    device = fabric.device
+    network = build_peer(method, precision, config, device)
+    trained = [p for p in network.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=True)
+    batches = loop.batches(examples, loop.Train(batch_size=options.batch_size))
+    sizes, best = [4, 8, 16, 32] if device.type == "cuda" else [options.batch_size], None
+
+    def step(micro: int) -> tuple[float, int, int]:
+        batch = sorted(next(batches), key=lambda e: len(e.ids))  # grouped by length
+        n_targets, total = sum(e.n_targets for e in batch), 0.0
+        for tensors in padded(batch, micro, device):
+            autocast = torch.autocast(device.type, torch.bfloat16, enabled=precision != "fp32")
+            with autocast:
+                loss = network(**tensors, num_items_in_batch=n_targets).loss
+            loss.backward()
+            total += loss.detach()
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        return total, sum(len(e.ids) for e in batch), n_targets
+
+    for micro in (n for n in sizes if n <= options.batch_size):
+        try:
+            step(micro)
+            if device.type == "cuda":
+                torch.cuda.reset_peak_memory_stats()
+            start = sync(device)
+            loss, real, targets = (sum(part) for part in zip(*(step(micro) for _ in range(2))))
+            seconds = sync(device) - start
+        except torch.OutOfMemoryError:
+            optimizer.zero_grad()
+            torch.cuda.empty_cache()
+            break
+        result = Result(
+            "transformers + peft" if method != "full" else "transformers",
+            method,
+            precision,
+            setting=f"{micro} examples a time",
+            tokens_per_second=real / seconds,
+            step_ms=1e3 * seconds / 2,
+            peak_gib=peak_memory(device),
+            loss=float(loss) / 2,
+            targets=targets / real,
+        )
+        best = max(best, result, key=lambda r: r.tokens_per_second) if best else result
+    if best is None:
+        raise ValueError(f"transformers: {method} {precision} does not fit")
+    return best
+
+
+def padded(batch: list[Example], micro: int, device: torch.device) -> Iterator[dict[str, Tensor]]:
+    for start in range(0, len(batch), micro):
+        part = batch[start : start + micro]
+        ids = torch.zeros(len(part), max(len(e.ids) for e in part), dtype=torch.long)
+        mask, labels = torch.zeros_like(ids), torch.full_like(ids, -100)
+        for i, e in enumerate(part):
+            n, first = len(e.ids), e.first_target
+            ids[i, :n], mask[i, :n] = torch.from_numpy(e.ids), 1
+            labels[i, first:n] = torch.from_numpy(e.ids[first:])
+        yield {k: t.to(device) for k, t in dict(input_ids=ids, attention_mask=mask, labels=labels).items()}
+
+
+def build_peer(method: str, precision: str, config: model.Config, device: torch.device) -> torch.nn.Module:
+    import peft
+    from transformers import AutoModelForCausalLM, LlamaConfig
+
+    shape = LlamaConfig(
+        vocab_size=config.vocab_size,
+        hidden_size=config.n_embd,
+        intermediate_size=config.n_hidden,
+        num_hidden_layers=config.n_layer,
+        num_attention_heads=config.n_head,
+        num_key_value_heads=config.n_kv_head,
+        max_position_embeddings=config.block_size,
+        rms_norm_eps=config.norm_eps,
+        tie_word_embeddings=config.tie,
+        use_cache=False,
+    )
+    dtype = torch.float32 if precision == "fp32" or method == "full" else torch.bfloat16
+    with torch.device(device):
+        network = AutoModelForCausalLM.from_config(shape, dtype=dtype, attn_implementation="sdpa")
+    if precision == "nf4":
+        from bitsandbytes.nn import Linear4bit
+
+        for block in network.model.layers:
+            for parent in (block.self_attn, block.mlp):
+                for name, linear in list(parent.named_children()):
+                    if isinstance(linear, torch.nn.Linear):
+                        quantized = Linear4bit(
+                            linear.in_features, linear.out_features, bias=False, compute_dtype=torch.bfloat16,
+                            compress_statistics=True, quant_type="nf4",
+                        )  # fmt: skip
+                        quantized.load_state_dict({"weight": linear.weight.cpu()})
+                        setattr(parent, name, quantized.to(device))
+    if method == "full":
+        return network.train()
+    if method == "adapter":
+        chosen = peft.AdaptionPromptConfig(task_type="CAUSAL_LM", adapter_len=10, adapter_layers=config.n_layer - 2)
+    else:
+        options = METHODS[method][1]
+        chosen = peft.LoraConfig(
+            task_type="CAUSAL_LM", r=options.r, lora_alpha=options.alpha, target_modules=options.targets.split(",")
+        )
+    network = peft.get_peft_model(network, chosen)
+    for p in network.parameters():
+        if p.requires_grad:
+            p.data = p.data.float()
+    return network.train()
+
+
+# ---------------------------------------------------------------------------------------------------------- the table
+
+
+def save(results: list[Result], options: Options, about: dict[str, str]) -> None:
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    new = not options.out.exists()
+    with open(options.out, "a", newline="") as file:
+        for r in results:
+            row = dict(when=datetime.now().isoformat(timespec="minutes"), **about, preset=options.preset, **asdict(r))
+            writer = csv.DictWriter(file, row)
+            if new:
+                writer.writeheader()
+                new = False
+            writer.writerow(row)
+    print(f"added {len(results)} results to {options.out}")
+
+
+def table(results: list[Result]) -> str:
+    def percent(x: float | None) -> str:
+        return "" if x is None else f"{100 * x:.0f} %"
+
+    lines = ["| run | how | real tokens/s | of the peer's | step | peak memory | products alone | MFU | loss |"]
+    lines.append("|---|---|---|---|---|---|---|---|---|")
+    for r in results:
+        run = f"{r.system}: {r.method} {r.precision} | {r.setting}"
+        speed = f"{r.tokens_per_second:,.0f} | {f'{r.ratio:.2f} x' if r.ratio else ''} | {r.step_ms:,.0f} ms"
+        shares = f"{percent(r.products)} | {percent(r.mfu)} | {r.loss:.3f}"
+        lines.append(f"| {run} | {speed} | {r.peak_gib:.1f} GiB | {shares} |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    cli(main, Options, __doc__)
