@@ -40,7 +40,7 @@ def _visible(row, key, until):
 @triton.jit
 def _load(ptr, rows, n, stride_t, stride_h, head, HS: tl.constexpr):
     """Rows of one head, (BLOCK, HS); zeros for those that are not among the n."""
-    at = rows.to(tl.int64)[:, None] * stride_t + head * stride_h + tl.arange(0, HS)[None, :]
+    at = rows[:, None] * stride_t + (head * stride_h + tl.arange(0, HS)[None, :])
     return tl.load(ptr + at, mask=rows[:, None] < n, other=0.0)
 
 
@@ -80,7 +80,7 @@ def _forward(
     i = block * BLOCK + tl.arange(0, BLOCK)
     d = tl.arange(0, HS)
     row = tl.load(row_ptr + i, mask=i < T, other=-1)
-    at_q = i.to(tl.int64)[:, None]
+    at_q = i[:, None]
     q = _load(q_ptr, i, T, sqt, sqh, head, HS)
     top = tl.full((BLOCK,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK,), tl.float32)
@@ -120,7 +120,7 @@ def _backward_q(
     i = block * BLOCK + tl.arange(0, BLOCK)
     d = tl.arange(0, HS)
     row = tl.load(row_ptr + i, mask=i < T, other=-1)
-    at_q, inside = i.to(tl.int64)[:, None], i[:, None] < T
+    at_q, inside = i[:, None], i[:, None] < T
     q = _load(q_ptr, i, T, sqt, sqh, head, HS)
     y = tl.load(y_ptr + (at_q * NH + head) * HS + d[None, :], mask=inside, other=0.0)
     dy = _load(dy_ptr, i, T, sdt, sdh, head, HS)
@@ -138,7 +138,7 @@ def _backward_q(
         dq += tl.dot(ds_prompt.to(pk.dtype), pk, input_precision="ieee")
         dpk = tl.dot(tl.trans(ds_prompt.to(q.dtype)), q, input_precision="ieee") * (scale / LOG2E)
         dpv = tl.dot(tl.trans((gate * p_prompt).to(dy.dtype)), dy, input_precision="ieee")
-        part, n = block.to(tl.int64) * NH + head, tl.arange(0, KEYS)
+        part, n = block * NH + head, tl.arange(0, KEYS)
         to = (part * K + n[:, None]) * HS + d[None, :]
         tl.store(dpk_ptr + to, dpk, mask=n[:, None] < K)
         tl.store(dpv_ptr + to, dpv, mask=n[:, None] < K)
@@ -171,7 +171,7 @@ def _backward_kv(
     j = tl.load(work) * BLOCK + tl.arange(0, BLOCK)
     first, last, slot = tl.load(work + 1), tl.load(work + 2), tl.load(work + 3)
     until = tl.load(until_ptr + j, mask=j < S, other=0)
-    at_k, inside = j.to(tl.int64)[:, None], j[:, None] < S
+    at_k, inside = j[:, None], j[:, None] < S
     k = _load(k_ptr, j, S, skt, skh, head, HS)
     v = _load(v_ptr, j, S, svt, svh, head, HS)
     dk = tl.zeros((BLOCK, HS), tl.float32)
@@ -199,9 +199,9 @@ def _backward_kv(
         tl.store(dk_ptr + to, dk.to(dk_ptr.dtype.element_ty), mask=inside)
         tl.store(dv_ptr + to, dv.to(dv_ptr.dtype.element_ty), mask=inside)
     else:  # one of several parts of this key block
-        to = ((slot * 2 * NKV + head) * BLOCK + tl.arange(0, BLOCK).to(tl.int64)[:, None]) * HS + d[None, :]
-        tl.store(part_ptr + to, dk)
-        tl.store(part_ptr + to + NKV * BLOCK * HS, dv)
+        part = ((slot * 2 * NKV + head) * BLOCK + tl.arange(0, BLOCK)[:, None]) * HS + d[None, :]
+        tl.store(part_ptr + part, dk)
+        tl.store(part_ptr + part + NKV * BLOCK * HS, dv)
 
 
 @triton.jit
@@ -215,12 +215,12 @@ def _add_parts(
     dk = tl.zeros((BLOCK, HS), tl.float32)
     dv = tl.zeros((BLOCK, HS), tl.float32)
     for slot in range(tl.load(shared + 1), tl.load(shared + 2)):
-        at = ((slot * 2 * NKV + head) * BLOCK + tl.arange(0, BLOCK).to(tl.int64)[:, None]) * HS + d[None, :]
+        at = ((slot * 2 * NKV + head) * BLOCK + tl.arange(0, BLOCK)[:, None]) * HS + d[None, :]
         dk += tl.load(part_ptr + at)
         dv += tl.load(part_ptr + at + NKV * BLOCK * HS)
     if ROPE:
         dk = _rotate_back(dk, cos_ptr, sin_ptr, j, S, HS, BLOCK)
-    to = (j.to(tl.int64)[:, None] * NKV + head) * HS + d[None, :]
+    to = (j[:, None] * NKV + head) * HS + d[None, :]
     tl.store(dk_ptr + to, dk.to(dk_ptr.dtype.element_ty), mask=j[:, None] < S)
     tl.store(dv_ptr + to, dv.to(dv_ptr.dtype.element_ty), mask=j[:, None] < S)
 
@@ -240,6 +240,8 @@ def _packed_attention(
     until: Tensor, first: Tensor, key_blocks: Tensor, work: Tensor, query_blocks: Tensor, shared: Tensor, n_slots: int,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     (T, nh, hs), (S, nkv, _) = q.shape, k.shape
+    if max(q.numel(), k.numel()) >= 2**31:
+        raise ValueError(f"a row of {T} tokens is too long for 32-bit offsets: lower train.row_tokens")
     y = torch.empty((T, nh, hs), dtype=q.dtype, device=q.device)
     lse = torch.empty((nh, T), dtype=torch.float32, device=q.device)
     K = 0 if pk is None else len(pk)
@@ -282,8 +284,8 @@ def _packed_attention_backward(
     _add_parts[(len(shared), nkv)](dk, dv, part, shared, cos, sin, S, NKV=nkv, **sizes)
     if pk is None:
         return dq, dk, dv, dgate.new_empty(0), dgate.new_empty(0), dgate.new_empty(0)
-    dpk, dpv = (t.sum(0).view(nkv, -1, K, hs).sum(1).transpose(0, 1).to(pk.dtype).contiguous() for t in (dpk, dpv))
-    return dq, dk, dv, dpk, dpv, dgate.sum(0)
+    dpk, dpv = (t.view(n_blocks, nkv, -1, K, hs).sum((0, 2)).transpose(0, 1) for t in (dpk, dpv))
+    return dq, dk, dv, dpk.to(pk.dtype).contiguous(), dpv.to(pk.dtype).contiguous(), dgate.sum(0)
 
 
 @_packed_attention_backward.register_fake
@@ -335,19 +337,22 @@ def packed_attention(
 
 
 @triton.jit
-def _store_fp8(row, x, to_ptr, scale_ptr, at, inside):
+def _store_fp8(row, x, to_ptr, scale_ptr, H, d):
     scale = tl.maximum(tl.max(tl.abs(x), 0), 1e-12) / 448.0
-    tl.store(to_ptr + at, (x / scale).to(to_ptr.dtype.element_ty), mask=inside)
+    tl.store(to_ptr + row.to(tl.int64) * H + d, (x * (1 / scale)).to(to_ptr.dtype.element_ty), mask=d < H)
     tl.store(scale_ptr + row, scale)
+
+
+@triton.jit
+def _load_row(ptr, row, H, d):
+    return tl.load(ptr + row.to(tl.int64) * H + d, mask=d < H, other=0.0).to(tl.float32)
 
 
 @triton.jit
 def _swiglu_forward(gate_ptr, up_ptr, h_ptr, scale_ptr, H, WIDTH: tl.constexpr):
     row, d = tl.program_id(0), tl.arange(0, WIDTH)
-    at, inside = row.to(tl.int64) * H + d, d < H
-    gate = tl.load(gate_ptr + at, mask=inside, other=0.0).to(tl.float32)
-    up = tl.load(up_ptr + at, mask=inside, other=0.0).to(tl.float32)
-    _store_fp8(row, gate * tl.sigmoid(gate) * up, h_ptr, scale_ptr, at, inside)
+    gate, up = _load_row(gate_ptr, row, H, d), _load_row(up_ptr, row, H, d)
+    _store_fp8(row, gate * tl.sigmoid(gate) * up, h_ptr, scale_ptr, H, d)
 
 
 @triton.jit
@@ -355,13 +360,10 @@ def _swiglu_backward(
     dh_ptr, gate_ptr, up_ptr, dgate_ptr, dgate_scale_ptr, dup_ptr, dup_scale_ptr, H, WIDTH: tl.constexpr
 ):  # fmt: skip
     row, d = tl.program_id(0), tl.arange(0, WIDTH)
-    at, inside = row.to(tl.int64) * H + d, d < H
-    gate = tl.load(gate_ptr + at, mask=inside, other=0.0).to(tl.float32)
-    up = tl.load(up_ptr + at, mask=inside, other=0.0).to(tl.float32)
-    dh = tl.load(dh_ptr + at, mask=inside, other=0.0).to(tl.float32)
+    gate, up, dh = _load_row(gate_ptr, row, H, d), _load_row(up_ptr, row, H, d), _load_row(dh_ptr, row, H, d)
     s = tl.sigmoid(gate)
-    _store_fp8(row, dh * up * s * (1 + gate * (1 - s)), dgate_ptr, dgate_scale_ptr, at, inside)
-    _store_fp8(row, dh * gate * s, dup_ptr, dup_scale_ptr, at, inside)
+    _store_fp8(row, dh * up * s * (1 + gate * (1 - s)), dgate_ptr, dgate_scale_ptr, H, d)
+    _store_fp8(row, dh * gate * s, dup_ptr, dup_scale_ptr, H, d)
 
 
 def _fp8_like(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -389,7 +391,7 @@ def swiglu_backward_to_fp8(dh: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor
     """The gradients of gate and up (T, H) in fp8, each with the scale of its rows (T, 1), from that of the result."""
     outputs, H = (*_fp8_like(gate), *_fp8_like(up)), gate.shape[1]
     _swiglu_backward[(len(gate),)](
-        dh.contiguous(), gate, up, *outputs, H, WIDTH=triton.next_power_of_2(H), num_warps=16
+        dh.contiguous(), gate, up, *outputs, H, WIDTH=triton.next_power_of_2(H), num_warps=32
     )
     return outputs
 

@@ -305,20 +305,25 @@ def _time_products(
     return seconds
 
 
-def profile(step: Callable[[], Any], title: str) -> None:
+def profile(step: Callable[[], Any], title: str, n: int = 3) -> None:
     """Prints which kernels the time of a step goes to."""
     activity = torch.profiler.ProfilerActivity
     on_gpu = torch.cuda.is_available()
     with torch.profiler.profile(activities=[activity.CUDA if on_gpu else activity.CPU]) as record:
-        step()
+        for _ in range(n):
+            step()
         sync(torch.device("cuda" if on_gpu else "cpu"))
     kernels = {}
     for e in record.key_averages():
-        kernels[e.key] = e.self_device_time_total if on_gpu else e.self_cpu_time_total, e.count
+        kernels[e.key] = (e.self_device_time_total if on_gpu else e.self_cpu_time_total) / n, e.count // n
     total = sum(us for us, _ in kernels.values())
     of_products = ("nvjet", "gemm", "cutlass", "::mm", "::addmm")
     products = sum(us for name, (us, _) in kernels.items() if any(s in name for s in of_products))
-    print(f"{title}: {total / 1e3:.0f} ms of kernels in a step, {100 * products / total:.1f} % of it matrix products")
+    times = [e.time_range for e in record.events()]
+    span = (max(t.end for t in times) - min(t.start for t in times)) / n
+    print(
+        f"{title}: {total / 1e3:.0f} ms of kernels in {span / 1e3:.0f} ms, {100 * products / total:.1f} % matrix products"
+    )
     for name, (us, count) in sorted(kernels.items(), key=lambda item: -item[1][0])[:40]:
         print(f"{us / 1e3:9.2f} ms {100 * us / total:5.1f} % {count:6d} x  {name[:110]}")
 
