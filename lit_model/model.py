@@ -283,8 +283,10 @@ class GPT(nn.Module):
         """Compiles each block, which are all the same to the compiler, and the loss. Rows may have any length."""
         torch.fx.experimental._config.use_duck_shape = False  # two sizes that agree in one row may differ in the next
         torch._functorch.config.autograd_cache_allow_custom_autograd_functions = True  # the next run starts sooner
-        # 3: reductions over a row read it once. (1 would time both ways, and fails when it finds its cache: torch 2.11.)
-        options = {"triton.multi_kernel": 3, "shape_padding": False}  # rows differ: timing how to pad one is no use
+        options = {
+            "triton.multi_kernel": 3,  # reductions over a token's numbers read them once, not twice
+            "shape_padding": False,  # would time what to pad in a row of one length
+        }
         for block in self.blocks:
             block.compile(dynamic=True, options=options)
         self.chunk_loss = torch.compile(chunk_loss, dynamic=True)

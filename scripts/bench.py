@@ -321,9 +321,8 @@ def profile(step: Callable[[], Any], title: str, n: int = 3) -> None:
     products = sum(us for name, (us, _) in kernels.items() if any(s in name for s in of_products))
     times = [e.time_range for e in record.events()]
     span = (max(t.end for t in times) - min(t.start for t in times)) / n
-    print(
-        f"{title}: {total / 1e3:.0f} ms of kernels in {span / 1e3:.0f} ms, {100 * products / total:.1f} % matrix products"
-    )
+    share = f"{100 * products / total:.1f} % of it matrix products"
+    print(f"{title}: {total / 1e3:.0f} ms of kernels in a step of {span / 1e3:.0f} ms, {share}")
     for name, (us, count) in sorted(kernels.items(), key=lambda item: -item[1][0])[:40]:
         print(f"{us / 1e3:9.2f} ms {100 * us / total:5.1f} % {count:6d} x  {name[:110]}")
 

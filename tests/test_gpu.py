@@ -1,4 +1,4 @@
-"""On a GPU: the variable-length attention kernel, with shared segments and grouped heads, agrees with the CPU."""
+"""On a GPU: rows, compiled blocks and recomputed ones give the CPU's numbers; memory, waiting, repeats."""
 
 import copy
 
@@ -6,10 +6,14 @@ import numpy as np
 import pytest
 import torch
 from conftest import randomize
+from lightning_fabric import Fabric
 
+from finetune import loop
+from finetune.report import Step
 from lit_model import adapter, generate, lora, model
 from lit_model.checkpoint import freeze
 from lit_model.packing import Example, pack
+from lit_model.quantize import quantize
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
@@ -65,8 +69,7 @@ def test_compiled_blocks_equal_eager_ones_and_rows_of_new_shapes_compile_nothing
     torch._dynamo.reset()
     graphs = torch._dynamo.utils.counters["stats"]
     graphs.clear()
-    for block in gpt.blocks:
-        block.compile(dynamic=True)
+    gpt.compile()
     made = []
     for n, (loss, grad) in zip(sizes, eager):
         got_loss, got_grad = step(gpt, examples(n, n))
@@ -74,6 +77,96 @@ def test_compiled_blocks_equal_eager_ones_and_rows_of_new_shapes_compile_nothing
         assert abs(got_loss - loss) < 1e-2 * loss and (got_grad - grad).norm() < 5e-2 * grad.norm()
     print(f"{method}: {made} graphs for {len(gpt.blocks)} blocks")
     assert made[-1] == made[1]
+
+
+@pytest.mark.parametrize("recompute", ["on", "offload"])
+def test_recomputed_blocks_give_the_same_gradients(family, recompute):
+    gpt = build(family, "lora").cuda()
+    gpt.dtype = torch.bfloat16
+    loss, grad = step(gpt, examples(20, 1))
+    gpt.recompute = recompute
+    for _ in range(3):
+        got_loss, got_grad = step(gpt, examples(20, 1))
+        assert got_loss == loss and torch.equal(got_grad, grad)
+
+
+def wide(quantize_to: str = "none") -> model.GPT:
+    """A network wide enough for its memory to be measured."""
+    config = dict(vocab_size=4096, n_layer=8, n_head=8, n_embd=1024, n_hidden=2816)
+    with torch.device("cuda"):
+        gpt = model.GPT(model.Config(**config)).bfloat16()
+        lora.install(gpt, lora.LoRA())
+    gpt.dtype = torch.bfloat16
+    if quantize_to != "none":
+        for block in gpt.blocks:
+            quantize(block, quantize_to)
+    freeze(gpt, lora.trainable)
+    return gpt
+
+
+def prepared(gpt: model.GPT, **options) -> tuple:
+    train = loop.Train(batch_size=100)
+    fabric = Fabric(accelerator="cuda", devices=1)
+    fabric.launch()
+    rng = np.random.default_rng(0)
+    data = [Example(rng.integers(0, 4096, k).astype(np.int32), 20) for k in rng.integers(30, 200, 1600)]
+    run = loop.Run(loop.Options(train=train, compile="off", **options), fabric, gpt.dtype, None, data, [])
+    return loop.prepare(run, gpt)
+
+
+def steps(run, network, optimizer, gpt, n: int) -> list[Step]:
+    stream = loop.with_rows(loop.batches(run.train_examples, run.options.train), gpt, run, share=True)
+    done = []
+    for number, (batch, rows) in zip(range(n), stream):
+        done.append(Step(number, 1e-3, batch))
+        loop.train_step(run, network, optimizer, done[-1], rows)
+    torch.cuda.synchronize()
+    return done
+
+
+@pytest.mark.parametrize("memory_gb", [None, 1.2, 0.6])
+def test_a_run_needs_the_memory_that_was_estimated(memory_gb):
+    gpt = wide()
+    run, network, optimizer, plan = prepared(gpt, memory_gb=memory_gb)
+    torch.cuda.reset_peak_memory_stats()
+    steps(run, network, optimizer, gpt, 10)
+    peak = torch.cuda.max_memory_allocated() / 2**30
+    torch.cuda.set_per_process_memory_fraction(1.0)
+    print(f"{plan.report}; peak {peak:.2f} GiB")
+    if memory_gb is None:
+        estimate = float(plan.report.split("needs ")[1].split(" GiB")[0])
+        assert gpt.recompute == "off" and peak == pytest.approx(estimate, rel=0.15, abs=0.1)
+    else:
+        assert peak <= memory_gb and (gpt.recompute != "off" or "rows of" in plan.report)
+
+
+def test_a_step_never_waits_for_the_gpu():
+    gpt = wide()
+    run, network, optimizer, _ = prepared(gpt)
+    steps(run, network, optimizer, gpt, 2)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        with pytest.raises(RuntimeError):
+            torch.ones((), device="cuda").item()
+        stream = loop.with_rows(loop.batches(run.train_examples, run.options.train), gpt, run, share=True)
+        batch, rows = next(stream)
+        step = Step(1, 1e-3, batch)
+        loop.train_step(run, network, optimizer, step, rows)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert all(np.isfinite(step.receive()))
+
+
+@pytest.mark.parametrize("kind", ["none", "fp8", "nf4"])
+def test_steps_repeat_bit_for_bit(kind):
+    seen = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        gpt = wide(kind)
+        run, network, optimizer, _ = prepared(gpt)
+        steps(run, network, optimizer, gpt, 3)
+        seen.append(torch.cat([p.detach().flatten() for p in gpt.parameters() if p.requires_grad]))
+    assert torch.equal(*seen)
 
 
 def test_greedy_decoding_on_the_gpu_equals_the_cpu(family):

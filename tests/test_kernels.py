@@ -6,10 +6,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lit_model import attention, packing
+from lit_model import adapter, attention, lora, model, packing
 from lit_model.attention import plain_attention, rotate
+from lit_model.checkpoint import freeze
 from lit_model.model import Config, rope_angles
-from lit_model.packing import Segment, lay_out
+from lit_model.packing import Example, Segment, lay_out
 from lit_model.quantize import _to_fp8
 
 kernels = pytest.importorskip("lit_model.kernels")
@@ -98,6 +99,29 @@ def test_a_prompt_that_every_token_sees(n_tokens, K, nh, nkv):
     towards = torch.randn_like(q)
     grads, expected_grads = (torch.autograd.grad(out, (q, k, v, *prompt), towards) for out in (got, expected))
     close([(got, expected), *zip(grads, expected_grads)])
+
+
+@pytest.mark.parametrize("method, options, n_graphs", [(adapter, adapter.Adapter(), 5), (lora, lora.LoRA(), 4)])
+def test_nothing_is_compiled_anew_for_rows_of_another_length(method, options, n_graphs, monkeypatch):
+    """Blocks are compiled once each for: the first ones, whose input needs no gradient (with and without an adapter);
+    those between; the last one. And the loss. Nothing in them ends a graph early."""
+    monkeypatch.setattr(attention, "_has_kernels", lambda q: True)
+    compile = torch.compile  # how often is Dynamo's matter, whatever the backend
+    monkeypatch.setattr(torch, "compile", lambda f, dynamic, options=None: compile(f, dynamic=dynamic, backend="eager"))
+    gpt = model.GPT(model.Config(vocab_size=97, n_layer=5, n_head=2, n_embd=32, n_hidden=48)).to(DEVICE)
+    method.install(gpt, options)
+    freeze(gpt.to(DEVICE), method.trainable)
+    rng = np.random.default_rng(0)
+    counters = torch._dynamo.utils.counters
+    torch._dynamo.reset()
+    counters.clear()
+    gpt.compile()
+    for n in (5, 9, 7, 2):
+        examples = [Example(rng.integers(0, 97, k).astype(np.int32), 2) for k in rng.integers(8, 90, n)]
+        for idx, packed in packing.pack(examples, 400):
+            gpt(idx.to(DEVICE), packed.to(torch.device(DEVICE))).backward()
+        assert counters["stats"]["unique_graphs"] == n_graphs and not counters["graph_break"]
+    torch._dynamo.reset()
 
 
 def test_swiglu_to_fp8():

@@ -7,9 +7,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from finetune import loop
 from finetune.lora import Options, main
+from finetune.report import Step
 from lit_model import load, lora
 from lit_model.checkpoint import freeze, load_base
 from lit_model.lora import LoRA
@@ -68,6 +70,50 @@ def test_a_step_is_adamw_on_the_mean_over_target_tokens(options):
         if p.requires_grad:
             torch.testing.assert_close(p, params[name], rtol=1e-4, atol=1e-6)
             assert not torch.equal(p, before[name]) or name.endswith("A")
+
+
+class Syncs(TorchDispatchMode):
+    """Lists the operations for which a GPU would have to finish before the host goes on."""
+
+    WAITING = {"_local_scalar_dense", "nonzero", "is_nonzero", "equal", "masked_select"}
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        if name in self.WAITING:
+            self.seen.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_step_never_waits_for_the_gpu_and_computes_logits_at_targets_only(options):
+    run = loop.start(options)
+    gpt = lora.GPT(lora.Config.load(options.checkpoint_dir))
+    load_base(gpt, options.checkpoint_dir, torch.float32)
+    freeze(gpt, lora.trainable)
+    run, network, optimizer, _ = loop.prepare(run, gpt)
+    n_logits = []
+    gpt.lm_head.register_forward_hook(lambda module, args, out: n_logits.append(out.shape[0]))
+    stream = loop.with_rows(loop.batches(run.train_examples, options.train), gpt, run, share=True)
+    batch, rows = next(stream)
+    step = Step(1, 1e-3, batch)
+    with Syncs() as syncs:
+        torch.ones(()).item()
+        assert syncs.seen == ["_local_scalar_dense"]  # it would be noticed
+        loop.train_step(run, network, optimizer, step, rows)
+    assert syncs.seen == ["_local_scalar_dense"]
+    assert sum(n_logits) == step.n_targets < step.n_computed < sum(len(e.ids) for e in batch)
+
+
+def test_a_deterministic_run_repeats_bit_for_bit(options, tmp_path):
+    try:
+        a = trained(replace(options, deterministic=True))
+        b = trained(replace(options, deterministic=True, out_dir=tmp_path / "b"))
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert all(torch.equal(a[name], b[name]) for name in a)
 
 
 def test_an_epoch_takes_each_row_once_in_a_new_order():
