@@ -55,8 +55,9 @@ class Train:
     """the norm of the whole gradient is cut to this; 0: never"""
     batch_size: int = 16
     """examples per optimizer step, however many rows and devices they are spread over"""
-    row_tokens: int = 16384
-    """most tokens of a packed row, which is one pass through the network; fewer if a GPU's memory demands it"""
+    row_tokens: int | None = None
+    """most tokens of a packed row, which is one pass through the network; null: 4096 on a CPU; on a GPU 16384, and
+    fewer if its memory demands it"""
     epochs: int = 1
     """passes over the training rows, each in a new order"""
     max_steps: int | None = None
@@ -114,6 +115,7 @@ class Run:
     tokenizer: Tokenizer
     train_examples: list[Example]
     val_examples: list[Example]
+    row_tokens: int
 
     @property
     def device(self) -> torch.device:
@@ -139,6 +141,11 @@ def start(options: Options) -> Run:
         hub.fetch_demo_data()
     if options.devices == "cpu" or not torch.cuda.is_available():
         keep_freed_memory()
+    if options.memory_gb is not None:
+        if options.devices == "cpu" or not torch.cuda.is_available():
+            raise ValueError("memory_gb limits the memory of a GPU, and none is used here")
+        if not options.memory_gb > 0:
+            raise ValueError(f"memory_gb is {options.memory_gb}; it must be above 0")
     if options.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
@@ -161,6 +168,7 @@ def start(options: Options) -> Run:
         tokenizer,
         train_examples=tokenize(train_rows[:limit], tokenizer, options.prompt, "training rows"),
         val_examples=tokenize(val_rows, tokenizer, options.prompt, "validation rows"),
+        row_tokens=options.train.row_tokens or (16384 if fabric.device.type == "cuda" else 4096),
     )
 
 
@@ -287,9 +295,8 @@ def prepare(run: Run, gpt: GPT, share: bool = True) -> tuple[Run, nn.Module, tor
     if not on_gpu:
         return run, network, optimizer, None
     some = list(islice(batches(run.train_examples, train), 8))
-    plan = memory.plan(gpt, run.fabric.backward, some, train.row_tokens, share, options.memory_gb)
-    run = replace(run, options=replace(options, train=replace(train, row_tokens=plan.row_tokens)))
-    return run, network, optimizer, plan
+    plan = memory.plan(gpt, run.fabric.backward, some, run.row_tokens, share, options.memory_gb)
+    return replace(run, row_tokens=plan.row_tokens), network, optimizer, plan
 
 
 def train_step(
@@ -343,7 +350,7 @@ def with_rows(
 ) -> Iterator[tuple[list[Example], list[tuple[Tensor, Packed]]]]:
     """Each batch and the rows that it is packed into."""
     for batch in batches:
-        rows = pack(batch, run.options.train.row_tokens, gpt.n_virtual_tokens, gpt.n_virtual_keys, share)
+        rows = pack(batch, run.row_tokens, gpt.n_virtual_tokens, gpt.n_virtual_keys, share)
         if run.device.type == "cuda":  # a copy from other memory would hold up the host
             rows = [(idx.pin_memory(), packed.pin_memory()) for idx, packed in rows]
         yield batch, rows
@@ -372,7 +379,7 @@ def evaluate(network: nn.Module, gpt: GPT, run: Run) -> float:
     if not run.val_examples:
         return math.nan
     network.eval()
-    rows = pack(run.val_examples, run.options.train.row_tokens, gpt.n_virtual_tokens, gpt.n_virtual_keys)
+    rows = pack(run.val_examples, run.row_tokens, gpt.n_virtual_tokens, gpt.n_virtual_keys)
     with torch.compiler.set_stance("force_eager"):  # compiling for a few rows takes longer than it saves
         total = sum(network(idx.to(run.device), packed.to(run.device)) for idx, packed in rows)
     network.train()

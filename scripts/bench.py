@@ -189,10 +189,10 @@ def sync(device: torch.device) -> float:
 def ours(
     method: str, precision: str, config: model.Config, examples: list[Example], fabric: Fabric, options: Options
 ) -> Result:
-    train = loop.Train(batch_size=options.batch_size, row_tokens=options.row_tokens, lr=1e-4)
+    train = loop.Train(batch_size=options.batch_size, lr=1e-4)
     settings = loop.Options(train=train, compile=options.compile, memory_gb=options.memory_gb)
     dtype = torch.float32 if precision == "fp32" else torch.bfloat16
-    run = loop.Run(settings, fabric, dtype, None, examples, [])
+    run = loop.Run(settings, fabric, dtype, None, examples, [], options.row_tokens)
     torch.manual_seed(0)
     gpt = build(method, precision, config, dtype, fabric.device)
     run, network, optimizer, plan = loop.prepare(run, gpt)

@@ -110,7 +110,7 @@ def prepared(gpt: model.GPT, **options) -> tuple:
     fabric.launch()
     rng = np.random.default_rng(0)
     data = [Example(rng.integers(0, 4096, k).astype(np.int32), 20) for k in rng.integers(30, 200, 1600)]
-    run = loop.Run(loop.Options(train=train, compile="off", **options), fabric, gpt.dtype, None, data, [])
+    run = loop.Run(loop.Options(train=train, compile="off", **options), fabric, gpt.dtype, None, data, [], 16384)
     return loop.prepare(run, gpt)
 
 
