@@ -92,7 +92,8 @@ class Result:
     tokens_per_second: float
     """real tokens"""
     step_ms: float
-    peak_gib: float
+    peak_gib: float | None
+    """None on a CPU, where only the peak of the whole process is known"""
     loss: float
     targets: float
     """share of the tokens that are predicted"""
@@ -183,6 +184,10 @@ def sync(device: torch.device) -> float:
     return time.perf_counter()
 
 
+def gpu_memory(device: torch.device) -> float | None:
+    return peak_memory(device) if device.type == "cuda" else None
+
+
 # ------------------------------------------------------------------------------------------------------------ ours
 
 
@@ -214,7 +219,8 @@ def ours(
     steps = take(options.steps)
     seconds = sync(fabric.device) - start
     real, computed = sum(len(e.ids) for s in steps for e in s.batch), sum(s.n_computed for s in steps)
-    targets, peak = sum(s.n_targets for s in steps), peak_memory(fabric.device)
+    targets = sum(s.n_targets for s in steps)
+    peak = gpu_memory(fabric.device)
     if options.profile:
         profile(lambda: take(1), f"{method} {precision}")
     tflops = peak_tflops(gpt) if fabric.device.type == "cuda" else None
@@ -374,7 +380,7 @@ def theirs(
             setting=f"{micro} examples a time",
             tokens_per_second=real / seconds,
             step_ms=1e3 * seconds / 2,
-            peak_gib=peak_memory(device),
+            peak_gib=gpu_memory(device),
             loss=float(loss) / 2,
             targets=targets / real,
         )
@@ -471,7 +477,8 @@ def table(results: list[Result]) -> str:
         run = f"{r.system}: {r.method} {r.precision} | {r.setting}"
         speed = f"{r.tokens_per_second:,.0f} | {f'{r.ratio:.2f} x' if r.ratio else ''} | {r.step_ms:,.0f} ms"
         shares = f"{percent(r.products)} | {percent(r.mfu)} | {r.loss:.3f}"
-        lines.append(f"| {run} | {speed} | {r.peak_gib:.1f} GiB | {shares} |")
+        memory = f"{r.peak_gib:.1f} GiB" if r.peak_gib else ""
+        lines.append(f"| {run} | {speed} | {memory} | {shares} |")
     return "\n".join(lines)
 
 
