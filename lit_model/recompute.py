@@ -65,6 +65,7 @@ class Offload:
     def _begin(self, item: _Away) -> None:
         item.back = torch.empty_like(item.host, device=self.copying.device)
         self.copying.wait_stream(torch.cuda.current_stream())  # whoever had this memory before is done with it
+        item.back.record_stream(self.copying)
         with torch.cuda.stream(self.copying):
             item.back.copy_(item.host, non_blocking=True)
             item.arrived = self.copying.record_event()
@@ -72,5 +73,7 @@ class Offload:
 
 def recomputed(block: nn.Module, x: Tensor, row: object, offload: Offload | None) -> Tensor:
     """block(x, row), of which only x is kept for the backward pass, and with `offload` not on the GPU."""
+    if not x.requires_grad and not any(p.requires_grad for p in block.parameters()):
+        return block(x, row)  # below what is trained: nothing is kept at all
     with saved_tensors_hooks(offload.take, offload.fetch) if offload else nullcontext():
         return checkpoint(block, x, row, use_reentrant=False)

@@ -345,10 +345,12 @@ def theirs(
     trained = [p for p in network.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=True)
     batches = loop.batches(examples, loop.Train(batch_size=options.batch_size))
-    sizes, best = [4, 8, 16, 32] if device.type == "cuda" else [options.batch_size], None
+    sizes, best = [8, 16, 32] if device.type == "cuda" else [options.batch_size], None
 
-    def step(micro: int) -> tuple[float, int, int]:
-        batch = sorted(next(batches), key=lambda e: len(e.ids))  # grouped by length
+    def by_length() -> list[Example]:
+        return sorted(next(batches), key=lambda e: len(e.ids))
+
+    def step(batch: list[Example], micro: int) -> tuple[float, int, int]:
         n_targets, total = sum(e.n_targets for e in batch), 0.0
         for tensors in padded(batch, micro, device):
             autocast = torch.autocast(device.type, torch.bfloat16, enabled=precision != "fp32")
@@ -363,11 +365,11 @@ def theirs(
 
     for micro in (n for n in sizes if n <= options.batch_size):
         try:
-            step(micro)
             if device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats()
+            step(by_length()[-micro:], micro)  # to warm up, with what takes most memory
             start = sync(device)
-            loss, real, targets = (sum(part) for part in zip(*(step(micro) for _ in range(2))))
+            loss, real, targets = (sum(part) for part in zip(*(step(by_length(), micro) for _ in range(2))))
             seconds = sync(device) - start
         except torch.OutOfMemoryError:
             optimizer.zero_grad()
@@ -384,7 +386,9 @@ def theirs(
             loss=float(loss) / 2,
             targets=targets / real,
         )
-        best = max(best, result, key=lambda r: r.tokens_per_second) if best else result
+        if best and result.tokens_per_second < best.tokens_per_second:
+            break
+        best = result
     if best is None:
         raise ValueError(f"transformers: {method} {precision} does not fit")
     return best
