@@ -100,7 +100,8 @@ class Options:
     """GiB of a GPU's memory to use at most: shorter rows, then recomputing blocks, then the host's memory make it do;
     null: all that is free"""
     deterministic: bool = False
-    """the same numbers, bit for bit, whenever a run is repeated on the same machine; a little slower"""
+    """the same numbers, bit for bit, whenever a run is repeated on the same machine with the same memory free; a little
+    slower"""
     overwrite: bool = False
     """replace the run that out_dir holds"""
 
@@ -146,6 +147,8 @@ def start(options: Options) -> Run:
             raise ValueError("memory_gb limits the memory of a GPU, and none is used here")
         if not options.memory_gb > 0:
             raise ValueError(f"memory_gb is {options.memory_gb}; it must be above 0")
+    if options.quantize == "fp8" and (options.devices == "cpu" or not torch.cuda.is_available()):
+        print("fp8 products are slow on a CPU: this tries what a GPU would do; --quantize int8 is faster here")
     if options.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
@@ -231,7 +234,8 @@ def fit(run: Run, gpt: GPT, method: str, method_options: Any = None, share: bool
     with closing(Log(options)) as log, tqdm(total=n_steps, desc=method, unit="step", dynamic_ncols=True) as bar:
         first = best = evaluate(network, gpt, run)
         log.write(step=0, val_loss=first)
-        bar.write(f"before: validation loss {first:.4f}")
+        if run.val_examples:
+            bar.write(f"before: validation loss {first:.4f}")
         sample(gpt, run)
         meter.start()
         for number, (batch, rows) in zip(range(1, n_steps + 1), stream):
@@ -264,7 +268,8 @@ def fit(run: Run, gpt: GPT, method: str, method_options: Any = None, share: bool
                 meter.pause()
                 val_loss = evaluate(network, gpt, run)
                 log.write(step=number, val_loss=val_loss)
-                bar.write(f"step {number}: validation loss {val_loss:.4f}")
+                if run.val_examples:
+                    bar.write(f"step {number}: validation loss {val_loss:.4f}")
                 sample(gpt, run)
                 save_method(options.out_dir / "last.safetensors", gpt, *header)
                 stale += 1
@@ -279,7 +284,8 @@ def fit(run: Run, gpt: GPT, method: str, method_options: Any = None, share: bool
     print(closing_line(gpt, meter, run.device))
     where = "" if options.checkpoint_dir == hub.DEMO_CHECKPOINT else f" --checkpoint_dir {options.checkpoint_dir}"
     print(f"saved {options.out_dir}/: lit_method.safetensors, last.safetensors, hparams.yaml, metrics.csv, loss.png")
-    print(f'try:  python generate/base.py{where} --method_dir {options.out_dir} --prompt "{train.sample}"')
+    prompt = train.sample or Train.sample
+    print(f'try:  python generate/base.py{where} --method_dir {options.out_dir} --prompt "{prompt}"')
 
 
 def prepare(run: Run, gpt: GPT, share: bool = True) -> tuple[Run, nn.Module, torch.optim.Optimizer, memory.Plan | None]:
@@ -295,7 +301,8 @@ def prepare(run: Run, gpt: GPT, share: bool = True) -> tuple[Run, nn.Module, tor
     if not on_gpu:
         return run, network, optimizer, None
     some = list(islice(batches(run.train_examples, train), 8))
-    plan = memory.plan(gpt, run.fabric.backward, some, run.row_tokens, share, options.memory_gb)
+    with torch.random.fork_rng([run.device]):
+        plan = memory.plan(gpt, run.fabric.backward, some, run.row_tokens, share, options.memory_gb)
     return replace(run, row_tokens=plan.row_tokens), network, optimizer, plan
 
 

@@ -11,6 +11,7 @@ recomputed in the backward pass, then even their inputs wait on the host (lit_mo
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate, cycle, islice
 
 import torch
 from torch import Tensor
@@ -59,8 +60,7 @@ def plan(
         torch.cuda.empty_cache()
         torch.cuda.set_per_process_memory_fraction(limit / total, device)
     longest = max(len(e.ids) for batch in batches for e in batch)
-    virtual = gpt.n_virtual_tokens, gpt.n_virtual_keys
-    usual = max(len(packed.pos) for batch in batches for _, packed in pack(batch, row_tokens, *virtual, share))
+    usual = _longest_row(gpt, batches, row_tokens, share)
     report = f"rows of {usual:,} tokens do not fit into {limit / GIB:.1f} GiB"
     advice = f"{_nf4(gpt)}a smaller network needs less"
     for way, meaning in WAYS.items():
@@ -75,34 +75,43 @@ def plan(
         advice = f"{fewer}, {_nf4(gpt)}a smaller network needs less"
         fits = int((limit * (1 - SPARE) - fixed) / per_token)
         if fits >= min(usual, longest if way == "offload" else max(longest, SHORTEST)):
-            change = f"; rows of {fits:,} tokens instead of {usual:,}" if fits < usual else ""
-            return Plan(min(row_tokens, fits), f"{report}{change}{meaning}", advice)
+            tokens = min(row_tokens, fits)
+            while fits < _longest_row(gpt, batches, tokens, share) and tokens > longest:
+                tokens = max(longest, tokens * 9 // 10)  # a row ends with an example, so it may be longer than asked
+            change = f"; rows of {tokens:,} tokens instead of {usual:,}" if fits < usual else ""
+            return Plan(tokens, f"{report}{change}{meaning}", advice)
     raise ValueError(f"{report}, even with blocks recomputed and on the host: {advice}")
+
+
+def _longest_row(gpt: GPT, batches: Sequence[list[Example]], row_tokens: int, share: bool) -> int:
+    virtual = gpt.n_virtual_tokens, gpt.n_virtual_keys
+    return max(len(packed.pos) for batch in batches for _, packed in pack(batch, row_tokens, *virtual, share))
 
 
 def _measure(
     gpt: GPT, backward: Callable[[Tensor], None], batch: list[Example], usual: int, share: bool
 ) -> tuple[float, float] | None:
     """The line's two numbers, in bytes; None if even short rows do not fit."""
-    trained = [p for p in gpt.parameters() if p.requires_grad]
+    device = gpt.wte.weight.device
     for part in (2, 4, 8, 16):
+        n = 1 + sum(accumulated < usual // part for accumulated in accumulate(len(e.ids) for e in batch))
         points = []
-        for tokens in (usual // part // 2, usual // part // 2, usual // part):  # the first one also compiles
-            idx, packed = pack(batch, max(tokens, 1), gpt.n_virtual_tokens, gpt.n_virtual_keys, share)[0]
-            idx, packed = idx.to(gpt.wte.weight.device), packed.to(gpt.wte.weight.device)
+        for count in (n, n, 2 * n):  # the first one also compiles, and leaves the gradients that a second row meets
+            examples = list(islice(cycle(batch), count))
+            idx, packed = pack(examples, 2**31, gpt.n_virtual_tokens, gpt.n_virtual_keys, share)[0]
             torch.cuda.reset_peak_memory_stats()
             try:
-                backward(gpt(idx, packed) / len(packed.targets))
+                backward(gpt(idx.to(device), packed.to(device)) / len(packed.targets))
             except torch.OutOfMemoryError:
                 break
-            finally:
-                gpt.zero_grad()
             points.append((len(packed.pos), torch.cuda.max_memory_allocated()))
+        gpt.zero_grad()
         if len(points) == 3:
-            (_, (short, low), (long, high)) = points
+            _, (short, low), (long, high) = points
             per_token = max(high - low, 1) / max(long - short, 1)
-            states = 8 * sum(p.numel() for p in trained)  # AdamW's two averages, which are not there yet
+            states = 8 * sum(p.numel() for p in gpt.parameters() if p.requires_grad)  # AdamW's, which are not there yet
             return low - per_token * short + states, per_token
+        torch.cuda.synchronize()
         torch.cuda.empty_cache()
     return None
 

@@ -6,6 +6,7 @@ import resource
 import sys
 import time
 from collections import deque
+from collections.abc import Iterator
 from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -82,7 +83,9 @@ class Meter:
 
 # TFLOP/s of matrix products in bf16 without sparsity, from the makers' data sheets, half of those in fp8; the first
 # name that fits counts
-PEAK_TFLOPS = {"H100 PCIe": 756, "H100": 989, "H200": 989, "A100": 312, "L40S": 362, "L4": 121, "RTX 4090": 165}
+PEAK_TFLOPS = {
+    "H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "H200": 989, "A100": 312, "L40S": 362, "L4": 121, "RTX 4090": 165,
+}  # fmt: skip
 
 
 def n_parameters(config: Config) -> int:
@@ -93,15 +96,27 @@ def n_parameters(config: Config) -> int:
         )
 
 
-def n_flops(gpt: GPT, n_tokens: int, n_targets: int) -> int:
-    """What training on so many computed tokens takes: matrix products forward and backward, the output layer at the
-    targets only, weight gradients of trained weights only; no attention scores."""
-    flops = 0
-    for module in (m for m in gpt.modules() if isinstance(m, Linear)):
-        products = 3 if module.weight is not None and module.weight.requires_grad else 2
-        tokens = n_targets if module is gpt.lm_head else n_tokens
-        flops += 2 * products * module.in_features * module.out_features * tokens
-    return flops
+def products(gpt: GPT, n_computed: float, n_targets: float) -> Iterator[tuple[Linear, float, bool, bool]]:
+    """The matrix products that training on so many tokens takes, without attention scores: of each linear layer, for
+    how many tokens, whether it also takes one towards its input, and whether one for its weight's gradient.
+
+    Blocks below the lowest one that is trained have no backward pass. Only the targets need the output layer and, in
+    the last block, all but keys and values.
+    """
+    lowest = min(i for i, block in enumerate(gpt.blocks) if any(p.requires_grad for p in block.parameters()))
+    for i, block in enumerate(gpt.blocks):
+        for linear in (m for m in block.modules() if isinstance(m, Linear)):
+            in_last = i == len(gpt.blocks) - 1 and linear not in (block.attn.k_proj, block.attn.v_proj)
+            trained = linear.weight is not None and linear.weight.requires_grad
+            yield linear, n_targets if in_last else n_computed, i >= lowest, trained
+    yield gpt.lm_head, n_targets, True, gpt.lm_head.weight.requires_grad
+
+
+def n_flops(gpt: GPT, n_computed: float, n_targets: float) -> float:
+    return sum(
+        2 * (1 + backward + trained) * linear.in_features * linear.out_features * n
+        for linear, n, backward, trained in products(gpt, n_computed, n_targets)
+    )
 
 
 def peak_tflops(gpt: GPT) -> int | None:

@@ -29,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs 
 from lightning_fabric import Fabric
 
 from finetune import loop
-from finetune.report import Step, n_flops, peak_memory, peak_tflops
+from finetune.report import Step, n_flops, peak_memory, peak_tflops, products
 from lit_model import adapter, full, hub, lora, model
 from lit_model.checkpoint import freeze, initialize
 from lit_model.cli import cli
@@ -136,8 +136,21 @@ def main(options: Options) -> None:
     wanted = [(m.strip(), p.strip()) for m in options.methods.split(",") for p in options.precision.split(",")]
     for method, precision in wanted:
         if method not in METHODS or precision not in PRECISIONS:
-            raise ValueError(f"methods are {', '.join(METHODS)}; precisions are {', '.join(PRECISIONS)}")
+            known = f"methods are {', '.join(METHODS)}; precisions are {', '.join(PRECISIONS)}"
+            raise ValueError(f"there is no {method} in {precision}: {known}")
+        if method == "full" and PRECISIONS[precision] != "none":
+            raise ValueError(f"full finetuning trains the weights that {precision} would freeze")
+    for name in ("batch_size", "row_tokens", "steps"):
+        if getattr(options, name) < 1:
+            raise ValueError(f"{name} is {getattr(options, name)}; it must be at least 1")
+    on_gpu = options.device == "auto" and torch.cuda.is_available()
+    if options.memory_gb is not None and not (on_gpu and options.memory_gb > 0):
+        raise ValueError("memory_gb is a positive number of GiB of a GPU's memory, and needs one")
     config = model.Config.from_name(options.preset)
+    if options.peers and config.arch != "llama":
+        raise ValueError(f"{options.preset} has no peer here; presets of LLaMA's family do")
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    options.out.open("a").close()  # what cannot be written shall show now
     if options.device == "cpu" or not torch.cuda.is_available():
         loop.keep_freed_memory()
     fabric = Fabric(accelerator="cpu" if options.device == "cpu" else "auto", devices=1, precision="32-true")
@@ -149,13 +162,17 @@ def main(options: Options) -> None:
         if options.peers and precision in ("bf16", "fp32", "nf4"):
             peers[method, precision] = _try(theirs, method, precision, config, examples, fabric, options)
         if result:
-            peer = peers.get((method, precision)) or peers.get((method, "bf16"))
-            result.ratio = peer and result.tokens_per_second / peer.tokens_per_second
             results.append(result)
+    for result in results:  # the peer in the same precision or, where it has none, in bf16
+        key = (result.method, result.precision if result.precision in ("bf16", "fp32", "nf4") else "bf16")
+        peer = peers.get(key)
+        result.ratio = peer and result.tokens_per_second / peer.tokens_per_second
     results += [peer for peer in peers.values() if peer]
     where = torch.cuda.get_device_name() if fabric.device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     describe = ["git", "describe", "--always", "--dirty"]
-    commit = subprocess.run(describe, capture_output=True, text=True).stdout.strip() if shutil.which("git") else ""
+    commit = ""
+    if shutil.which("git"):
+        commit = subprocess.run(describe, cwd=Path(__file__).parent, capture_output=True, text=True).stdout.strip()
     save(results, options, dict(on=where, torch=torch.__version__, commit=commit))
     print(
         f"\n{options.preset}, {options.batch_size} examples a step, {where}, torch {torch.__version__}, commit {commit}"
@@ -164,12 +181,12 @@ def main(options: Options) -> None:
 
 
 def _try(measure: Callable[..., Result], method: str, precision: str, *rest: Any) -> Result | None:
-    """What does not fit into memory does not end the others."""
+    """What fails does not take the others' results with it."""
     try:
         result = measure(method, precision, *rest)
         print(f"{result.system}: {method} {precision} {result.tokens_per_second:.0f} tokens/s", flush=True)
-    except (torch.OutOfMemoryError, ValueError) as e:
-        print(e, file=sys.stderr)
+    except Exception as e:  # of whatever library the peer uses
+        print(f"{method} {precision} failed: {type(e).__name__}: {e}", file=sys.stderr)
         result = None
     torch._dynamo.reset()
     gc.collect()
@@ -253,7 +270,7 @@ def build(method: str, precision: str, config: model.Config, dtype: torch.dtype,
         initialize(block.to(dtype), device)
         if PRECISIONS[precision] != "none":
             quantize(block, PRECISIONS[precision])
-    for part in (gpt.wte, gpt.norm_f, gpt.lm_head):
+    for part in filter(None, (gpt.wte, gpt.wpe, gpt.norm_f, gpt.lm_head)):
         initialize(part.to(dtype), device)
     gpt.dtype = dtype
     gpt.tie()
@@ -262,22 +279,11 @@ def build(method: str, precision: str, config: model.Config, dtype: torch.dtype,
 
 
 def product_seconds(gpt: model.GPT, n_rows: int, n_tokens: float, n_targets: float) -> float:
-    """Time that the matrix products of one step take when nothing else is done.
-
-    Forward in all layers; towards the input from the lowest block on that is trained; weight gradients of trained
-    weights; the output layer, and all but keys and values in the last block, at the targets only.
-    """
-    lowest = min(i for i, b in enumerate(gpt.blocks) if any(p.requires_grad for p in b.parameters()))
+    """Time that the matrix products of one step take when nothing else is done."""
     total, known = 0.0, {}
-    for name, linear in gpt.named_modules():
-        if not isinstance(linear, model.Linear):
-            continue
-        block = int(name.split(".")[1]) if name.startswith("blocks.") else len(gpt.blocks)
-        in_last = block == len(gpt.blocks) - 1 and not name.endswith(("k_proj", "v_proj"))
-        at_targets = in_last or linear is gpt.lm_head
-        m = round((n_targets if at_targets else n_tokens) / n_rows)
-        trained = linear.weight is not None and linear.weight.requires_grad
-        key = (m, linear.in_features, linear.out_features, block >= lowest, trained, hasattr(linear, "codes_t"))
+    for linear, n, backward, trained in products(gpt, n_tokens, n_targets):
+        fp8 = hasattr(linear, "codes_t")
+        key = (round(n / n_rows), linear.in_features, linear.out_features, backward, trained, fp8)
         if key not in known:
             known[key] = _time_products(*key, gpt.dtype, gpt.wte.weight.device)
         total += n_rows * known[key]
@@ -297,12 +303,12 @@ def _time_products(
                 a, b.t(), scale[0], scale[1].t(), out_dtype=torch.bfloat16, use_fast_accum=True
             )
 
-        products = [product(x, w)] + [product(grad, w.t())] * backward
+        runs = [product(x, w)] + [product(grad, w.t())] * backward
     else:
-        products = [lambda: x @ w.t()] + [lambda: grad @ w] * backward + [lambda: grad.t() @ x] * trained
+        runs = [lambda: x @ w.t()] + [lambda: grad @ w] * backward + [lambda: grad.t() @ x] * trained
     n = 10 if device.type == "cuda" else 2
     seconds = 0.0
-    for run in products:
+    for run in runs:
         run()
         start = sync(device)
         for _ in range(n):
@@ -323,11 +329,11 @@ def profile(step: Callable[[], Any], title: str, n: int = 3) -> None:
     for e in record.key_averages():
         kernels[e.key] = (e.self_device_time_total if on_gpu else e.self_cpu_time_total) / n, e.count // n
     total = sum(us for us, _ in kernels.values())
-    of_products = ("nvjet", "gemm", "cutlass", "::mm", "::addmm")
-    products = sum(us for name, (us, _) in kernels.items() if any(s in name for s in of_products))
+    names = ("nvjet", "gemm", "cutlass", "::mm", "::addmm")
+    in_products = sum(us for name, (us, _) in kernels.items() if any(s in name for s in names))
     times = [e.time_range for e in record.events()]
     span = (max(t.end for t in times) - min(t.start for t in times)) / n
-    share = f"{100 * products / total:.1f} % of it matrix products"
+    share = f"{100 * in_products / total:.1f} % of it matrix products"
     print(f"{title}: {total / 1e3:.0f} ms of kernels in a step of {span / 1e3:.0f} ms, {share}")
     for name, (us, count) in sorted(kernels.items(), key=lambda item: -item[1][0])[:40]:
         print(f"{us / 1e3:9.2f} ms {100 * us / total:5.1f} % {count:6d} x  {name[:110]}")
@@ -345,7 +351,7 @@ def theirs(
     trained = [p for p in network.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=True)
     batches = loop.batches(examples, loop.Train(batch_size=options.batch_size))
-    sizes, best = [8, 16, 32] if device.type == "cuda" else [options.batch_size], None
+    sizes, best = [n for n in (4, 8, 16, 32, 64) if n < options.batch_size] + [options.batch_size], None
 
     def by_length() -> list[Example]:
         return sorted(next(batches), key=lambda e: len(e.ids))
@@ -363,7 +369,7 @@ def theirs(
         optimizer.zero_grad()
         return total, sum(len(e.ids) for e in batch), n_targets
 
-    for micro in (n for n in sizes if n <= options.batch_size):
+    for micro in sizes[-3:] if device.type == "cpu" else sizes:
         try:
             if device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats()
@@ -458,8 +464,7 @@ def build_peer(method: str, precision: str, config: model.Config, device: torch.
 
 
 def save(results: list[Result], options: Options, about: dict[str, str]) -> None:
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    new = not options.out.exists()
+    new = options.out.stat().st_size == 0
     with open(options.out, "a", newline="") as file:
         for r in results:
             row = dict(when=datetime.now().isoformat(timespec="minutes"), **about, preset=options.preset, **asdict(r))

@@ -43,6 +43,8 @@ class Options:
 
 def main(options: Options) -> None:
     refuse_used(options.out_dir)
+    if options.n_rows < 2:
+        raise ValueError(f"n_rows is {options.n_rows}; it must be at least 2")
     config = model.Config.from_name(options.preset)
     hub.fetch_demo_data()
     texts = [text for row in read_rows(hub.DEMO_DATA) for text in row.values()]

@@ -37,13 +37,14 @@ def plan(monkeypatch):
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 0)
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: peak)
     monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda f, device: limits.append(f))
-    for name in ("empty_cache", "reset_peak_memory_stats"):
+    for name in ("empty_cache", "reset_peak_memory_stats", "synchronize"):
         monkeypatch.setattr(torch.cuda, name, lambda: None)
 
-    def run(mib: int, memory_gb: float | None = None):
+    def run(mib: int, memory_gb: float | None = None, n: int = 16):
         nonlocal size
         size = mib
-        made = memory.plan(gpt, lambda loss: loss.backward(), batches, 4096, True, memory_gb)
+        some = [batch[:n] for batch in batches]
+        made = memory.plan(gpt, lambda loss: loss.backward(), some, 4096, True, memory_gb)
         assert all(p.grad is None for p in gpt.parameters())
         return made, gpt.recompute, limits
 
@@ -66,6 +67,12 @@ def test_shorter_rows_first_then_recomputing_then_the_host(plan):
     made, recompute, _ = plan(1160)
     assert (made.row_tokens, recompute) == (pytest.approx((0.95 * 1160 - 1000) / 0.05, abs=20), "offload")
     assert made.report.endswith("blocks recomputed and their inputs kept on the host")
+
+
+def test_a_batch_of_one_example_gives_a_line_too(plan):
+    made, recompute, _ = plan(8000, n=1)
+    assert recompute == "off" and made.row_tokens == pytest.approx((0.95 * 8000 - 1000) / 3, abs=2)
+    assert made.report == "training needs 1.3 GiB of 7.8"
 
 
 def test_no_more_than_allowed(plan):

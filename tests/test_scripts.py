@@ -113,6 +113,7 @@ def call(module, capsys, monkeypatch, *args) -> tuple[int, str]:
         ("--train.max_examples 0", "train.max_examples is 0"),
         ("--prompt.max_length 9999 --data {long}", "the longest example has"),
         ("--train.warmup_steps 999", "warmup_steps is 999, but the run has 4 steps"),
+        ("--memory_gb 4 --devices cpu", "memory_gb limits the memory of a GPU, and none is used here"),
         ("--checkpoint_dir nowhere", "nowhere/lit_config.json is not there"),
         ("--data nowhere.json", "nowhere.json is not there"),
         ("--prompt.max_length 8", "none of the 57 training rows is left"),
@@ -231,6 +232,37 @@ def test_download_converts_what_the_hub_gives(tiny, tmp_path, rows, monkeypatch)
     scripts.download.main(scripts.download.Options("someone/gpt2", tmp_path / "gpt2"))
     assert Tokenizer(tmp_path / "gpt2").eos_id == 1
     assert load(tmp_path / "gpt2")(torch.zeros(1, 3, dtype=torch.long)).shape == (1, 3, 400)
+
+
+@pytest.mark.parametrize(
+    "args, says",
+    [
+        ("scripts/bench.py --methods lore", "there is no lore in bf16: methods are adapter, lora, lora-all, full"),
+        ("scripts/bench.py --methods full --precision nf4", "full finetuning trains the weights that nf4 would freeze"),
+        ("scripts/bench.py --steps 0", "steps is 0; it must be at least 1"),
+        ("scripts/bench.py --device cpu --memory_gb 4", "memory_gb is a positive number of GiB"),
+        ("scripts/bench.py --preset gpt-5", "there is no preset 'gpt-5'"),
+        ("scripts/random_checkpoint.py --n_rows 1", "n_rows is 1; it must be at least 2"),
+    ],
+)
+def test_mistakes_in_measuring_end_in_one_line(args, says, tmp_path):
+    script, *args = args.split()
+    done = subprocess.run(
+        [sys.executable, ROOT / script, *args], cwd=tmp_path, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+    assert says in done.stderr
+
+
+def test_bench_measures_on_a_cpu(tmp_path):
+    """One step of a real shape: a table with our row, and the same in the CSV file."""
+    said = run(
+        "scripts/bench.py", "--preset", "smollm2-135m", "--methods", "lora", "--precision", "fp32", "--device", "cpu",
+        "--batch_size", 2, "--steps", 1, "--out", tmp_path / "bench.csv", cwd=ROOT,
+    )  # fmt: skip
+    (row,) = csv.DictReader(open(tmp_path / "bench.csv"))
+    assert f"| lit-model: lora fp32 | 1 rows of 130 tokens | {float(row['tokens_per_second']):,.0f} |" in said
+    assert 8 < float(row["loss"]) < 13
 
 
 @pytest.mark.parametrize("script", sorted(str(p.relative_to(ROOT)) for d in ("finetune", "generate", "scripts")
