@@ -4,10 +4,8 @@ To hack it for one method, copy `fit` into that method's script. What it prints 
 into a GPU's memory in memory.py.
 """
 
-import ctypes
 import math
 import os
-import sys
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -34,9 +32,6 @@ from lit_model.model import GPT, Config
 from lit_model.packing import Example, Packed, pack
 from lit_model.quantize import Kind
 from lit_model.tokenizer import Tokenizer
-
-# rows differ in length from step to step: without this the memory between tensors is lost bit by bit
-os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
 
 
 @dataclass
@@ -100,8 +95,7 @@ class Options:
     """GiB of a GPU's memory to use at most: shorter rows, then recomputing blocks, then the host's memory make it do;
     null: all that is free"""
     deterministic: bool = False
-    """the same numbers, bit for bit, whenever a run is repeated on the same machine with the same memory free; a little
-    slower"""
+    """the same numbers, bit for bit, whenever a run is repeated on the same machine with the same memory free"""
     overwrite: bool = False
     """replace the run that out_dir holds"""
 
@@ -140,14 +134,15 @@ def start(options: Options) -> Run:
     Config.load(options.checkpoint_dir)  # says what is wrong with the folder before anything else is done
     if options.data == hub.DEMO_DATA:
         hub.fetch_demo_data()
-    if options.devices == "cpu" or not torch.cuda.is_available():
-        keep_freed_memory()
+    on_gpu = options.devices == "auto" and torch.cuda.is_available()
+    if not on_gpu:
+        memory.keep_freed_memory()
     if options.memory_gb is not None:
-        if options.devices == "cpu" or not torch.cuda.is_available():
+        if not on_gpu:
             raise ValueError("memory_gb limits the memory of a GPU, and none is used here")
         if not options.memory_gb > 0:
             raise ValueError(f"memory_gb is {options.memory_gb}; it must be above 0")
-    if options.quantize == "fp8" and (options.devices == "cpu" or not torch.cuda.is_available()):
+    if options.quantize == "fp8" and not on_gpu:
         print("fp8 products are slow on a CPU: this tries what a GPU would do; --quantize int8 is faster here")
     if options.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -171,19 +166,8 @@ def start(options: Options) -> Run:
         tokenizer,
         train_examples=tokenize(train_rows[:limit], tokenizer, options.prompt, "training rows"),
         val_examples=tokenize(val_rows, tokenizer, options.prompt, "validation rows"),
-        row_tokens=options.train.row_tokens or (16384 if fabric.device.type == "cuda" else 4096),
+        row_tokens=options.train.row_tokens or (16384 if on_gpu else 4096),
     )
-
-
-def keep_freed_memory() -> None:
-    """Tells glibc to reuse large blocks instead of giving them back after every operation: on a CPU, fetching and
-    clearing their pages again takes 15 % of a step with long rows and 35 % with short ones."""
-    m_trim_threshold, m_mmap_threshold, gib = -1, -3, 2**30
-    if sys.platform == "linux":
-        libc = ctypes.CDLL(None)
-        if hasattr(libc, "mallopt"):
-            libc.mallopt(m_mmap_threshold, gib)
-            libc.mallopt(m_trim_threshold, gib)
 
 
 def _dtype(wanted: str, device: torch.device) -> torch.dtype:

@@ -103,7 +103,8 @@ def products(gpt: GPT, n_computed: float, n_targets: float) -> Iterator[tuple[Li
     Blocks below the lowest one that is trained have no backward pass. Only the targets need the output layer and, in
     the last block, all but keys and values.
     """
-    lowest = min(i for i, block in enumerate(gpt.blocks) if any(p.requires_grad for p in block.parameters()))
+    trains = [any(p.requires_grad for p in block.parameters()) for block in gpt.blocks]
+    lowest = trains.index(True) if any(trains) else len(trains)  # none: only the output layer is trained
     for i, block in enumerate(gpt.blocks):
         for linear in (m for m in block.modules() if isinstance(m, Linear)):
             in_last = i == len(gpt.blocks) - 1 and linear not in (block.attn.k_proj, block.attn.v_proj)

@@ -2,8 +2,8 @@
 
 `packed_attention` reads the keys where they lie. Torch's variable-length attention wants the keys of every segment
 gathered first, which copies a shared preamble for each example that sees it, and adds the copies' gradients up again:
-with it, attention takes a sixth of a training step of LLaMA-7B; with these kernels a fifteenth. LLaMA-Adapter's prompt,
-a few keys that every query sees in a softmax of its own, is done in the same pass, and RoPE's gradient too.
+with it, attention takes a sixth of a training step of LLaMA-7B; with these kernels a twelfth, and that includes RoPE's
+gradient and LLaMA-Adapter's prompt, a few keys that every query sees in a softmax of its own.
 
 `swiglu_to_fp8` makes an fp8 row and its scale in one pass, where the compiler's reductions take two.
 
