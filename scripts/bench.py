@@ -9,18 +9,18 @@ added to a CSV file and printed as a table.
 
 import csv
 import gc
+import os
 import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -28,15 +28,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs 
 
 from lightning_fabric import Fabric
 
-from finetune import loop
+from finetune import loop, memory
 from finetune.report import Step, n_flops, peak_memory, peak_tflops, products
-from lit_model import adapter, full, hub, lora, model
+from lit_model import adapter, full, lora, model
 from lit_model.checkpoint import freeze, initialize
 from lit_model.cli import cli
-from lit_model.data import PromptOptions, read_rows, tokenize
 from lit_model.packing import Example
 from lit_model.quantize import quantize
-from lit_model.tokenizer import Tokenizer
+from scripts.workload import alpaca_lengths, demo_examples
 
 ALL_LINEARS = "q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj"
 METHODS = {
@@ -46,6 +45,7 @@ METHODS = {
     "full": (full, None),
 }
 PRECISIONS = {"bf16": "none", "fp32": "none", "fp8": "fp8", "int8": "int8", "nf4": "nf4"}  # the base weights
+PEER_PRECISIONS = ("bf16", "fp32", "nf4")  # nf4: bitsandbytes'
 WARM_UP = 3  # steps that are not counted
 
 
@@ -105,33 +105,6 @@ class Result:
     """tokens a second, of the peer's"""
 
 
-def lengths(
-    n: int = 52_002, mean: float = 130.0, sigma: float = 0.62, lo: int = 40, hi: int = 512, seed: int = 0
-) -> np.ndarray:
-    """Lengths in tokens like those of Alpaca's examples: lognormal, clipped."""
-    rng = np.random.default_rng(seed)
-    return np.clip(np.rint(rng.lognormal(np.log(mean) - sigma**2 / 2, sigma, n)), lo, hi).astype(int)
-
-
-def alpaca_lengths(vocab_size: int) -> list[Example]:
-    """52,002 examples of random tokens, after Alpaca's preambles: 29 tokens, or 39 in two fifths of the examples."""
-    rng = np.random.default_rng(3)
-    preambles = [rng.integers(5, vocab_size, n).astype(np.int32) for n in (29, 39)]
-    examples = []
-    for n in lengths():
-        preamble = preambles[int(rng.random() < 0.4)]
-        own = max(int(n) - len(preamble), 8)
-        ids = np.concatenate((preamble, rng.integers(5, vocab_size, own).astype(np.int32)))
-        examples.append(Example(ids, len(preamble) + int(0.3 * own)))
-    return examples
-
-
-def demo_examples() -> list[Example]:
-    hub.fetch_demo_model()
-    hub.fetch_demo_data()
-    return tokenize(read_rows(hub.DEMO_DATA), Tokenizer(hub.DEMO_CHECKPOINT), PromptOptions(), "rows")
-
-
 def main(options: Options) -> None:
     wanted = [(m.strip(), p.strip()) for m in options.methods.split(",") for p in options.precision.split(",")]
     for method, precision in wanted:
@@ -151,22 +124,24 @@ def main(options: Options) -> None:
         raise ValueError(f"{options.preset} has no peer here; presets of LLaMA's family do")
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.open("a").close()  # what cannot be written shall show now
-    if options.device == "cpu" or not torch.cuda.is_available():
-        loop.keep_freed_memory()
+    if not on_gpu:
+        memory.keep_freed_memory()
     fabric = Fabric(accelerator="cpu" if options.device == "cpu" else "auto", devices=1, precision="32-true")
     fabric.launch()
     examples = demo_examples() if options.data == "demo" else alpaca_lengths(config.vocab_size)
     results, peers = [], {}
     for method, precision in wanted:
         result = _try(ours, method, precision, config, examples, fabric, options)
-        if options.peers and precision in ("bf16", "fp32", "nf4"):
+        if options.peers and precision in PEER_PRECISIONS:
             peers[method, precision] = _try(theirs, method, precision, config, examples, fabric, options)
         if result:
             results.append(result)
     for result in results:  # the peer in the same precision or, where it has none, in bf16
-        key = (result.method, result.precision if result.precision in ("bf16", "fp32", "nf4") else "bf16")
+        key = (result.method, result.precision if result.precision in PEER_PRECISIONS else "bf16")
         peer = peers.get(key)
         result.ratio = peer and result.tokens_per_second / peer.tokens_per_second
+    if not results:
+        raise ValueError("nothing could be measured")
     results += [peer for peer in peers.values() if peer]
     where = torch.cuda.get_device_name() if fabric.device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     describe = ["git", "describe", "--always", "--dirty"]
@@ -186,6 +161,8 @@ def _try(measure: Callable[..., Result], method: str, precision: str, *rest: Any
         result = measure(method, precision, *rest)
         print(f"{result.system}: {method} {precision} {result.tokens_per_second:.0f} tokens/s", flush=True)
     except Exception as e:  # of whatever library the peer uses
+        if os.environ.get("LIT_TRACEBACK"):
+            raise
         print(f"{method} {precision} failed: {type(e).__name__}: {e}", file=sys.stderr)
         result = None
     torch._dynamo.reset()
@@ -346,8 +323,10 @@ def theirs(
     method: str, precision: str, config: model.Config, examples: list[Example], fabric: Fabric, options: Options
 ) -> Result:
     """The fastest of a few micro-batch sizes, nothing recomputed."""
+    from scripts import peers  # only this needs transformers and peft
+
     device = fabric.device
-    network = build_peer(method, precision, config, device)
+    network = peers.build(method, precision, config, METHODS[method][1], device)
     trained = [p for p in network.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=True)
     batches = loop.batches(examples, loop.Train(batch_size=options.batch_size))
@@ -358,7 +337,7 @@ def theirs(
 
     def step(batch: list[Example], micro: int) -> tuple[float, int, int]:
         n_targets, total = sum(e.n_targets for e in batch), 0.0
-        for tensors in padded(batch, micro, device):
+        for tensors in peers.padded(batch, micro, device):
             autocast = torch.autocast(device.type, torch.bfloat16, enabled=precision != "fp32")
             with autocast:
                 loss = network(**tensors, num_items_in_batch=n_targets).loss
@@ -369,7 +348,7 @@ def theirs(
         optimizer.zero_grad()
         return total, sum(len(e.ids) for e in batch), n_targets
 
-    for micro in sizes[-3:] if device.type == "cpu" else sizes:
+    for micro in sizes:
         try:
             if device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats()
@@ -398,66 +377,6 @@ def theirs(
     if best is None:
         raise ValueError(f"transformers: {method} {precision} does not fit")
     return best
-
-
-def padded(batch: list[Example], micro: int, device: torch.device) -> Iterator[dict[str, Tensor]]:
-    for start in range(0, len(batch), micro):
-        part = batch[start : start + micro]
-        ids = torch.zeros(len(part), max(len(e.ids) for e in part), dtype=torch.long)
-        mask, labels = torch.zeros_like(ids), torch.full_like(ids, -100)
-        for i, e in enumerate(part):
-            n, first = len(e.ids), e.first_target
-            ids[i, :n], mask[i, :n] = torch.from_numpy(e.ids), 1
-            labels[i, first:n] = torch.from_numpy(e.ids[first:])
-        yield {k: t.to(device) for k, t in dict(input_ids=ids, attention_mask=mask, labels=labels).items()}
-
-
-def build_peer(method: str, precision: str, config: model.Config, device: torch.device) -> torch.nn.Module:
-    import peft
-    from transformers import AutoModelForCausalLM, LlamaConfig
-
-    shape = LlamaConfig(
-        vocab_size=config.vocab_size,
-        hidden_size=config.n_embd,
-        intermediate_size=config.n_hidden,
-        num_hidden_layers=config.n_layer,
-        num_attention_heads=config.n_head,
-        num_key_value_heads=config.n_kv_head,
-        max_position_embeddings=config.block_size,
-        rms_norm_eps=config.norm_eps,
-        tie_word_embeddings=config.tie,
-        use_cache=False,
-    )
-    dtype = torch.float32 if precision == "fp32" or method == "full" else torch.bfloat16
-    with torch.device(device):
-        network = AutoModelForCausalLM.from_config(shape, dtype=dtype, attn_implementation="sdpa")
-    if precision == "nf4":
-        from bitsandbytes.nn import Linear4bit
-
-        for block in network.model.layers:
-            for parent in (block.self_attn, block.mlp):
-                for name, linear in list(parent.named_children()):
-                    if isinstance(linear, torch.nn.Linear):
-                        quantized = Linear4bit(
-                            linear.in_features, linear.out_features, bias=False, compute_dtype=torch.bfloat16,
-                            compress_statistics=True, quant_type="nf4",
-                        )  # fmt: skip
-                        quantized.load_state_dict({"weight": linear.weight.cpu()})
-                        setattr(parent, name, quantized.to(device))
-    if method == "full":
-        return network.train()
-    if method == "adapter":
-        chosen = peft.AdaptionPromptConfig(task_type="CAUSAL_LM", adapter_len=10, adapter_layers=config.n_layer - 2)
-    else:
-        options = METHODS[method][1]
-        chosen = peft.LoraConfig(
-            task_type="CAUSAL_LM", r=options.r, lora_alpha=options.alpha, target_modules=options.targets.split(",")
-        )
-    network = peft.get_peft_model(network, chosen)
-    for p in network.parameters():
-        if p.requires_grad:
-            p.data = p.data.float()
-    return network.train()
 
 
 # ---------------------------------------------------------------------------------------------------------- the table

@@ -24,7 +24,7 @@ from lit_model.checkpoint import initialize, save_checkpoint
 from lit_model.cli import cli
 from lit_model.data import read_rows, render
 from lit_model.files import refuse_used, write_text
-from scripts.bench import lengths
+from scripts.workload import lengths
 
 
 @dataclass

@@ -260,7 +260,8 @@ def test_bench_measures_on_a_cpu(tmp_path):
         "scripts/bench.py", "--preset", "smollm2-135m", "--methods", "lora", "--precision", "fp32", "--device", "cpu",
         "--batch_size", 2, "--steps", 1, "--out", tmp_path / "bench.csv", cwd=ROOT,
     )  # fmt: skip
-    (row,) = csv.DictReader(open(tmp_path / "bench.csv"))
+    with open(tmp_path / "bench.csv") as file:
+        (row,) = csv.DictReader(file)
     assert f"| lit-model: lora fp32 | 1 rows of 130 tokens | {float(row['tokens_per_second']):,.0f} |" in said
     assert 8 < float(row["loss"]) < 13
 
