@@ -282,10 +282,12 @@ class GPT(nn.Module):
     def compile(self) -> None:
         """Compiles each block, which are all the same to the compiler, and the loss. Rows may have any length."""
         torch.fx.experimental._config.use_duck_shape = False  # two sizes that agree in one row may differ in the next
+        torch._dynamo.config.specialize_float = True  # else eps and a LoRA's scale become inputs, computed on the host
         torch._functorch.config.autograd_cache_allow_custom_autograd_functions = True  # the next run starts sooner
         options = {
             "triton.multi_kernel": 3,  # reductions over a token's numbers read them once, not twice
             "shape_padding": False,  # would time what to pad in a row of one length
+            "pattern_matcher": False,  # would add to a product in place, for which it copies the sum so far first
         }
         for block in self.blocks:
             block.compile(dynamic=True, options=options)

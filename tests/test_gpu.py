@@ -1,12 +1,16 @@
 """On a GPU: rows, compiled blocks and recomputed ones give the CPU's numbers; memory, waiting, repeats."""
 
 import copy
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from conftest import randomize
 from lightning_fabric import Fabric
+from safetensors.torch import load_file
 
 from finetune import loop
 from finetune.report import Step
@@ -167,6 +171,18 @@ def test_steps_repeat_bit_for_bit(kind):
         steps(run, network, optimizer, gpt, 3)
         seen.append(torch.cat([p.detach().flatten() for p in gpt.parameters() if p.requires_grad]))
     assert torch.equal(*seen)
+
+
+def test_a_deterministic_run_repeats_bit_for_bit(tiny, tmp_path):
+    """Each in a process of its own: cuBLAS reads its setting once."""
+    script = Path(__file__).parents[1] / "finetune" / "lora.py"
+    flags = (
+        f"--checkpoint_dir {tiny}/base --data {tiny}/data.json --deterministic true --compile on --train.max_steps 4"
+    )
+    for name in "ab":
+        subprocess.run([sys.executable, script, *flags.split(), "--out_dir", tmp_path / name], check=True)
+    a, b = (load_file(tmp_path / name / "last.safetensors") for name in "ab")
+    assert all(torch.equal(a[name], b[name]) for name in a)
 
 
 def test_greedy_decoding_on_the_gpu_equals_the_cpu(family):
