@@ -27,7 +27,7 @@ os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
 
 GIB = 2**30
 SPARE = 0.05  # of the memory: gaps between tensors, steps with longer rows than those seen
-SHORTEST = 1024  # tokens of a row; shorter ones leave a GPU idle, and recomputing in longer rows is faster
+SHORTEST = 1024  # tokens of a row, and a quarter of what was asked for: shorter ones leave a GPU idle
 WAYS = {"off": "", "on": ", blocks recomputed", "offload": ", blocks recomputed and their inputs kept on the host"}
 
 
@@ -80,7 +80,7 @@ def plan(
         fewer = f"100 tokens less in --train.row_tokens or --prompt.max_length save {100 * per_token / GIB:.2f} GiB"
         advice = f"{fewer}, {_nf4(gpt)}a smaller network needs less"
         fits = int((limit * (1 - SPARE) - fixed) / per_token)
-        if fits >= min(usual, longest if way == "offload" else max(longest, SHORTEST)):
+        if fits >= min(usual, longest if way == "offload" else max(longest, SHORTEST, usual // 4)):
             tokens = min(row_tokens, fits)
             while fits < _longest_row(gpt, batches, tokens, share) and tokens > longest:
                 tokens = max(longest, tokens * 9 // 10)  # a row ends with an example, so it may be longer than asked

@@ -118,8 +118,10 @@ def _attend_one(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     # In 16 bit on a CPU the backward pass of torch's fused attention takes 4 times as long as the plain products. They
     # keep (nh, lq, lk) scores for it, which is why long segments do not take this way.
     if q.requires_grad and q.device.type == "cpu" and q.dtype == torch.bfloat16 and lk <= 1024:
-        mask = torch.full((lq, lk), -torch.inf, dtype=q.dtype).triu(lk - lq + 1)
-        return plain_attention(q, k, v, mask)
+        pad_q, pad_k = -lq % 32, -lk % 32  # few shapes: for a new one oneDNN prepares a product for 2 ms
+        q, k, v = (F.pad(t, (0, 0, 0, 0, 0, pad)) for t, pad in ((q, pad_q), (k, pad_k), (v, pad_k)))
+        mask = torch.full((lq + pad_q, lk + pad_k), -torch.inf, dtype=q.dtype).triu(lk - lq + 1)
+        return plain_attention(q, k, v, mask)[:lq]
     mask = None if lq in (1, lk) else torch.ones(lq, lk, dtype=torch.bool, device=q.device).tril(lk - lq)
     q, k, v = (t.transpose(0, 1)[None] for t in (q, k, v))  # (1, n, l, hs)
     y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and lq > 1, enable_gqa=True)

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-CHUNK_GPU, CHUNK_CPU = 2**26, 2**23  # logits at a time: enough to fill a GPU; few enough for a CPU's cache
+CHUNK = 2**26  # logits at a time: enough rows for fast products
+CPU_ROWS = 16  # of them whose softmax is taken at a time on a CPU
 
 
 def chunk_loss(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
@@ -21,6 +22,16 @@ def chunk_loss(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     loss = -log_p.gather(1, of_target).sum()
     grad = log_p.exp_().scatter_add_(1, of_target, log_p.new_full(of_target.shape, -1.0))  # p - onehot
     return loss, grad.to(logits.dtype)
+
+
+def _on_cpu(chunk_loss: Callable, logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """The same in pieces that stay in the cache. The gradient takes the place of the logits."""
+    losses = []
+    for piece, of_piece in zip(logits.split(CPU_ROWS), targets.split(CPU_ROWS), strict=True):
+        loss, grad = chunk_loss(piece, of_piece)
+        piece.copy_(grad)
+        losses.append(loss)
+    return torch.stack(losses).sum(), logits
 
 
 def linear_cross_entropy(head: nn.Linear, x: Tensor, targets: Tensor, chunk_loss: Callable = chunk_loss) -> Tensor:
@@ -47,7 +58,7 @@ class _HeadLoss(torch.autograd.Function):
     ) -> Tensor:
         wants_grad = any(ctx.needs_input_grad)
         wide = torch.promote_types(x.dtype, torch.float32)
-        size = max(1, (CHUNK_GPU if x.is_cuda else CHUNK_CPU) // head.out_features)
+        size = max(1, CHUNK // head.out_features)
         total = x.new_zeros((), dtype=wide)
         grads = [torch.zeros_like(t) for t in (x, *weights)] if wants_grad else []
         for start in range(0, len(x), size):
@@ -55,7 +66,8 @@ class _HeadLoss(torch.autograd.Function):
             chunk = x[rows].detach().requires_grad_(wants_grad)
             with torch.set_grad_enabled(wants_grad):
                 logits = head(chunk)  # (m, V)
-            loss, grad = chunk_loss(logits.detach(), targets[rows])
+            of_chunk = logits.detach(), targets[rows]
+            loss, grad = chunk_loss(*of_chunk) if x.is_cuda else _on_cpu(chunk_loss, *of_chunk)
             total += loss
             if wants_grad:
                 grad_x, *grad_weights = torch.autograd.grad(logits, (chunk, *weights), grad)

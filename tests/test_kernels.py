@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lit_model import adapter, attention, lora, model, packing
+from lit_model import adapter, attention, lora, loss, model, packing
 from lit_model.attention import plain_attention, rotate
 from lit_model.checkpoint import freeze
 from lit_model.model import Config, rope_angles
@@ -106,6 +106,7 @@ def test_nothing_is_compiled_anew_for_rows_of_another_length(method, options, n_
     """Blocks are compiled once each for: the first ones, whose input needs no gradient (with and without an adapter);
     those between; the last one. And the loss. Nothing in them ends a graph early."""
     monkeypatch.setattr(attention, "_has_kernels", lambda q: True)
+    monkeypatch.setattr(loss, "CPU_ROWS", 1000)  # all targets at a time, as on a GPU
     compile = torch.compile  # how often is Dynamo's matter, whatever the backend
     monkeypatch.setattr(torch, "compile", lambda f, dynamic, options=None: compile(f, dynamic=dynamic, backend="eager"))
     gpt = model.GPT(model.Config(vocab_size=97, n_layer=5, n_head=2, n_embd=32, n_hidden=48)).to(DEVICE)

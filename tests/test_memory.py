@@ -69,6 +69,12 @@ def test_shorter_rows_first_then_recomputing_then_the_host(plan):
     assert made.report.endswith("blocks recomputed and their inputs kept on the host")
 
 
+def test_rows_below_a_quarter_are_not_worth_it(plan, monkeypatch):
+    monkeypatch.setattr(memory, "SHORTEST", 100)
+    assert plan(1170)[1] == "on"  # 450 of 1600 tokens
+    assert plan(1131)[1] == "offload"  # instead of 300 tokens
+
+
 def test_a_batch_of_one_example_gives_a_line_too(plan):
     made, recompute, _ = plan(8000, n=1)
     assert recompute == "off" and made.row_tokens == pytest.approx((0.95 * 8000 - 1000) / 3, abs=2)

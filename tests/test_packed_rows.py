@@ -218,7 +218,8 @@ def test_chunks_of_the_loss_change_nothing(monkeypatch):
     x = torch.randn(23, 8).double().requires_grad_()
     expected = F.cross_entropy(head(x), targets, reduction="sum")
     expected_grads = torch.autograd.grad(expected, (x, *head.parameters()))
-    monkeypatch.setattr(loss, "CHUNK_CPU", 5 * 50)
+    monkeypatch.setattr(loss, "CHUNK", 5 * 50)
+    monkeypatch.setattr(loss, "CPU_ROWS", 2)
     got = loss.linear_cross_entropy(head, x, targets)
     torch.testing.assert_close(got, expected)
     for a, b in zip(torch.autograd.grad(got, (x, *head.parameters())), expected_grads):
