@@ -84,12 +84,13 @@ def random_rows(tokenizer: Tokenizer, n_rows: int) -> list[dict[str, str]]:
     """Rows that are `lengths()` long in tokens: Alpaca's preambles, two fifths of the rows with an input, a third of
     the other words in the prompt."""
     vocabulary = tokenizer.get_vocab()
-    words = sorted(w[1:] for w in vocabulary if w[0] == "Ġ" and w[1:].isalpha() and w[1:].isascii())  # "Ġ": a space
+    words = sorted(w for w in vocabulary if "Ġ" + w in vocabulary and w.isalpha() and w.isascii())  # "Ġ" is a space
     rng = np.random.default_rng(0)
     rows = []
     for length, with_input in zip(lengths(n_rows), rng.random(n_rows) < 0.4):
-        around = len(tokenizer.encode(render("alpaca", "a", "a" if with_input else "")).ids)
-        chosen = [words[i] for i in rng.integers(0, len(words), max(8, length - around))]
+        prompt = render("alpaca", "a", "a" if with_input else "")
+        around = len(tokenizer.encode(prompt).ids) - 1 - with_input + 2  # without the words "a", with <s> and </s>
+        chosen = [words[i] for i in rng.integers(0, len(words), max(7, length - around))]
         n_prompt = len(chosen) * 3 // 10
         prompt, output = chosen[:n_prompt], chosen[n_prompt:]
         half = len(prompt) // 2 if with_input else len(prompt)
