@@ -5,8 +5,8 @@ The peak of a step is a straight line in the tokens of its longest row,
     needed(tokens) = fixed + per_token * tokens
 
 fixed: weights, gradients, what the optimizer keeps; per_token: what forward leaves for backward, and working memory.
-Two short rows give the line. If the rows that were asked for do not fit, shorter ones are taken, then blocks are
-recomputed in the backward pass, then even their inputs wait on the host (lit_model/recompute.py): the cheapest first.
+Two short rows give the line. If the rows that were asked for do not fit, shorter ones are taken, down to a quarter;
+then blocks are recomputed in the backward pass, then even their inputs wait on the host (lit_model/recompute.py).
 """
 
 import ctypes

@@ -285,7 +285,7 @@ class GPT(nn.Module):
         torch._dynamo.config.specialize_float = True  # else eps and a LoRA's scale become inputs, computed on the host
         torch._functorch.config.autograd_cache_allow_custom_autograd_functions = True  # the next run starts sooner
         options = {
-            "triton.multi_kernel": 3,  # reductions over a token's numbers read them once, not twice
+            "triton.multi_kernel": 3,  # reductions read a token once, not twice; 1 dies of its own cache in torch 2.11
             "shape_padding": False,  # would time what to pad in a row of one length
             "pattern_matcher": False,  # would add to a product in place, for which it copies the sum so far first
         }

@@ -2,8 +2,8 @@
 (activation checkpointing, https://arxiv.org/abs/1604.06174).
 
 Of LLaMA-7B's 32 blocks this keeps 0.25 MiB a token instead of 3. The forward pass is computed twice: half as much again
-where the weights are frozen, a third in full finetuning. With `Offload` not even the
-inputs stay on the GPU: they travel to the host's memory and back while the GPU works on other blocks.
+where the weights are frozen, a third in full finetuning. With `Offload` not even the inputs stay on the GPU: they
+travel to the host's memory and back while the GPU works on other blocks.
 """
 
 from collections import deque

@@ -48,9 +48,7 @@ def main(options: Options) -> None:
     config = model.Config.from_name(options.preset)
     hub.fetch_demo_data()
     texts = [text for row in read_rows(hub.DEMO_DATA) for text in row.values()]
-    tokenizer = train_tokenizer(
-        texts, min(config.vocab_size, 14_000)
-    )  # Alpaca's preambles: 29 and 39 tokens, as LLaMA's
+    tokenizer = train_tokenizer(texts, min(config.vocab_size, 14_000))  # so Alpaca's preambles have LLaMA's 29 and 39
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(0)
     tensors = {}
@@ -88,8 +86,8 @@ def random_rows(tokenizer: Tokenizer, n_rows: int) -> list[dict[str, str]]:
     rng = np.random.default_rng(0)
     rows = []
     for length, with_input in zip(lengths(n_rows), rng.random(n_rows) < 0.4):
-        prompt = render("alpaca", "a", "a" if with_input else "")
-        around = len(tokenizer.encode(prompt).ids) - 1 - with_input + 2  # without the words "a", with <s> and </s>
+        frame = render("alpaca", "a", "a" if with_input else "")
+        around = len(tokenizer.encode(frame).ids) - 1 - with_input + 2  # without the words "a", with <s> and </s>
         chosen = [words[i] for i in rng.integers(0, len(words), max(7, length - around))]
         n_prompt = len(chosen) * 3 // 10
         prompt, output = chosen[:n_prompt], chosen[n_prompt:]

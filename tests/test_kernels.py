@@ -14,6 +14,7 @@ from lit_model.packing import Example, Segment, lay_out
 from lit_model.quantize import _to_fp8
 
 kernels = pytest.importorskip("lit_model.kernels")
+kernels_fp8 = pytest.importorskip("lit_model.kernels_fp8")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
@@ -129,8 +130,8 @@ def test_swiglu_to_fp8():
     gate, up, dh = random(30, 72), random(30, 72), torch.randn(30, 72, device=DEVICE)
     h = F.silu(gate) * up
     expected = [_to_fp8(t) for t in (h, *torch.autograd.grad(h, (gate, up), dh))]
-    dgate, dgate_scale, dup, dup_scale = kernels.swiglu_backward_to_fp8(dh, gate, up)
-    got = [kernels.swiglu_to_fp8(gate, up), (dgate, dgate_scale), (dup, dup_scale)]
+    dgate, dgate_scale, dup, dup_scale = kernels_fp8.swiglu_backward_to_fp8(dh, gate, up)
+    got = [kernels_fp8.swiglu_to_fp8(gate, up), (dgate, dgate_scale), (dup, dup_scale)]
     for (x, scale), (x_, scale_) in zip(got, expected):
         close([(scale, scale_)])
         tolerance = 1e-3 if DEVICE == "cuda" else 0.08  # the interpreter rounds to fp8 towards zero

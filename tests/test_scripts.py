@@ -6,10 +6,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import save_tokenizer
+from conftest import WORDS, save_tokenizer
 from safetensors.torch import load_file
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
@@ -22,7 +23,10 @@ import scripts.download
 import scripts.merge
 from lit_model import load
 from lit_model.cli import cli
+from lit_model.data import render
 from lit_model.tokenizer import Tokenizer
+from scripts.random_checkpoint import random_rows, train_tokenizer
+from scripts.workload import lengths
 
 ROOT = Path(__file__).parents[1]
 FAST = "--train.epochs 3 --train.batch_size 8 --train.sample abc --devices cpu".split()
@@ -252,6 +256,16 @@ def test_mistakes_in_measuring_end_in_one_line(args, says, tmp_path):
     )
     assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
     assert says in done.stderr
+
+
+def test_random_rows_are_as_long_as_they_say():
+    """In tokens, the preamble and what a model adds included; also if a word is one token only after a space."""
+    frames = [render("alpaca", "a", text) for text in ("a", "")]
+    tokenizer = train_tokenizer(50 * [*frames, *(f"{word} {word} {word[::-1]}" for word in WORDS)], 2000)
+    rows = random_rows(tokenizer, 300)
+    texts = [(render("alpaca", row["instruction"], row["input"]), row["output"]) for row in rows]
+    n = [2 + sum(len(tokenizer.encode(text).ids) for text in pair) for pair in texts]
+    assert np.mean(n) == pytest.approx(lengths(300).mean(), rel=0.01)
 
 
 def test_bench_measures_on_a_cpu(tmp_path):
