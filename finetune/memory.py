@@ -7,6 +7,7 @@ The peak of a step is a straight line in the tokens of its longest row,
 fixed: weights, gradients, what the optimizer keeps; per_token: what forward leaves for backward, and working memory.
 Two short rows give the line. If the rows that were asked for do not fit, shorter ones are taken, down to a quarter;
 then blocks are recomputed in the backward pass, then even their inputs wait on the host (lit_model/recompute.py).
+Memory comes in pages, and gaps between tensors stay unused: where it gets tight, rows are tried before promised.
 """
 
 import ctypes
@@ -26,7 +27,8 @@ from lit_model.packing import Example, pack
 os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
 
 GIB = 2**30
-SPARE = 0.05  # of the memory: gaps between tensors, steps with longer rows than those seen
+SPARE = 0.02  # of the memory: steps with longer rows than those seen
+TIGHT = 0.9  # of the memory: rows that need more than this are tried
 SHORTEST = 1024  # tokens of a row, and a quarter of what was asked for: shorter ones leave a GPU idle
 WAYS = {"off": "", "on": ", blocks recomputed", "offload": ", blocks recomputed and their inputs kept on the host"}
 
@@ -80,12 +82,15 @@ def plan(
         fewer = f"100 tokens less in --train.row_tokens or --prompt.max_length save {100 * per_token / GIB:.2f} GiB"
         advice = f"{fewer}, {_nf4(gpt)}a smaller network needs less"
         fits = int((limit * (1 - SPARE) - fixed) / per_token)
-        if fits >= min(usual, longest if way == "offload" else max(longest, SHORTEST, usual // 4)):
-            tokens = min(row_tokens, fits)
-            while fits < _longest_row(gpt, batches, tokens, share) and tokens > longest:
-                tokens = max(longest, tokens * 9 // 10)  # a row ends with an example, so it may be longer than asked
-            change = f"; rows of {tokens:,} tokens instead of {usual:,}" if fits < usual else ""
-            return Plan(tokens, f"{report}{change}{meaning}", advice)
+        least = min(usual, longest if way == "offload" else max(longest, SHORTEST, usual // 4))
+        tokens = min(row_tokens, fits)
+        while fits >= least and tokens >= least // 2:  # a row of up to twice as many ends where an example ends
+            rows = _longest_row(gpt, batches, tokens, share)
+            roomy = fixed + per_token * rows < TIGHT * limit
+            if rows <= fits and (roomy or _runs(gpt, backward, batches, tokens, share)):
+                change = f"; rows of {tokens:,} tokens instead of {usual:,}" if tokens < usual else ""
+                return Plan(tokens, f"{report}{change}{meaning}", advice)
+            tokens = tokens * 9 // 10
     raise ValueError(f"{report}, even with blocks recomputed and on the host: {advice}")
 
 
@@ -115,11 +120,35 @@ def _measure(
         if len(points) == 3:
             _, (short, low), (long, high) = points
             per_token = max(high - low, 1) / max(long - short, 1)
-            states = 8 * sum(p.numel() for p in gpt.parameters() if p.requires_grad)  # AdamW's, which are not there yet
-            return low - per_token * short + states, per_token
+            return low - per_token * short + _states(gpt), per_token
         torch.cuda.synchronize()
         torch.cuda.empty_cache()
     return None
+
+
+def _runs(
+    gpt: GPT, backward: Callable[[Tensor], None], batches: Sequence[list[Example]], row_tokens: int, share: bool
+) -> bool:
+    """Whether the longest row of each batch fits in fact."""
+    device = gpt.wte.weight.device
+    states = torch.empty(_states(gpt), dtype=torch.uint8, device=device)
+    try:
+        for batch in batches:
+            rows = pack(batch, row_tokens, gpt.n_virtual_tokens, gpt.n_virtual_keys, share)
+            idx, packed = max(rows, key=lambda row: len(row[0]))
+            backward(gpt(idx.to(device), packed.to(device)) / len(packed.targets))
+    except torch.OutOfMemoryError:
+        torch.cuda.synchronize()
+        return False
+    finally:
+        gpt.zero_grad()
+        del states
+    return True
+
+
+def _states(gpt: GPT) -> int:
+    """Bytes that AdamW will keep from the first step on."""
+    return 8 * sum(p.numel() for p in gpt.parameters() if p.requires_grad)
 
 
 def _nf4(gpt: GPT) -> str:

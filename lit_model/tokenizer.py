@@ -59,7 +59,7 @@ class Tokenizer:
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         if self._sp is not None:
             return self._sp.encode(list(texts))
-        return [e.ids for e in self._hf.encode_batch(list(texts), add_special_tokens=False)]
+        return [e.ids for e in self._hf.encode_batch_fast(list(texts), add_special_tokens=False)]
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of the ids; special tokens are left out."""

@@ -22,12 +22,12 @@ def plan(monkeypatch):
     freeze(gpt, lora.trainable)
     rng = np.random.default_rng(0)
     batches = [[Example(rng.integers(0, 50, 101).astype(np.int32), 10) for _ in range(16)] for _ in range(4)]
-    peak = 0
+    peak = gaps = 0
 
     def forward(idx, packed):
         nonlocal peak
         peak = (1000 + KEPT[gpt.recompute] * len(idx)) * MIB
-        if peak > size * MIB:
+        if peak * (1 + gaps) > size * MIB:
             raise torch.OutOfMemoryError
         return next(p for p in gpt.parameters() if p.requires_grad).sum()
 
@@ -40,9 +40,9 @@ def plan(monkeypatch):
     for name in ("empty_cache", "reset_peak_memory_stats", "synchronize"):
         monkeypatch.setattr(torch.cuda, name, lambda: None)
 
-    def run(mib: int, memory_gb: float | None = None, n: int = 16):
-        nonlocal size
-        size = mib
+    def run(mib: int, memory_gb: float | None = None, n: int = 16, lost: float = 0):
+        nonlocal size, gaps
+        size, gaps = mib, lost
         some = [batch[:n] for batch in batches]
         made = memory.plan(gpt, lambda loss: loss.backward(), some, 4096, True, memory_gb)
         assert all(p.grad is None for p in gpt.parameters())
@@ -59,25 +59,33 @@ def test_what_fits_is_left_alone(plan):
 
 def test_shorter_rows_first_then_recomputing_then_the_host(plan):
     made, recompute, _ = plan(5000)
-    assert recompute == "off" and made.row_tokens == pytest.approx((0.95 * 5000 - 1000) / 3, abs=2)
+    assert recompute == "off" and made.row_tokens == pytest.approx((0.98 * 5000 - 1000) / 3, abs=2)
     assert made.report == f"training needs 5.7 GiB of 4.9; rows of {made.row_tokens:,} tokens instead of 1,600"
     made, recompute, _ = plan(2500)
     assert (made.row_tokens, recompute) == (4096, "on")
     assert made.report == "training needs 5.7 GiB of 2.4, blocks recomputed"
     made, recompute, _ = plan(1160)
-    assert (made.row_tokens, recompute) == (pytest.approx((0.95 * 1160 - 1000) / 0.05, abs=20), "offload")
+    assert (made.row_tokens, recompute) == (pytest.approx((0.98 * 1160 - 1000) / 0.05, abs=20), "offload")
     assert made.report.endswith("blocks recomputed and their inputs kept on the host")
+
+
+def test_rows_are_tried_where_memory_is_tight(plan, monkeypatch):
+    """Gaps between tensors take half as much as the tensors: only trying shows it."""
+    monkeypatch.setattr(memory, "SHORTEST", 100)
+    assert 800 < plan(3700)[0].row_tokens < 1600  # two rows of 800 tokens, which need 3400 MiB
+    made, recompute, _ = plan(3700, lost=0.5)
+    assert recompute == "off" and 400 <= made.row_tokens < 800
 
 
 def test_rows_below_a_quarter_are_not_worth_it(plan, monkeypatch):
     monkeypatch.setattr(memory, "SHORTEST", 100)
     assert plan(1170)[1] == "on"  # 450 of 1600 tokens
-    assert plan(1131)[1] == "offload"  # instead of 300 tokens
+    assert plan(1100)[1] == "offload"  # instead of 312 tokens
 
 
 def test_a_batch_of_one_example_gives_a_line_too(plan):
     made, recompute, _ = plan(8000, n=1)
-    assert recompute == "off" and made.row_tokens == pytest.approx((0.95 * 8000 - 1000) / 3, abs=2)
+    assert recompute == "off" and made.row_tokens == pytest.approx((0.98 * 8000 - 1000) / 3, abs=2)
     assert made.report == "training needs 1.3 GiB of 7.8"
 
 

@@ -70,6 +70,15 @@ def test_fp8_gradient_against_the_dequantized_weight_in_float64():
     assert (grad.double() - rounded).norm() < 0.003 * rounded.norm()  # bfloat16 of the result
 
 
+def test_fp8_weights_have_the_scale_that_rounds_them_best():
+    weight = torch.randn(64, 512) * 0.02
+    errors = []
+    for codes, scale in (quantize._to_fp8(weight), quantize._weight_to_fp8(weight)):
+        errors.append((codes.float() * scale - weight).square().sum(-1))
+        assert (codes.float().abs().amax(-1) > 224).all() and codes.float().isfinite().all()  # half the range is used
+    assert (errors[1] <= errors[0]).all() and errors[1].sum() < 0.92 * errors[0].sum()
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("module, options", [(lora, lora.LoRA()), (adapter, adapter.Adapter(start_layer=1))])
 def test_methods_train_over_quantized_layers(kind, module, options, checkpoint):
