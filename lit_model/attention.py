@@ -1,7 +1,7 @@
 """Attention over packed rows (packing.py), RoPE, and the KV cache.
 
 On a GPU in 16 bit kernels.py computes it, where Triton is there; else torch's variable-length attention, for which the
-keys that each segment sees are gathered; on a CPU, or in float32, one segment after the other.
+keys that each segment sees are gathered; on a CPU (attention_cpu.py), or in float32, one segment after the other.
 """
 
 import inspect
@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lit_model.attention_cpu import SegmentsAttention, can_take
 from lit_model.packing import Packed
 
 try:
@@ -108,6 +109,8 @@ def _kernels() -> ModuleType:
 
 @torch.compiler.disable  # every row has other segments: it would be compiled anew for each
 def _attend_each(q: Tensor, k: Tensor, v: Tensor, lengths: list[tuple[int, int]]) -> Tensor:
+    if can_take(q, lengths):
+        return SegmentsAttention.apply(q, k, v, lengths)
     n_q, n_k = zip(*lengths, strict=True)
     return torch.cat([_attend_one(*qkv) for qkv in zip(q.split(n_q), k.split(n_k), v.split(n_k), strict=True)])
 
@@ -115,26 +118,18 @@ def _attend_each(q: Tensor, k: Tensor, v: Tensor, lengths: list[tuple[int, int]]
 def _attend_one(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """One segment: (lq, nh, hs) over (lk, nkv, hs). The last query sees all keys, the one before it one fewer, ..."""
     lq, lk = len(q), len(k)
-    # In 16 bit on a CPU the backward pass of torch's fused attention takes 4 times as long as the plain products. They
-    # keep (nh, lq, lk) scores for it, which is why long segments do not take this way.
-    if q.requires_grad and q.device.type == "cpu" and q.dtype == torch.bfloat16 and lk <= 1024:
-        pad_q, pad_k = -lq % 32, -lk % 32  # few shapes: for a new one oneDNN prepares a product for 2 ms
-        q, k, v = (F.pad(t, (0, 0, 0, 0, 0, pad)) for t, pad in ((q, pad_q), (k, pad_k), (v, pad_k)))
-        mask = torch.full((lq + pad_q, lk + pad_k), -torch.inf, dtype=q.dtype).triu(lk - lq + 1)
-        return plain_attention(q, k, v, mask)[:lq]
     mask = None if lq in (1, lk) else torch.ones(lq, lk, dtype=torch.bool, device=q.device).tril(lk - lq)
     q, k, v = (t.transpose(0, 1)[None] for t in (q, k, v))  # (1, n, l, hs)
     y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and lq > 1, enable_gqa=True)
     return y[0].transpose(0, 1)
 
 
-def plain_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Softmax attention written out: queries (T, nh, hs) over keys (S, nkv, hs), `mask` (T, S) added to the scores."""
-    (T, nh, hs), (S, nkv, _) = q.shape, k.shape
-    q = q.transpose(0, 1).reshape(nkv, -1, hs)  # the heads that share a key lie together
-    scores = (q @ (k * hs**-0.5).permute(1, 2, 0)).view(nh, T, S)
-    scores = scores if mask is None else scores + mask
-    y = scores.softmax(-1).view(nkv, -1, S) @ v.transpose(0, 1)  # (nkv, nh / nkv * T, hs)
+def plain_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Softmax attention written out: queries (T, nh, hs) over keys (S, nkv, hs), each over all of them."""
+    T, nh, hs = q.shape
+    q = q.transpose(0, 1).reshape(k.shape[1], -1, hs)  # the heads that share a key lie together
+    scores = q @ (k * hs**-0.5).permute(1, 2, 0)  # (nkv, nh / nkv * T, S)
+    y = scores.softmax(-1) @ v.transpose(0, 1)  # (nkv, nh / nkv * T, hs)
     return y.view(nh, T, hs).transpose(0, 1)
 
 

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from conftest import randomize
 from torch import nn
 
-from lit_model import adapter, attention, model, packing
+from lit_model import adapter, attention, attention_cpu, model, packing
 from lit_model.attention import KVCache
 from lit_model.packing import Example, Segment, lay_out, pack
 
@@ -226,10 +226,21 @@ def test_chunks_of_the_loss_change_nothing(monkeypatch):
         torch.testing.assert_close(a, b)
 
 
-def test_sixteen_bit_training_attention_on_the_cpu_agrees_with_the_fused_one():
-    q, k, v = torch.randn(7, 4, 16), torch.randn(12, 2, 16), torch.randn(12, 2, 16)
-    expected = attention._attend_one(q, k, v)
-    got = attention._attend_one(*(t.bfloat16().requires_grad_() for t in (q, k, v)))
-    assert (got.float() - expected).norm() / expected.norm() < 1e-2
-    mask = torch.full((7, 12), -torch.inf).triu(12 - 7 + 1)
-    torch.testing.assert_close(attention.plain_attention(q, k, v, mask), expected)
+def test_training_attention_on_the_cpu_agrees_with_the_fused_one(monkeypatch):
+    lengths = [(40, 40), (1, 12), (7, 12), (64, 64), (33, 50)]
+    n_q, n_k = (sum(n) for n in zip(*lengths))
+    q, k, v = (torch.randn(n, heads, 16).double().requires_grad_() for n, heads in ((n_q, 4), (n_k, 2), (n_k, 2)))
+    expected = attention._attend_each(q, k, v, lengths)
+    got = attention_cpu.SegmentsAttention.apply(q, k, v, lengths)
+    towards = torch.randn_like(expected)
+    torch.testing.assert_close(got, expected)
+    for a, b in zip(torch.autograd.grad(got, (q, k, v), towards), torch.autograd.grad(expected, (q, k, v), towards)):
+        torch.testing.assert_close(a, b)
+
+    short = [t.detach().bfloat16().requires_grad_() for t in (q, k, v)]
+    assert attention_cpu.can_take(short[0], lengths) and not attention_cpu.can_take(q, lengths)
+    taken = attention._attend_each(*short, lengths)
+    assert type(taken.grad_fn).__name__ == "SegmentsAttentionBackward"
+    assert (taken.double() - expected).norm() / expected.norm() < 1e-2
+    monkeypatch.setattr(attention_cpu, "MOST_SCORES", 1000)
+    assert not attention_cpu.can_take(short[0], lengths)

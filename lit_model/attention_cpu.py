@@ -1,0 +1,74 @@
+"""Attention of packed rows on a CPU in bfloat16, forward and backward written out. Torch's fused attention takes 4
+times as long there in its backward pass, autograd over the plain products a sixth longer (docs/speed-log.md). The scores
+of a row are kept for the backward pass: rows that have too many do not take this way.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+MOST_SCORES = 4 * 1024**2  # of one head, for a row: 75 MB for 9 heads in each layer
+
+
+def can_take(q: Tensor, lengths: Sequence[tuple[int, int]]) -> bool:
+    """Whether SegmentsAttention is the way for these queries, with such numbers of queries and keys."""
+    wanted = q.device.type == "cpu" and q.dtype == torch.bfloat16 and q.requires_grad
+    return wanted and sum(n_q * n_k for n_q, n_k in lengths) <= MOST_SCORES
+
+
+class SegmentsAttention(torch.autograd.Function):
+    """softmax(q k^T / sqrt(hs)) v of each segment: q (T, nh, hs), k and v (S, nkv, hs); segments lie end to end
+    with `lengths` (queries, keys). A segment's last query sees all its keys, the one before it one fewer, ...
+
+    Returns (T, nh, hs). Plain calculus: with p the softmax and y = p v,
+    dv = p^T dy,  ds = p * (dy v^T - sum(dy v^T * p)),  dq = ds k / sqrt(hs),  dk = ds^T q / sqrt(hs).
+    """
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[tuple[int, int]]) -> Tensor:
+        (nh, hs), nkv = q.shape[1:], k.shape[1]
+        ctx.lengths, y, kept = lengths, torch.empty_like(q), []
+        for (lq, lk), q1, k1, v1, y1 in zip(lengths, *_split(lengths, (q, 0), (k, 1), (v, 1), (y, 0)), strict=True):
+            q1 = _heads(q1).view(nkv, -1, hs)  # the heads that share a key lie together
+            k1, v1 = _heads(k1, hs**-0.5), _heads(v1)  # (nkv, keys, hs)
+            scores = (q1 @ k1.mT).view(nh, -1, k1.shape[1])
+            scores += scores.new_full(scores.shape[1:], -torch.inf).triu(lk - lq + 1)
+            p = scores.softmax(-1).view(nkv, -1, k1.shape[1])  # (nkv, nh / nkv * queries, keys)
+            y1.copy_((p @ v1).view(nh, -1, hs)[:, :lq].transpose(0, 1))
+            kept += q1, k1, v1, p
+        ctx.save_for_backward(*kept)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple:
+        kept = iter(ctx.saved_tensors)
+        kept = list(zip(kept, kept, kept, kept))
+        (nh, hs), nkv = grad.shape[1:], kept[0][1].shape[0]
+        dq = torch.empty_like(grad)
+        dk, dv = (grad.new_empty(sum(lk for _, lk in ctx.lengths), nkv, hs) for _ in range(2))
+        parts = _split(ctx.lengths, (grad, 0), (dq, 0), (dk, 1), (dv, 1))
+        for (lq, lk), (q, k, v, p), dy1, dq1, dk1, dv1 in zip(ctx.lengths, kept, *parts, strict=True):
+            dy1 = _heads(dy1).view(nkv, -1, hs)
+            ds = torch._softmax_backward_data(dy1 @ v.mT, p, -1, p.dtype)
+            dq1.copy_((ds @ k).view(nh, -1, hs)[:, :lq].transpose(0, 1))
+            # x^T p instead of p^T x: of the two, the smaller one is turned around
+            torch.mul((q.mT @ ds).permute(2, 0, 1)[:lk], hs**-0.5, out=dk1)
+            dv1.copy_((dy1.mT @ p).permute(2, 0, 1)[:lk])
+        return dq, dk, dv, None
+
+
+def _split(lengths: Sequence[tuple[int, int]], *tensors: tuple[Tensor, int]) -> list[tuple[Tensor, ...]]:
+    """Of each tensor its segments, as long as they have queries (0) or keys (1)."""
+    sizes = list(zip(*lengths))
+    return [t.split(sizes[which]) for t, which in tensors]
+
+
+def _heads(x: Tensor, factor: float = 1.0) -> Tensor:
+    """(l, n, hs) times factor as (n, l', hs): l' is l rounded up to 32, with zeros behind. For every new shape oneDNN
+    prepares a product for 2 ms."""
+    length, n, hs = x.shape
+    padded = x.new_zeros(n, length + -length % 32, hs)
+    torch.mul(x.transpose(0, 1), factor, out=padded[:, :length])
+    return padded
