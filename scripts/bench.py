@@ -58,8 +58,9 @@ class Options:
     """of adapter, lora (rank 8 on q and v), lora-all (rank 16 on all linear layers), full"""
     precision: str = "bf16"
     """of bf16, fp8, int8, nf4 (the base weights; activations in bf16) and fp32"""
-    peers: Literal["", "hf-peft"] = ""
-    """hf-peft: also transformers + peft, if they are installed; in bf16 and fp32, and bitsandbytes' nf4"""
+    peers: Literal["", "hf-peft", "hf-peft-plain"] = ""
+    """hf-peft: also transformers + peft, if they are installed; in bf16 and fp32, and bitsandbytes' nf4.
+    hf-peft-plain: the same as it comes, all examples of a step in their order, padded to the longest"""
     device: Literal["auto", "cpu"] = "auto"
     """auto: the GPU if there is one"""
     data: Literal["alpaca-lengths", "demo"] = "alpaca-lengths"
@@ -253,7 +254,7 @@ def build(method: str, precision: str, config: model.Config, dtype: torch.dtype,
 def theirs(
     method: str, precision: str, config: model.Config, examples: list[Example], fabric: Fabric, options: Options
 ) -> Result:
-    """The fastest of a few micro-batch sizes, nothing recomputed."""
+    """The fastest of a few micro-batch sizes, nothing recomputed; or plain, see Options.peers."""
     from scripts import peers  # only this needs transformers and peft
 
     device = fabric.device
@@ -261,10 +262,11 @@ def theirs(
     trained = [p for p in network.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=True)
     batches = loop.batches(examples, loop.Train(batch_size=options.batch_size))
-    sizes, best = [n for n in (4, 8, 16, 32, 64) if n < options.batch_size] + [options.batch_size], None
+    plain = options.peers == "hf-peft-plain"
+    sizes, best = [n for n in (4, 8, 16, 32, 64) if n < options.batch_size and not plain] + [options.batch_size], None
 
-    def by_length() -> list[Example]:
-        return sorted(next(batches), key=lambda e: len(e.ids))
+    def one_batch() -> list[Example]:
+        return next(batches) if plain else sorted(next(batches), key=lambda e: len(e.ids))
 
     def step(batch: list[Example], micro: int) -> tuple[float, int, int]:
         n_targets, total = sum(e.n_targets for e in batch), 0.0
@@ -283,9 +285,9 @@ def theirs(
         try:
             if device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats()
-            step(by_length()[-micro:], micro)  # to warm up, with what takes most memory
+            step(one_batch()[-micro:], micro)  # to warm up, with what takes most memory
             start = sync(device)
-            loss, real, targets = (sum(part) for part in zip(*(step(by_length(), micro) for _ in range(2))))
+            loss, real, targets = (sum(part) for part in zip(*(step(one_batch(), micro) for _ in range(2))))
             seconds = sync(device) - start
         except torch.OutOfMemoryError:
             optimizer.zero_grad()
