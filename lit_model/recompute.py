@@ -64,9 +64,10 @@ class Offload:
             torch.cuda.current_stream().wait_event(self.leaving.popleft()[1])
 
     def _begin(self, item: _Away) -> None:
+        """Without `record_stream`: it would keep this memory from its next user until the GPU has come so far, and the
+        host is many blocks ahead. Whoever gets it next does so after `fetch` has waited for the copy."""
         item.back = torch.empty_like(item.host, device=self.copying.device)
         self.copying.wait_stream(torch.cuda.current_stream())  # whoever had this memory before is done with it
-        item.back.record_stream(self.copying)
         with torch.cuda.stream(self.copying):
             item.back.copy_(item.host, non_blocking=True)
             item.arrived = self.copying.record_event()
