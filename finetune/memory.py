@@ -90,7 +90,7 @@ def plan(
             if rows <= fits and (roomy or _runs(gpt, backward, batches, tokens, share)):
                 change = f"; rows of {tokens:,} tokens instead of {usual:,}" if tokens < usual else ""
                 return Plan(tokens, f"{report}{change}{meaning}", advice)
-            tokens = tokens * 9 // 10
+            tokens = min(tokens, rows) * 9 // 10
     raise ValueError(f"{report}, even with blocks recomputed and on the host: {advice}")
 
 
@@ -131,18 +131,18 @@ def _runs(
 ) -> bool:
     """Whether the longest row of each batch fits in fact."""
     device = gpt.wte.weight.device
-    states = torch.empty(_states(gpt), dtype=torch.uint8, device=device)
     try:
+        states = torch.empty(_states(gpt), dtype=torch.uint8, device=device)
         for batch in batches:
             rows = pack(batch, row_tokens, gpt.n_virtual_tokens, gpt.n_virtual_keys, share)
             idx, packed = max(rows, key=lambda row: len(row[0]))
             backward(gpt(idx.to(device), packed.to(device)) / len(packed.targets))
+        del states
     except torch.OutOfMemoryError:
         torch.cuda.synchronize()
         return False
     finally:
         gpt.zero_grad()
-        del states
     return True
 
 

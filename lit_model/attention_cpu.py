@@ -28,9 +28,10 @@ class SegmentsAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[tuple[int, int]]) -> Tensor:
-        (nh, hs), nkv = q.shape[1:], k.shape[1]
+        (nh, hs), nkv, (n_q, n_k) = q.shape[1:], k.shape[1], zip(*lengths, strict=True)
         ctx.lengths, y, kept = lengths, torch.empty_like(q), []
-        for (lq, lk), q1, k1, v1, y1 in zip(lengths, *_split(lengths, (q, 0), (k, 1), (v, 1), (y, 0)), strict=True):
+        parts = q.split(n_q), k.split(n_k), v.split(n_k), y.split(n_q)
+        for (lq, lk), q1, k1, v1, y1 in zip(lengths, *parts, strict=True):
             q1 = _heads(q1).view(nkv, -1, hs)  # the heads that share a key lie together
             k1, v1 = _heads(k1, hs**-0.5), _heads(v1)  # (nkv, keys, hs)
             scores = (q1 @ k1.mT).view(nh, -1, k1.shape[1])
@@ -43,13 +44,12 @@ class SegmentsAttention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple:
-        kept = iter(ctx.saved_tensors)
-        kept = list(zip(kept, kept, kept, kept))
-        (nh, hs), nkv = grad.shape[1:], kept[0][1].shape[0]
+        kept = [ctx.saved_tensors[i::4] for i in range(4)]  # q, k, v, p of all segments
+        (nh, hs), nkv, (n_q, n_k) = grad.shape[1:], kept[1][0].shape[0], zip(*ctx.lengths, strict=True)
         dq = torch.empty_like(grad)
-        dk, dv = (grad.new_empty(sum(lk for _, lk in ctx.lengths), nkv, hs) for _ in range(2))
-        parts = _split(ctx.lengths, (grad, 0), (dq, 0), (dk, 1), (dv, 1))
-        for (lq, lk), (q, k, v, p), dy1, dq1, dk1, dv1 in zip(ctx.lengths, kept, *parts, strict=True):
+        dk, dv = (grad.new_empty(sum(n_k), nkv, hs) for _ in range(2))
+        parts = grad.split(n_q), dq.split(n_q), dk.split(n_k), dv.split(n_k)
+        for (lq, lk), q, k, v, p, dy1, dq1, dk1, dv1 in zip(ctx.lengths, *kept, *parts, strict=True):
             dy1 = _heads(dy1).view(nkv, -1, hs)
             ds = torch._softmax_backward_data(dy1 @ v.mT, p, -1, p.dtype)
             dq1.copy_((ds @ k).view(nh, -1, hs)[:, :lq].transpose(0, 1))
@@ -57,12 +57,6 @@ class SegmentsAttention(torch.autograd.Function):
             torch.mul((q.mT @ ds).permute(2, 0, 1)[:lk], hs**-0.5, out=dk1)
             dv1.copy_((dy1.mT @ p).permute(2, 0, 1)[:lk])
         return dq, dk, dv, None
-
-
-def _split(lengths: Sequence[tuple[int, int]], *tensors: tuple[Tensor, int]) -> list[tuple[Tensor, ...]]:
-    """Of each tensor its segments, as long as they have queries (0) or keys (1)."""
-    sizes = list(zip(*lengths))
-    return [t.split(sizes[which]) for t, which in tensors]
 
 
 def _heads(x: Tensor, factor: float = 1.0) -> Tensor:

@@ -77,6 +77,14 @@ def test_rows_are_tried_where_memory_is_tight(plan, monkeypatch):
     assert recompute == "off" and 400 <= made.row_tokens < 800
 
 
+def test_no_room_for_the_optimizer_shows_in_trying(plan, monkeypatch):
+    def empty(*args, **kwargs):
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(torch, "empty", empty)
+    assert plan(3700)[1] == "on"  # where it is roomy, nothing is tried
+
+
 def test_rows_below_a_quarter_are_not_worth_it(plan, monkeypatch):
     monkeypatch.setattr(memory, "SHORTEST", 100)
     assert plan(1170)[1] == "on"  # 450 of 1600 tokens
