@@ -81,6 +81,8 @@ def test_no_room_for_the_optimizer_shows_in_trying(plan, monkeypatch):
     def empty(*args, **kwargs):
         raise torch.OutOfMemoryError
 
+    monkeypatch.setattr(memory, "SHORTEST", 100)
+    assert plan(3700)[1] == "off"
     monkeypatch.setattr(torch, "empty", empty)
     assert plan(3700)[1] == "on"  # where it is roomy, nothing is tried
 
