@@ -82,9 +82,8 @@ def test_no_room_for_the_optimizer_shows_in_trying(plan, monkeypatch):
         raise torch.OutOfMemoryError
 
     monkeypatch.setattr(memory, "SHORTEST", 100)
-    assert plan(3700)[1] == "off"
     monkeypatch.setattr(torch, "empty", empty)
-    assert plan(3700)[1] == "on"  # where it is roomy, nothing is tried
+    assert 400 <= plan(3700)[0].row_tokens < 800  # where it is roomy, nothing is tried
 
 
 def test_rows_below_a_quarter_are_not_worth_it(plan, monkeypatch):
