@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, field, replace
+from importlib import import_module
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
@@ -131,7 +132,7 @@ def start(options: Options) -> Run:
         )
     if options.checkpoint_dir == hub.DEMO_CHECKPOINT:
         hub.fetch_demo_model()
-    Config.load(options.checkpoint_dir)  # says what is wrong with the folder before anything else is done
+    config = Config.load(options.checkpoint_dir)  # says what is wrong with the folder before anything else is done
     if options.data == hub.DEMO_DATA:
         hub.fetch_demo_data()
     on_gpu = options.devices == "auto" and torch.cuda.is_available()
@@ -159,15 +160,23 @@ def start(options: Options) -> Run:
     if limit is None and options.data == hub.DEMO_DATA and fabric.device.type == "cpu":
         limit = 480
         print(f"the demo on a CPU: training on {limit} of {len(train_rows)} rows (--train.max_examples changes that)")
-    return Run(
-        options,
-        fabric,
-        _dtype(options.dtype, fabric.device),
-        tokenizer,
-        train_examples=tokenize(train_rows[:limit], tokenizer, options.prompt, "training rows"),
-        val_examples=tokenize(val_rows, tokenizer, options.prompt, "validation rows"),
-        row_tokens=options.train.row_tokens or (16384 if on_gpu else 4096),
-    )
+    with ThreadPoolExecutor(1) as meanwhile:
+        if _compiles(options, config, fabric.device):
+            meanwhile.submit(import_module, "torch._inductor.compile_fx")  # seconds that tokenizing leaves to Python
+        return Run(
+            options,
+            fabric,
+            _dtype(options.dtype, fabric.device),
+            tokenizer,
+            train_examples=tokenize(train_rows[:limit], tokenizer, options.prompt, "training rows"),
+            val_examples=tokenize(val_rows, tokenizer, options.prompt, "validation rows"),
+            row_tokens=options.train.row_tokens or (16384 if on_gpu else 4096),
+        )
+
+
+def _compiles(options: Options, config: Config, device: torch.device) -> bool:
+    auto = options.compile == "auto" and device.type == "cuda" and n_parameters(config) > 1e9
+    return options.compile == "on" or auto
 
 
 def _dtype(wanted: str, device: torch.device) -> torch.dtype:
@@ -278,11 +287,11 @@ def prepare(run: Run, gpt: GPT, share: bool = True) -> tuple[Run, nn.Module, tor
     Returns the run with these rows; the network as Fabric wraps it, to be called where gradients are wanted; the
     optimizer; and how it fits, None on a CPU.
     """
-    options, train, on_gpu = run.options, run.options.train, run.device.type == "cuda"
-    if options.compile == "on" or (options.compile == "auto" and on_gpu and n_parameters(gpt.config) > 1e9):
+    options, train = run.options, run.options.train
+    if _compiles(options, gpt.config, run.device):
         gpt.compile()
     network, optimizer = run.fabric.setup(gpt, make_optimizer(gpt, train))
-    if not on_gpu:
+    if run.device.type != "cuda":
         return run, network, optimizer, None
     some = list(islice(batches(run.train_examples, train), 8))
     with torch.random.fork_rng([run.device]):

@@ -26,6 +26,7 @@ from lit_model.attention import Prompt, Rope, rotate
 from lit_model.packing import BLOCK, Blocks
 
 LOG2E = tl.constexpr(math.log2(math.e))
+_jit = triton.jit(do_not_specialize=("T", "S"))  # else a kernel is compiled anew for lengths that 16 divides
 
 
 @triton.jit
@@ -67,7 +68,7 @@ def _rotate_back(x, cos_ptr, sin_ptr, rows, n, HS: tl.constexpr, BLOCK: tl.const
     return tl.reshape(tl.permute(tl.join(a * cos + b * sin, b * cos - a * sin), (0, 2, 1)), (BLOCK, HS))
 
 
-@triton.jit
+@_jit
 def _forward(
     q_ptr, k_ptr, v_ptr, y_ptr, lse_ptr, row_ptr, until_ptr, first_ptr, key_blocks_ptr, pk_ptr, pv_ptr, gate_ptr,
     scale, T, S, K, sqt, sqh, skt, skh, svt, svh,
@@ -106,7 +107,7 @@ def _forward(
     tl.store(lse_ptr + head * T + i, top + tl.log2(total), mask=i < T)
 
 
-@triton.jit
+@_jit
 def _backward_q(
     q_ptr, k_ptr, v_ptr, y_ptr, dy_ptr, lse_ptr, sum_ptr, dq_ptr, row_ptr, until_ptr, first_ptr, key_blocks_ptr,
     pk_ptr, pv_ptr, gate_ptr, dpk_ptr, dpv_ptr, dgate_ptr, cos_ptr, sin_ptr, scale, T, S, K, sqt, sqh, skt, skh, svt,
@@ -157,7 +158,7 @@ def _backward_q(
     tl.store(dq_ptr + (at_q * NH + head) * HS + d[None, :], dq.to(dq_ptr.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@_jit
 def _backward_kv(
     q_ptr, k_ptr, v_ptr, dy_ptr, lse_ptr, sum_ptr, dk_ptr, dv_ptr, part_ptr, row_ptr, until_ptr, work_ptr,
     query_blocks_ptr, cos_ptr, sin_ptr, scale, T, S, sqt, sqh, skt, skh, svt, svh, sdt, sdh,
@@ -201,7 +202,7 @@ def _backward_kv(
         tl.store(part_ptr + part + NKV * BLOCK * HS, dv)
 
 
-@triton.jit
+@_jit
 def _add_parts(
     dk_ptr, dv_ptr, part_ptr, shared_ptr, cos_ptr, sin_ptr, S,
     NKV: tl.constexpr, HS: tl.constexpr, BLOCK: tl.constexpr, ROPE: tl.constexpr,

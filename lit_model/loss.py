@@ -58,11 +58,11 @@ class _HeadLoss(torch.autograd.Function):
     ) -> Tensor:
         wants_grad = any(ctx.needs_input_grad)
         wide = torch.promote_types(x.dtype, torch.float32)
-        size = max(1, CHUNK // head.out_features)
+        n_chunks = len(x) * head.out_features // CHUNK + 1
         total = x.new_zeros((), dtype=wide)
         grads = [torch.zeros_like(t) for t in (x, *weights)] if wants_grad else []
-        for start in range(0, len(x), size):
-            rows = slice(start, start + size)
+        for i in range(n_chunks):  # all of one size: torch.compile would compile anew for a last one of one row
+            rows = slice(len(x) * i // n_chunks, len(x) * (i + 1) // n_chunks)
             chunk = x[rows].detach().requires_grad_(wants_grad)
             with torch.set_grad_enabled(wants_grad):
                 logits = head(chunk)  # (m, V)

@@ -80,6 +80,18 @@ def test_rope_in_packed_attention(n_tokens, nh, nkv, hs, monkeypatch):
     close([(got, expected), *zip(grads, expected_grads)])
 
 
+@pytest.mark.skipif(DEVICE == "cpu", reason="the interpreter compiles nothing")
+def test_no_kernel_is_compiled_anew_for_a_row_of_another_length():
+    counts = []
+    for length in (100, 112, 128, 113):
+        packed = lay_out([Segment(length)]).to(torch.device(DEVICE))
+        q, k, v = (random(length, 2, 16) for _ in range(3))
+        kernels.packed_attention(q, k, v, packed.blocks).sum().backward()
+        of_each = (kernels._forward, kernels._backward_q, kernels._backward_kv, kernels._add_parts)
+        counts.append([len(kernel.device_caches[0][0]) for kernel in of_each])
+    assert counts[0] == counts[-1] and min(counts[0]) > 0
+
+
 def test_packed_attention_reads_heads_of_a_wider_tensor():
     packed = lay_out([Segment(40), Segment(30)]).to(torch.device(DEVICE))
     qkv = random(70, 3 * 2 * 16)

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import randomize
-from torch import nn
+from torch import Tensor, nn
 
 from lit_model import adapter, attention, attention_cpu, model, packing
 from lit_model.attention import KVCache
@@ -214,16 +214,24 @@ def test_a_preamble_is_shared_up_to_the_token_before_the_first_target():
 def test_chunks_of_the_loss_change_nothing(monkeypatch):
     from lit_model import loss
 
-    head, targets = nn.Linear(8, 50).double(), torch.randint(0, 50, (23,))
-    x = torch.randn(23, 8).double().requires_grad_()
+    sizes = []
+
+    def chunk_loss(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        sizes.append(len(logits))
+        return loss.chunk_loss(logits, targets)
+
+    head, targets = nn.Linear(8, 50).double(), torch.randint(0, 50, (21,))
+    x = torch.randn(21, 8).double().requires_grad_()
     expected = F.cross_entropy(head(x), targets, reduction="sum")
     expected_grads = torch.autograd.grad(expected, (x, *head.parameters()))
     monkeypatch.setattr(loss, "CHUNK", 5 * 50)
-    monkeypatch.setattr(loss, "CPU_ROWS", 2)
-    got = loss.linear_cross_entropy(head, x, targets)
+    got = loss.linear_cross_entropy(head, x, targets, chunk_loss)
     torch.testing.assert_close(got, expected)
     for a, b in zip(torch.autograd.grad(got, (x, *head.parameters())), expected_grads):
         torch.testing.assert_close(a, b)
+    assert sum(sizes) == 21 and min(sizes) == 4 and max(sizes) == 5  # of one row, it would be compiled anew for it
+    monkeypatch.setattr(loss, "CPU_ROWS", 2)
+    torch.testing.assert_close(loss.linear_cross_entropy(head, x, targets), expected)
 
 
 def test_training_attention_on_the_cpu_agrees_with_the_fused_one(monkeypatch):
