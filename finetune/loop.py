@@ -6,6 +6,8 @@ into a GPU's memory in memory.py.
 
 import math
 import os
+import shlex
+import shutil
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -52,8 +54,8 @@ class Train:
     batch_size: int = 16
     """examples per optimizer step, however many rows and devices they are spread over"""
     row_tokens: int | None = None
-    """most tokens of a packed row, which is one pass through the network; null: 4096 on a CPU; on a GPU 16384, and
-    fewer if its memory demands it"""
+    """about the most tokens of a packed row, which is one pass through the network; an example is never cut for it;
+    null: 4096 on a CPU; on a GPU 16384, and fewer if its memory demands it"""
     epochs: int = 1
     """passes over the training rows, each in a new order"""
     max_steps: int | None = None
@@ -130,10 +132,10 @@ def start(options: Options) -> Run:
         raise ValueError(
             f"{options.out_dir} holds a run already; name another --out_dir, or replace it with --overwrite"
         )
-    if options.checkpoint_dir == hub.DEMO_CHECKPOINT:
+    if options.checkpoint_dir.absolute() == hub.DEMO_CHECKPOINT:
         hub.fetch_demo_model()
     config = Config.load(options.checkpoint_dir)  # says what is wrong with the folder before anything else is done
-    if options.data == hub.DEMO_DATA:
+    if demo := options.data.absolute() == hub.DEMO_DATA:
         hub.fetch_demo_data()
     on_gpu = options.devices == "auto" and torch.cuda.is_available()
     if not on_gpu:
@@ -157,7 +159,7 @@ def start(options: Options) -> Run:
         raise ValueError("train.patience needs validation rows, but prompt.val_fraction is 0")
     train_rows, val_rows = split_rows(read_rows(options.data), options.prompt.val_fraction, options.train.seed)
     limit = options.train.max_examples
-    if limit is None and options.data == hub.DEMO_DATA and fabric.device.type == "cpu":
+    if limit is None and demo and fabric.device.type == "cpu":
         limit = 480
         print(f"the demo on a CPU: training on {limit} of {len(train_rows)} rows (--train.max_examples changes that)")
     with ThreadPoolExecutor(1) as meanwhile:
@@ -175,6 +177,8 @@ def start(options: Options) -> Run:
 
 
 def _compiles(options: Options, config: Config, device: torch.device) -> bool:
+    if options.compile == "on" and device.type == "cpu" and not shutil.which(os.getenv("CXX", "g++")):
+        raise ValueError("--compile on needs a C++ compiler on a CPU: install g++, or leave it away")
     auto = options.compile == "auto" and device.type == "cuda" and n_parameters(config) > 1e9
     return options.compile == "on" or auto
 
@@ -247,7 +251,8 @@ def fit(run: Run, gpt: GPT, method: str, method_options: Any = None, share: bool
                 done = underway.popleft()
                 loss, norm = done.receive()
                 if not math.isfinite(loss + norm):
-                    kept = f"{options.out_dir} keeps the best before it" if saved else "nothing was saved yet"
+                    before = "the best" if run.val_examples else "the last that was saved"
+                    kept = f"{options.out_dir} keeps {before} before it" if saved else "nothing was saved yet"
                     what = f"loss {loss}, gradient norm {norm} at step {done.number}"
                     raise ValueError(f"{what}: try a lower train.lr; {kept}")
                 meter.count(done)
@@ -264,6 +269,7 @@ def fit(run: Run, gpt: GPT, method: str, method_options: Any = None, share: bool
                 if run.val_examples:
                     bar.write(f"step {number}: validation loss {val_loss:.4f}")
                 sample(gpt, run)
+                log.write_settings()
                 save_method(options.out_dir / "last.safetensors", gpt, *header)
                 stale += 1
                 if not saved or val_loss < best or not run.val_examples:
@@ -275,10 +281,11 @@ def fit(run: Run, gpt: GPT, method: str, method_options: Any = None, share: bool
     if run.val_examples:
         print(f"validation loss: {first:.4f} before, {best:.4f} after (best)")
     print(closing_line(gpt, meter, run.device))
-    where = "" if options.checkpoint_dir == hub.DEMO_CHECKPOINT else f" --checkpoint_dir {options.checkpoint_dir}"
+    words = ["--method_dir", str(options.out_dir), "--prompt", train.sample or Train.sample]
+    if options.checkpoint_dir.absolute() != hub.DEMO_CHECKPOINT:
+        words = ["--checkpoint_dir", str(options.checkpoint_dir), *words]
     print(f"saved {options.out_dir}/: lit_method.safetensors, last.safetensors, hparams.yaml, metrics.csv, loss.png")
-    prompt = train.sample or Train.sample
-    print(f'try:  python generate/base.py{where} --method_dir {options.out_dir} --prompt "{prompt}"')
+    print(f"try:  python generate/base.py {shlex.join(words)}")
 
 
 def prepare(run: Run, gpt: GPT, share: bool = True) -> tuple[Run, nn.Module, torch.optim.Optimizer, memory.Plan | None]:

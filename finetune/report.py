@@ -17,6 +17,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
+from lit_model.files import write_text
 from lit_model.model import GPT, Config, Linear
 from lit_model.packing import Example
 from lit_model.quantize import FP8Linear
@@ -150,22 +151,30 @@ def closing_line(gpt: GPT, meter: Meter, device: torch.device) -> str:
 
 
 class Log:
-    """Writes out_dir: hparams.yaml at once, metrics.csv and TensorBoard events as they come, loss.png at the end."""
+    """Writes out_dir: hparams.yaml at once, or with our first tensors if others are there; metrics.csv and TensorBoard
+    events as they come; loss.png at the end."""
 
     COLUMNS = ("step", "epoch", "loss", "val_loss", "lr", "grad_norm", "tokens", "tokens_per_second")
 
     def __init__(self, options: Any):
         self.out_dir = options.out_dir
         self.out_dir.mkdir(parents=True, exist_ok=True)
+        self.settings = _plain(options)
+        self.settings.pop("overwrite")  # or --config with this file would overwrite another run
         if (self.out_dir / "hparams.yaml").exists():  # a failed run, or one to overwrite; its tensors stay until ours
             for events in self.out_dir.glob("events.out.tfevents.*"):
                 events.unlink()
-        (self.out_dir / "hparams.yaml").write_text(yaml.safe_dump(_plain(options), sort_keys=False))
+        if not any(self.out_dir.glob("*.safetensors")):
+            self.write_settings()
         self.file = open(self.out_dir / "metrics.csv", "w", newline="")
         self.csv = csv.DictWriter(self.file, self.COLUMNS)
         self.csv.writeheader()
         self.events = SummaryWriter(str(self.out_dir))
         self.rows: list[dict] = []
+
+    def write_settings(self) -> None:
+        """Call with the first tensors that are saved: those of a run before must not stand under our settings."""
+        write_text(self.out_dir / "hparams.yaml", yaml.safe_dump(self.settings, sort_keys=False))
 
     def write(self, step: int, **values: float) -> None:
         self.rows.append(dict(step=step, **values))

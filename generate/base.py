@@ -24,6 +24,7 @@ from lit_model.cli import cli
 from lit_model.data import check_style, render
 from lit_model.generate import generate, stream_text
 from lit_model.model import Config
+from lit_model.quantize import Kind
 from lit_model.tokenizer import Tokenizer
 
 
@@ -55,6 +56,8 @@ class Options:
     """the same seed gives the same answer"""
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
     """auto: bfloat16 on a GPU, float32 on a CPU"""
+    quantize: Kind = "none"
+    """keep the base weights in fewer bits, such as those that the run in method_dir was trained over"""
     device: str = "auto"
     """auto: the GPU if there is one"""
 
@@ -74,7 +77,7 @@ def main(options: Options) -> None:
         raise ValueError("--input goes with a --style, such as alpaca")
     device = choose_device(options.device)
     dtype = ("bfloat16" if device.type == "cuda" else "float32") if options.dtype == "auto" else options.dtype
-    gpt = load(options.checkpoint_dir, options.method_dir, device, getattr(torch, dtype))
+    gpt = load(options.checkpoint_dir, options.method_dir, device, getattr(torch, dtype), options.quantize)
 
     text = options.prompt if style == "none" else render(style, options.prompt, options.input)
     ids = ([] if tokenizer.bos_id is None else [tokenizer.bos_id]) + tokenizer.encode(text)
@@ -119,7 +122,9 @@ def choose_device(name: str) -> torch.device:
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        return torch.zeros((), device=name).device
+        if (device := torch.zeros((), device=name).device).type == "meta":
+            raise RuntimeError("meta computes nothing")
+        return device
     except (RuntimeError, AssertionError) as e:
         raise ValueError(f"there is no device {name!r} here: {str(e).splitlines()[0]}") from None
 

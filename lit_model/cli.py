@@ -2,8 +2,8 @@
 
 import os
 import sys
-from collections.abc import Callable
-from dataclasses import fields
+from collections.abc import Callable, Iterator
+from dataclasses import fields, is_dataclass
 from typing import Any, NoReturn
 
 import torch
@@ -22,6 +22,15 @@ class _Parser(ArgumentParser):
         _end(f"{message} (see --help)")
 
 
+def _flags(options_class: type, prefix: str = "--") -> Iterator[str]:
+    """The options that are true or false."""
+    for f in fields(options_class):
+        if f.type is bool:
+            yield prefix + f.name
+        elif is_dataclass(f.type):
+            yield from _flags(f.type, f"{prefix}{f.name}.")
+
+
 def cli(main: Callable[[Any], None], options_class: type, description: str, positional: tuple[str, ...] = ()) -> None:
     """Calls main(options) with an `options_class` made from sys.argv and, with --config, from a YAML file.
 
@@ -37,12 +46,17 @@ def cli(main: Callable[[Any], None], options_class: type, description: str, posi
         if len(args) <= i or args[i].startswith("-"):
             break
         args[i] = f"--{name}={args[i]}"
-    flags = {f"--{f.name}" for f in fields(options_class) if f.type is bool}
+    for i, arg in enumerate(args):
+        if arg.split("=")[0] == "--config":  # first, so that the other options count wherever they stand
+            end = i + (1 if "=" in arg else 2)
+            args = args[i:end] + args[:i] + args[end:]
+    flags = set(_flags(options_class))
     for i, arg in enumerate(args):  # `--overwrite` alone means `--overwrite true`
         if arg in flags and (i + 1 == len(args) or args[i + 1].startswith("-")):
             args[i] = f"{arg}=true"
     parser = _Parser(description=description)
-    parser.add_argument("--config", action="config", help="a YAML file of options, such as a run's hparams.yaml")
+    about = "a YAML file of options, such as a run's hparams.yaml; options that are given beside it count more"
+    parser.add_argument("--config", action="config", help=about)
     parser.add_class_arguments(options_class)
     given = vars(parser.instantiate(parser.parse_args(args)))
     options = options_class(**{f.name: given[f.name] for f in fields(options_class)})
@@ -54,5 +68,7 @@ def cli(main: Callable[[Any], None], options_class: type, description: str, posi
         _end(e)
     except torch.OutOfMemoryError as e:
         _end(f"out of memory: lower --train.row_tokens or --prompt.max_length, or take a smaller network ({e})")
+    except MemoryError as e:
+        _end(f"out of memory ({e})")
     except KeyboardInterrupt:
         sys.exit(130)

@@ -106,6 +106,8 @@ def split_rows(rows: Sequence[dict], val_fraction: float, seed: int) -> tuple[li
     unique = list({tuple(row.values()): row for row in rows}.values())
     if len(unique) < len(rows):
         print(f"{len(rows) - len(unique)} of {len(rows)} rows left out: they repeat another one")
+    if not rows:
+        raise ValueError("the data hold no row")
     order = np.random.default_rng(seed).permutation(len(unique))
     n_val = max(1, round(val_fraction * len(unique))) if val_fraction else 0
     if n_val >= len(unique):

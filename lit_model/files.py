@@ -46,7 +46,8 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, st
 
 
 def refuse_used(folder: Path) -> None:
-    """Raises ValueError if `folder` holds a checkpoint or a finetuning run: neither is replaced by another one."""
-    for name, what in (("lit_config.json", "a checkpoint"), ("hparams.yaml", "a finetuning run")):
-        if (folder / name).exists():
+    """Raises ValueError if `folder` holds a checkpoint, a finetuning run or the like: nothing there is replaced."""
+    holds = [("lit_config.json", "a checkpoint"), ("hparams.yaml", "a finetuning run"), ("*.json", "other files")]
+    for name, what in (*holds, ("*.safetensors", "weights")):
+        if any(folder.glob(name)):
             raise ValueError(f"{folder} holds {what} already; name another folder or remove it")

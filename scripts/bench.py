@@ -1,5 +1,5 @@
 """Measures training: tokens a second, memory, and the share of the time that its matrix products alone would take. With
---peers also transformers + peft, on the same examples in the same run, padded and grouped by length.
+--peers also transformers + peft, on batches of the same examples in the same run, padded and grouped by length.
 
 The network has random weights, which does not change its speed. The examples are as long as Alpaca's 52,002, begin with
 one of two preambles, and half of their tokens are targets; --data demo takes the demo's 999 rows instead. "Real" tokens
@@ -14,8 +14,9 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from datetime import datetime
+from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
@@ -45,6 +46,7 @@ METHODS = {
 }
 PRECISIONS = {"bf16": "none", "fp32": "none", "fp8": "fp8", "int8": "int8", "nf4": "nf4"}  # the base weights
 PEER_PRECISIONS = ("bf16", "fp32", "nf4")  # nf4: bitsandbytes'
+DEMO_VOCABULARY = 49_152
 WARM_UP = 3  # steps that are not counted
 
 
@@ -59,8 +61,8 @@ class Options:
     precision: str = "bf16"
     """of bf16, fp8, int8, nf4 (the base weights; activations in bf16) and fp32"""
     peers: Literal["", "hf-peft", "hf-peft-plain"] = ""
-    """hf-peft: also transformers + peft, if they are installed; in bf16 and fp32, and bitsandbytes' nf4.
-    hf-peft-plain: the same as it comes, all examples of a step in their order, padded to the longest"""
+    """hf-peft: also transformers + peft, from requirements-dev.txt; in bf16 (beside fp8 and int8, too), fp32, and
+    bitsandbytes' nf4. hf-peft-plain: as it comes, a step's examples in their order, padded to the longest"""
     device: Literal["auto", "cpu"] = "auto"
     """auto: the GPU if there is one"""
     data: Literal["alpaca-lengths", "demo"] = "alpaca-lengths"
@@ -110,7 +112,7 @@ def main(options: Options) -> None:
     for method, precision in wanted:
         if method not in METHODS or precision not in PRECISIONS:
             known = f"methods are {', '.join(METHODS)}; precisions are {', '.join(PRECISIONS)}"
-            raise ValueError(f"there is no {method} in {precision}: {known}")
+            raise ValueError(f"there is no {method!r} in {precision!r}: {known}")
         if method == "full" and PRECISIONS[precision] != "none":
             raise ValueError(f"full finetuning trains the weights that {precision} would freeze")
     for name in ("batch_size", "row_tokens", "steps"):
@@ -122,37 +124,46 @@ def main(options: Options) -> None:
     config = model.Config.from_name(options.preset)
     if options.peers and config.arch != "llama":
         raise ValueError(f"{options.preset} has no peer here; presets of LLaMA's family do")
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.open("a").close()  # what cannot be written shall show now
+    if options.peers and not (find_spec("transformers") and find_spec("peft")):
+        raise ValueError("--peers needs transformers and peft: pip install -r requirements-dev.txt")
+    if options.data == "demo" and config.vocab_size < DEMO_VOCABULARY:
+        raise ValueError(
+            f"the demo's rows need a vocabulary of {DEMO_VOCABULARY}, and {options.preset} has {config.vocab_size}: "
+            "take --preset smollm2-135m or --data alpaca-lengths"
+        )
+    open_table(options.out)  # what cannot be written shall show now
     if not on_gpu:
         memory.keep_freed_memory()
     fabric = Fabric(accelerator="cpu" if options.device == "cpu" else "auto", devices=1, precision="32-true")
     fabric.launch()
     examples = demo_examples() if options.data == "demo" else alpaca_lengths(config.vocab_size)
-    results, peers = [], {}
-    for method, precision in wanted:
-        result = _try(ours, method, precision, config, examples, fabric, options)
-        if options.peers and precision in PEER_PRECISIONS:
-            peers[method, precision] = _try(theirs, method, precision, config, examples, fabric, options)
-        if result:
-            results.append(result)
-    for result in results:  # the peer in the same precision or, where it has none, in bf16
-        key = (result.method, result.precision if result.precision in PEER_PRECISIONS else "bf16")
-        peer = peers.get(key)
-        result.ratio = peer and result.tokens_per_second / peer.tokens_per_second
-    if not results:
-        raise ValueError("nothing could be measured")
-    results += [peer for peer in peers.values() if peer]
     where = torch.cuda.get_device_name() if fabric.device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     describe = ["git", "describe", "--always", "--dirty"]
     commit = ""
     if shutil.which("git"):
         commit = subprocess.run(describe, cwd=Path(__file__).parent, capture_output=True, text=True).stdout.strip()
-    save(results, options, dict(on=where, torch=torch.__version__, commit=commit))
-    print(
-        f"\n{options.preset}, {options.batch_size} examples a step, {where}, torch {torch.__version__}, commit {commit}"
-    )
+    about = dict(on=where, torch=torch.__version__, commit=commit)
+
+    results, peers = [], {}
+    for method, precision in wanted:
+        result = _try(ours, method, precision, config, examples, fabric, options)
+        theirs_in = precision if precision in PEER_PRECISIONS else "bf16"
+        if options.peers and (method, theirs_in) not in peers:
+            peers[method, theirs_in] = _try(theirs, method, theirs_in, config, examples, fabric, options)
+            if peers[method, theirs_in]:
+                save(peers[method, theirs_in], options, about)
+        if result:
+            peer = peers.get((method, theirs_in))
+            result.ratio = peer and result.tokens_per_second / peer.tokens_per_second
+            results.append(result)
+            save(result, options, about)
+    if not results:
+        raise ValueError("nothing could be measured")
+    results += [peer for peer in peers.values() if peer]
+    where = f"{where}, torch {torch.__version__}, commit {commit}"
+    print(f"\n{options.preset}, {options.batch_size} examples a step, {where}")
     print(table(results))
+    print(f"added {len(results)} results to {options.out}")
 
 
 def _try(measure: Callable[..., Result], method: str, precision: str, *rest: Any) -> Result | None:
@@ -163,7 +174,8 @@ def _try(measure: Callable[..., Result], method: str, precision: str, *rest: Any
     except Exception as e:  # of whatever library the peer uses
         if os.environ.get("LIT_TRACEBACK"):
             raise
-        print(f"{method} {precision} failed: {type(e).__name__}: {e}", file=sys.stderr)
+        who = "lit-model" if measure is ours else "the peer"
+        print(f"{who}: {method} {precision} failed: {type(e).__name__}: {e}", file=sys.stderr)
         result = None
     torch._dynamo.reset()
     gc.collect()
@@ -209,7 +221,7 @@ def ours(
     targets = sum(s.n_targets for s in steps)
     peak = gpu_memory(fabric.device)
     if options.profile:
-        profile(lambda: take(1), f"{method} {precision}")
+        profile(lambda: take(1), f"{method} {precision}", fabric.device)
     tflops = peak_tflops(gpt) if fabric.device.type == "cuda" else None
     _, batches = next(stream)
     alone = product_seconds(gpt, len(batches), computed / len(steps), targets / len(steps))
@@ -261,12 +273,12 @@ def theirs(
     network = peers.build(method, precision, config, METHODS[method][1], device)
     trained = [p for p in network.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=True)
-    batches = loop.batches(examples, loop.Train(batch_size=options.batch_size))
+    batches = list(islice(loop.batches(examples, loop.Train(batch_size=options.batch_size)), 3))
     plain = options.peers == "hf-peft-plain"
     sizes, best = [n for n in (4, 8, 16, 32, 64) if n < options.batch_size and not plain] + [options.batch_size], None
 
-    def one_batch() -> list[Example]:
-        return next(batches) if plain else sorted(next(batches), key=lambda e: len(e.ids))
+    if not plain:
+        batches = [sorted(batch, key=lambda e: len(e.ids)) for batch in batches]
 
     def step(batch: list[Example], micro: int) -> tuple[float, int, int]:
         n_targets, total = sum(e.n_targets for e in batch), 0.0
@@ -285,9 +297,9 @@ def theirs(
         try:
             if device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats()
-            step(one_batch()[-micro:], micro)  # to warm up, with what takes most memory
+            step(batches[0][-micro:], micro)  # to warm up, with what takes most memory
             start = sync(device)
-            loss, real, targets = (sum(part) for part in zip(*(step(one_batch(), micro) for _ in range(2))))
+            loss, real, targets = (sum(part) for part in zip(*(step(batch, micro) for batch in batches[1:])))
             seconds = sync(device) - start
         except torch.OutOfMemoryError:
             optimizer.zero_grad()
@@ -315,17 +327,26 @@ def theirs(
 # ---------------------------------------------------------------------------------------------------------- the table
 
 
-def save(results: list[Result], options: Options, about: dict[str, str]) -> None:
-    new = options.out.stat().st_size == 0
+COLUMNS = ["when", "on", "torch", "commit", "preset", "data", "batch_size", "row_tokens", "steps", "memory_gb"]
+COLUMNS += [f.name for f in fields(Result)]
+
+
+def open_table(path: Path) -> None:
+    """Makes the CSV file, unless it is there. Raises ValueError if it is something else, OSError if it cannot be."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "a+", newline="") as file:
+        file.seek(0)
+        header = file.readline().strip()
+        if not header:
+            csv.writer(file).writerow(COLUMNS)
+        elif header != ",".join(COLUMNS):
+            raise ValueError(f"{path} is no table of this script, or one of another version: name another --out")
+
+
+def save(result: Result, options: Options, about: dict[str, str]) -> None:
+    row = dict(when=datetime.now().isoformat(timespec="minutes"), **about) | asdict(options) | asdict(result)
     with open(options.out, "a", newline="") as file:
-        for r in results:
-            row = dict(when=datetime.now().isoformat(timespec="minutes"), **about, preset=options.preset, **asdict(r))
-            writer = csv.DictWriter(file, row)
-            if new:
-                writer.writeheader()
-                new = False
-            writer.writerow(row)
-    print(f"added {len(results)} results to {options.out}")
+        csv.DictWriter(file, COLUMNS, extrasaction="ignore").writerow(row)
 
 
 def table(results: list[Result]) -> str:

@@ -57,14 +57,14 @@ def _time_products(
     return seconds
 
 
-def profile(step: Callable[[], Any], title: str, n: int = 3) -> None:
+def profile(step: Callable[[], Any], title: str, device: torch.device, n: int = 3) -> None:
     """Prints which kernels the time of a step goes to."""
     activity = torch.profiler.ProfilerActivity
-    on_gpu = torch.cuda.is_available()
+    on_gpu = device.type == "cuda"
     with torch.profiler.profile(activities=[activity.CUDA if on_gpu else activity.CPU]) as record:
         for _ in range(n):
             step()
-        sync(torch.device("cuda" if on_gpu else "cpu"))
+        sync(device)
     kernels = {}
     for e in record.key_averages():
         kernels[e.key] = (e.self_device_time_total if on_gpu else e.self_cpu_time_total) / n, e.count // n

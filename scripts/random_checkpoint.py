@@ -1,8 +1,5 @@
 """Make a checkpoint of random weights, and rows of random words in Alpaca's lengths, to try a run at full size without
-any weights: how fast it is and how much memory it takes.
-
-    python scripts/random_checkpoint.py --preset llama-7b --out_dir checkpoints/random-7b
-    python finetune/adapter.py --checkpoint_dir checkpoints/random-7b --data checkpoints/random-7b/rows.json
+any weights: how fast it is and how much memory it takes. docs/measure.md has the commands.
 
 Its tokenizer is trained on the demo's rows, which are fetched if they are not there.
 """
@@ -49,6 +46,7 @@ def main(options: Options) -> None:
     hub.fetch_demo_data()
     texts = [text for row in read_rows(hub.DEMO_DATA) for text in row.values()]
     tokenizer = train_tokenizer(texts, min(config.vocab_size, 14_000))  # so Alpaca's preambles have LLaMA's 29 and 39
+    rows = json.dumps(random_rows(tokenizer, options.n_rows))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(0)
     tensors = {}
@@ -62,7 +60,7 @@ def main(options: Options) -> None:
     stated = {"bos_token": "<s>", "eos_token": "</s>", "add_bos_token": True}
     files = {"tokenizer.json": tokenizer.to_str().encode(), "tokenizer_config.json": json.dumps(stated).encode()}
     save_checkpoint(options.out_dir, config, tensors, files)
-    write_text(options.out_dir / "rows.json", json.dumps(random_rows(tokenizer, options.n_rows)))
+    write_text(options.out_dir / "rows.json", rows)
     print(f"made {options.out_dir}/: {options.preset} with random weights, and rows.json of {options.n_rows:,} rows")
 
 

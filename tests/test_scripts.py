@@ -83,6 +83,32 @@ def test_a_config_file_repeats_a_run_to_the_bit(tiny, tmp_path):
     assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
+def test_a_run_is_replaced_only_where_the_command_says_so(tiny, tmp_path, capsys, monkeypatch):
+    """--overwrite is not part of the settings that --config repeats, and what stands beside --config counts."""
+
+    def start(*more) -> tuple[int, str]:
+        return call(finetune.lora, capsys, monkeypatch, *more, "--devices", "cpu", "--train.sample=")
+
+    new = ["--checkpoint_dir", tiny / "base", "--data", tiny / "data.json", "--train.max_steps", 1, "--out_dir"]
+    for out in (tmp_path / "a", tmp_path / "b"):
+        monkeypatch.setattr(sys, "argv", ["lora.py", *map(str, new), str(out), "--overwrite", "--devices", "cpu"])
+        cli(finetune.lora.main, finetune.lora.Options, "")
+    capsys.readouterr()
+    before = {path.name: path.read_bytes() for path in (tmp_path / "b").iterdir()}
+    code, err = start("--train.lr", "5e-3", "--config", tmp_path / "a/hparams.yaml", "--out_dir", tmp_path / "b")
+    assert code == 2 and f"{tmp_path}/b holds a run already" in err
+    code, err = start(*new, tmp_path / "b", "--train.lr", 1e30, "--train.max_steps", 3, "--overwrite")
+    assert code == 2 and "nothing was saved yet" in err
+    assert all(
+        (tmp_path / "b" / name).read_bytes() == before[name] for name in ("hparams.yaml", "lit_method.safetensors")
+    )
+    args = ["--train.lr", "5e-3", "--config", tmp_path / "a/hparams.yaml", "--out_dir", tmp_path / "c"]
+    monkeypatch.setattr(sys, "argv", ["lora.py", *map(str, args)])
+    cli(finetune.lora.main, finetune.lora.Options, "")
+    settings = yaml.safe_load((tmp_path / "c/hparams.yaml").read_text())
+    assert settings["train"]["lr"] == 5e-3 and settings["train"]["max_steps"] == 1
+
+
 def test_convert_and_download_scripts(tiny, tmp_path, rows):
     config = LlamaConfig(vocab_size=400, hidden_size=64, intermediate_size=112, num_hidden_layers=2,
                          num_attention_heads=4)  # fmt: skip
@@ -241,7 +267,10 @@ def test_download_converts_what_the_hub_gives(tiny, tmp_path, rows, monkeypatch)
 @pytest.mark.parametrize(
     "args, says",
     [
-        ("scripts/bench.py --methods lore", "there is no lore in bf16: methods are adapter, lora, lora-all, full"),
+        ("scripts/bench.py --methods lore", "there is no 'lore' in 'bf16': methods are adapter, lora, lora-all, full"),
+        ("scripts/bench.py --data demo", "llama-7b has 32000: take --preset smollm2-135m"),
+        ("scripts/bench.py --out notes.md", "notes.md is no table of this script"),
+        ("scripts/random_checkpoint.py --preset smollm2-135m --out_dir .", "holds other files already"),
         ("scripts/bench.py --methods full --precision nf4", "full finetuning trains the weights that nf4 would freeze"),
         ("scripts/bench.py --steps 0", "steps is 0; it must be at least 1"),
         ("scripts/bench.py --device cpu --memory_gb 4", "memory_gb is a positive number of GiB"),
@@ -251,6 +280,8 @@ def test_download_converts_what_the_hub_gives(tiny, tmp_path, rows, monkeypatch)
 )
 def test_mistakes_in_measuring_end_in_one_line(args, says, tmp_path):
     script, *args = args.split()
+    (tmp_path / "notes.md").write_text("mine")
+    (tmp_path / "rows.json").write_text("[]")
     done = subprocess.run(
         [sys.executable, ROOT / script, *args], cwd=tmp_path, capture_output=True, text=True, timeout=120
     )
