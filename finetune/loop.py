@@ -177,7 +177,8 @@ def start(options: Options) -> Run:
 
 
 def _compiles(options: Options, config: Config, device: torch.device) -> bool:
-    if options.compile == "on" and device.type == "cpu" and not shutil.which(os.getenv("CXX", "g++").split()[0]):
+    compiler = os.getenv("CXX", "g++").split()  # it may have arguments, or be empty
+    if options.compile == "on" and device.type == "cpu" and not (compiler and shutil.which(compiler[0])):
         raise ValueError("--compile on needs a C++ compiler on a CPU: install g++, or leave it away")
     auto = options.compile == "auto" and device.type == "cuda" and n_parameters(config) > 1e9
     return options.compile == "on" or auto

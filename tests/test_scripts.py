@@ -168,6 +168,14 @@ def test_mistakes_end_in_one_line_and_exit_code_2(args, says, tiny, tmp_path, ca
     assert "Traceback" not in err
 
 
+@pytest.mark.parametrize("compiler", ["", "no-such-compiler -O2"])
+def test_compiling_without_a_compiler_is_refused(compiler, tiny, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("CXX", compiler)
+    given = ["--checkpoint_dir", tiny / "base", "--data", tiny / "data.json", "--out_dir", tmp_path / "run"]
+    code, err = call(finetune.lora, capsys, monkeypatch, *given, "--devices=cpu", "--compile=on")
+    assert code == 2 and "error: --compile on needs a C++ compiler" in err
+
+
 def test_a_checkpoint_folder_is_never_taken_for_a_run(tiny, capsys, monkeypatch):
     code, err = call(finetune.adapter, capsys, monkeypatch, "--out_dir", tiny / "base", "--overwrite")
     assert code == 2 and "base is a checkpoint folder; name another --out_dir" in err
