@@ -89,7 +89,7 @@ def load_base(
             part = sorted(name for name in names if _block(name) == block)
             _assign(gpt, {name: file.get_tensor(name).to(dtype) for name in part}, path, wanted)
             if block is not None and quantize != "none":
-                quantize_block(gpt.blocks[block], quantize)
+                quantize_block(gpt.blocks[block], quantize, last=block == gpt.config.n_layer - 1)
     if missing := [name for name in _missing(gpt, wanted, names) if is_base(name)]:
         raise ValueError(f"{path} lacks {len(missing)} tensors, such as {missing[0]}; convert the checkpoint again")
     gpt.tie()

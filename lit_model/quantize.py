@@ -6,6 +6,7 @@
     fp8   e4m3, one scale a row, and multiplied as such: activations and gradients are rounded too, with one scale a
           token. Kept in both layouts, since the matrix units contract along the rows in forward and along the columns
           in backward: as many bytes as bfloat16, at up to twice the speed. GPUs from Ada (RTX 40) and Hopper (H100) on.
+          The last MLP stays as it is: a quarter of what fp8 costs in loss comes from there (docs/speed-log.md).
 
 nf4 and int8 are dequantized to the activations' dtype where they are multiplied, in forward and again in backward, so
 that no dequantized matrix is kept. The embedding, the output layer and the norms stay as they are.
@@ -29,11 +30,13 @@ NF4_LEVELS = (  # from the paper's appendix
 )  # fmt: skip
 
 
-def quantize(block: nn.Module, kind: Kind) -> None:
-    """Quantizes the linear layers of a block, in place.
+def quantize(block: nn.Module, kind: Kind, last: bool = False) -> None:
+    """Quantizes the linear layers of a block, in place; of the `last` one under fp8 only those of its attention.
 
     Raises ValueError if the GPU or the shape of a layer does not allow it.
     """
+    if last and kind == "fp8":
+        block = block.attn
     for linear in (m for m in block.modules() if type(m) is Linear):
         weight = linear.weight.detach()
         linear.__class__ = KINDS[kind]

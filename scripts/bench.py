@@ -251,7 +251,7 @@ def build(method: str, precision: str, config: model.Config, dtype: torch.dtype,
     for block in gpt.blocks:
         initialize(block.to(dtype), device)
         if PRECISIONS[precision] != "none":
-            quantize(block, PRECISIONS[precision])
+            quantize(block, PRECISIONS[precision], last=block is gpt.blocks[-1])
     for part in filter(None, (gpt.wte, gpt.wpe, gpt.norm_f, gpt.lm_head)):
         initialize(part.to(dtype), device)
     gpt.dtype = dtype
