@@ -12,14 +12,11 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs from a bare clone
 
 from finetune import loop
 from lit_model import adapter
 from lit_model.adapter import Adapter
-from lit_model.checkpoint import freeze, load_base
 from lit_model.cli import cli
 
 
@@ -34,10 +31,7 @@ class Options(loop.Options):
 
 def main(options: Options) -> None:
     run = loop.start(options)
-    with torch.device("meta"):
-        gpt = adapter.GPT(adapter.Config.load(options.checkpoint_dir, adapter=options.adapter))
-    load_base(gpt, options.checkpoint_dir, run.dtype, run.device, options.quantize)
-    freeze(gpt, adapter.trainable)
+    gpt = loop.build(run, adapter, adapter=options.adapter)
     loop.fit(run, gpt, "adapter", options.adapter)
 
 

@@ -8,13 +8,10 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs from a bare clone
 
 from finetune import loop
 from lit_model import full
-from lit_model.checkpoint import freeze, load_base
 from lit_model.cli import cli
 
 
@@ -32,10 +29,7 @@ def main(options: Options) -> None:
             "full finetuning trains the weights that --quantize would freeze; use finetune/lora.py with it"
         )
     run = loop.start(options)
-    with torch.device("meta"):
-        gpt = full.GPT(full.Config.load(options.checkpoint_dir))
-    load_base(gpt, options.checkpoint_dir, run.dtype, run.device)
-    freeze(gpt, full.trainable)
+    gpt = loop.build(run, full)
     loop.fit(run, gpt, "full")
 
 

@@ -8,14 +8,15 @@ import math
 import os
 import shlex
 import shutil
-from collections import deque
-from collections.abc import Iterator, Sequence
+from collections import defaultdict, deque
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, field, replace
 from importlib import import_module
 from itertools import islice
 from pathlib import Path
+from types import ModuleType
 from typing import Any, Literal
 
 import numpy as np
@@ -27,7 +28,7 @@ from tqdm import tqdm
 from finetune import memory
 from finetune.report import Log, Meter, Step, closing_line, n_parameters
 from lit_model import hub
-from lit_model.checkpoint import fingerprint_of, is_base, save_method
+from lit_model.checkpoint import fingerprint_of, freeze, is_base, load_base, save_method
 from lit_model.data import PromptOptions, read_rows, render, split_rows, tokenize
 from lit_model.data import check as check_prompt
 from lit_model.generate import generate
@@ -194,7 +195,26 @@ def _dtype(wanted: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if fast else torch.float32
 
 
-def fit(run: Run, gpt: GPT, method: str, method_options: Any = None, share: bool = True) -> None:
+def build(run: Run, method: ModuleType, **method_options: Any) -> GPT:
+    """The network of `options.checkpoint_dir` with a method of lit_model/ in it, all else frozen. The options of the
+    method, if it has any, under the name that its Config gives them."""
+    checkpoint_dir = run.options.checkpoint_dir
+    with torch.device("meta"):
+        gpt = method.GPT(method.Config.load(checkpoint_dir, **method_options))
+    keep = {name for name in gpt.state_dict() if method.trainable(name, gpt.config)}
+    load_base(gpt, checkpoint_dir, run.dtype, run.device, run.options.quantize, keep)
+    freeze(gpt, method.trainable)
+    return gpt
+
+
+def fit(
+    run: Run,
+    gpt: GPT,
+    method: str,
+    method_options: Any = None,
+    share: bool = True,
+    lr_scale: Callable[[str, Config], float] = lambda name, config: 1.0,
+) -> None:
     """Trains what requires gradients in `gpt` and writes `options.out_dir`.
 
     The loss of a step is the sum over all target tokens of its examples divided by their number: the same as example by
@@ -203,6 +223,7 @@ def fit(run: Run, gpt: GPT, method: str, method_options: Any = None, share: bool
     Args:
         method, method_options: written into the file of trained tensors, so that `lit_model.load` can build it again.
         share: compute what examples begin with once; not with dropout.
+        lr_scale: (name, config) -> what the learning rate of a trained tensor is multiplied by.
     """
     options, train = run.options, run.options.train
     steps_per_epoch = math.ceil(len(run.train_examples) / train.batch_size)
@@ -223,7 +244,7 @@ def fit(run: Run, gpt: GPT, method: str, method_options: Any = None, share: bool
     )
     print(f"{method}: {n_trained:,} of {n_total:,} parameters ({100 * n_trained / n_total:.2f} %) are trained")
     print(f"{len(run.train_examples)} examples, {n_steps} steps of {train.batch_size}, {run.device.type}, {run.dtype}")
-    run, network, optimizer, plan = prepare(run, gpt, share)
+    run, network, optimizer, plan = prepare(run, gpt, share, lr_scale)
     if plan:
         print(plan.report)
 
@@ -289,7 +310,9 @@ def fit(run: Run, gpt: GPT, method: str, method_options: Any = None, share: bool
     print(f"try:  python generate/base.py {shlex.join(words)}")
 
 
-def prepare(run: Run, gpt: GPT, share: bool = True) -> tuple[Run, nn.Module, torch.optim.Optimizer, memory.Plan | None]:
+def prepare(
+    run: Run, gpt: GPT, share: bool = True, lr_scale: Callable[[str, Config], float] = lambda name, config: 1.0
+) -> tuple[Run, nn.Module, torch.optim.Optimizer, memory.Plan | None]:
     """Compiles the network where that pays, makes the optimizer, and finds rows that fit into the GPU's memory.
 
     Returns the run with these rows; the network as Fabric wraps it, to be called where gradients are wanted; the
@@ -298,7 +321,7 @@ def prepare(run: Run, gpt: GPT, share: bool = True) -> tuple[Run, nn.Module, tor
     options, train = run.options, run.options.train
     if _compiles(options, gpt.config, run.device):
         gpt.compile()
-    network, optimizer = run.fabric.setup(gpt, make_optimizer(gpt, train))
+    network, optimizer = run.fabric.setup(gpt, make_optimizer(gpt, train, lr_scale))
     if run.device.type != "cuda":
         return run, network, optimizer, None
     some = list(islice(batches(run.train_examples, train), 8))
@@ -319,7 +342,7 @@ def train_step(
         run.fabric.backward(row_loss)
         loss += row_loss.detach()
     for group in optimizer.param_groups:
-        group["lr"] = step.lr
+        group["lr"] = step.lr * group["lr_scale"]
     trained = [p for group in optimizer.param_groups for p in group["params"]]
     norm = torch.nn.utils.clip_grad_norm_(trained, run.options.train.grad_clip or math.inf)
     optimizer.step()
@@ -336,12 +359,14 @@ def check(train: Train) -> None:
             raise ValueError(f"train.{name} is {value}; it must be at least {least}")
 
 
-def make_optimizer(gpt: GPT, train: Train) -> torch.optim.Optimizer:
+def make_optimizer(gpt: GPT, train: Train, lr_scale: Callable[[str, Config], float]) -> torch.optim.Optimizer:
     """AdamW over what requires gradients; only matrices decay."""
-    trained = [p for p in gpt.parameters() if p.requires_grad]
-    matrices, vectors = [p for p in trained if p.ndim > 1], [p for p in trained if p.ndim <= 1]
-    groups = [dict(params=matrices, weight_decay=train.weight_decay), dict(params=vectors, weight_decay=0.0)]
-    return torch.optim.AdamW([g for g in groups if g["params"]], lr=train.lr, betas=(0.9, 0.95), fused=True)
+    groups = defaultdict(list)
+    for name, p in gpt.named_parameters():
+        if p.requires_grad:
+            groups[train.weight_decay if p.ndim > 1 else 0.0, lr_scale(name, gpt.config)].append(p)
+    settings = [dict(params=params, weight_decay=d, lr=train.lr * s, lr_scale=s) for (d, s), params in groups.items()]
+    return torch.optim.AdamW(settings, betas=(0.9, 0.95), fused=True)
 
 
 def batches(examples: Sequence[Example], train: Train) -> Iterator[list[Example]]:

@@ -4,20 +4,18 @@ Without arguments it runs the demo: SmolLM2-135M-Instruct on 999 Alpaca rows, bo
 lit_model/lora.py, the loop finetune/loop.py.
 
 Rank 8, alpha 16 and the targets q and v are Alpaca-LoRA's; the learning rate 2e-3 is for a network of this size in 30
-steps (2e-4 to 3e-4 on 7B), and dropout is 0 so that examples can share a preamble.
+steps (2e-4 to 3e-4 on 7B), and dropout is 0 so that examples can share a preamble. DoRA, LoRA+, PiSSA, OLoRA and rsLoRA
+are options of it, QLoRA is --quantize nf4.
 """
 
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs from a bare clone
 
 from finetune import loop
 from lit_model import lora
-from lit_model.checkpoint import freeze, load_base
 from lit_model.cli import cli
 from lit_model.lora import LoRA
 
@@ -33,11 +31,9 @@ class Options(loop.Options):
 
 def main(options: Options) -> None:
     run = loop.start(options)
-    with torch.device("meta"):
-        gpt = lora.GPT(lora.Config.load(options.checkpoint_dir, lora=options.lora))
-    load_base(gpt, options.checkpoint_dir, run.dtype, run.device, options.quantize)
-    freeze(gpt, lora.trainable)
-    loop.fit(run, gpt, "lora", options.lora, share=not options.lora.dropout)
+    gpt = loop.build(run, lora, lora=options.lora)
+    lora.start(gpt, options.lora)
+    loop.fit(run, gpt, "lora", options.lora, share=not options.lora.dropout, lr_scale=lora.lr_scale)
 
 
 if __name__ == "__main__":

@@ -76,5 +76,5 @@ class GPT(model.GPT):
         install(self, config.adapter)
 
 
-def trainable(name: str) -> bool:
+def trainable(name: str, config: model.Config | None = None) -> bool:
     return ".deltas.adapter." in name

@@ -14,7 +14,7 @@ the keys that are missing afterwards are exactly the method's own.
 import hashlib
 import json
 import re
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Container, Iterable, Mapping, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
@@ -23,18 +23,28 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from lit_model import adapter, full, lora, model
+from lit_model import adapter, adapter_v2, bottleneck, full, ia3, lora, model, prefix, prompt, selective
 from lit_model.files import read_json, write_tensors, write_text
 from lit_model.quantize import Kind
 from lit_model.quantize import quantize as quantize_block
 
 # a method's file, and the dataclass of its options
-METHODS = {"adapter": (adapter, adapter.Adapter), "lora": (lora, lora.LoRA), "full": (full, None)}
+METHODS = {
+    "adapter": (adapter, adapter.Adapter),
+    "adapter_v2": (adapter_v2, adapter_v2.AdapterV2),
+    "bottleneck": (bottleneck, bottleneck.Bottleneck),
+    "full": (full, None),
+    "ia3": (ia3, ia3.IA3),
+    "lora": (lora, lora.LoRA),
+    "prefix": (prefix, prefix.Prefix),
+    "prompt": (prompt, prompt.Prompt),
+    "selective": (selective, selective.Selective),
+}
 
 
 def load(
     checkpoint_dir: Path | str,
-    method_dir: Path | str | None = None,
+    method_dir: Path | str | Sequence[Path | str] | None = None,
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
     quantize: Kind = "none",
@@ -42,7 +52,8 @@ def load(
     """The network in `checkpoint_dir`, with what `method_dir` has trained on it, ready to generate.
 
     Args:
-        method_dir: the out_dir of a finetuning run, or one .safetensors file in it.
+        method_dir: the out_dir of a finetuning run, or one .safetensors file in it; several work together, in the order
+            in which they stand.
         dtype: of the base weights and of all activations.
         quantize: how to keep the base weights, see quantize.py.
     Raises:
@@ -50,23 +61,32 @@ def load(
     """
     with torch.device("meta"):
         gpt = model.GPT(model.Config.load(checkpoint_dir))
-    if method_dir is not None:
-        header = method_header(method_dir)
-        if header["fingerprint"] != fingerprint_of(checkpoint_dir):
-            raise ValueError(f"{method_dir} was trained on another base than {checkpoint_dir}")
-        method, options = METHODS[header["method"]]
-        with torch.device("meta"):
-            method.install(gpt, options(**json.loads(header["options"])) if options else None)
-    load_base(gpt, checkpoint_dir, dtype, device, quantize)
-    if method_dir is not None:
-        tensors = read_tensors(method_file(method_dir), device)
+    folders = [method_dir] if isinstance(method_dir, (Path, str)) else method_dir or []
+    methods = [method_header(folder)["method"] for folder in folders]
+    if twice := [name for name in methods if methods.count(name) > 1]:
+        raise ValueError(f"two of {', '.join(map(str, folders))} are a {twice[0]}, and a network has room for one")
+    added = [_install(gpt, folder, checkpoint_dir) for folder in folders]
+    trained = [read_tensors(method_file(folder), device) for folder in folders]
+    load_base(gpt, checkpoint_dir, dtype, device, quantize, keep={name for tensors in trained for name in tensors})
+    for folder, own, tensors in zip(folders, added, trained, strict=True):
         tensors = {name: t.to(dtype) if is_base(name) else t for name, t in tensors.items()}
-        wanted = _shapes(gpt.state_dict())
-        _assign(gpt, tensors, method_file(method_dir), wanted)
-        if missing := [name for name in _missing(gpt, wanted, tensors) if method.trainable(name)]:
-            raise ValueError(f"{method_file(method_dir)} lacks {len(missing)} tensors, such as {missing[0]}")
+        _assign(gpt, tensors, method_file(folder), _shapes(gpt.state_dict()))
+        if missing := sorted(own - tensors.keys()):
+            raise ValueError(f"{method_file(folder)} lacks {len(missing)} tensors, such as {missing[0]}")
         gpt.tie()
     return gpt.requires_grad_(False).eval()
+
+
+def _install(gpt: model.GPT, method_dir: Path | str, checkpoint_dir: Path | str) -> set[str]:
+    """Adds the method of a folder to a network on the meta device. Returns the names of the tensors that it adds."""
+    header = method_header(method_dir)
+    if header["fingerprint"] != fingerprint_of(checkpoint_dir):
+        raise ValueError(f"{method_dir} was trained on another base than {checkpoint_dir}")
+    method, options = METHODS[header["method"]]
+    before = gpt.state_dict().keys()
+    with torch.device("meta"):
+        method.install(gpt, options(**json.loads(header["options"])) if options else None)
+    return gpt.state_dict().keys() - before
 
 
 def load_base(
@@ -75,11 +95,13 @@ def load_base(
     dtype: torch.dtype,
     device: torch.device | str = "cpu",
     quantize: Kind = "none",
+    keep: Container[str] = (),
 ) -> None:
     """Puts the base weights into a network built on the meta device, without a second copy in memory: a CPU tensor of
     the stored dtype is the memory-mapped file itself. What a method has added is initialised as its file says.
 
-    A block is quantized as soon as it is loaded, so that never more than one is there in full.
+    A block is quantized as soon as it is loaded, so that never more than one is there in full; without the tensors that
+    `keep` names, since what is trained is not quantized.
     """
     path = Path(checkpoint_dir) / "lit_model.safetensors"
     wanted = _shapes(gpt.state_dict())
@@ -88,8 +110,12 @@ def load_base(
         for block in (None, *range(gpt.config.n_layer)):  # None: what is in no block
             part = sorted(name for name in names if _block(name) == block)
             _assign(gpt, {name: file.get_tensor(name).to(dtype) for name in part}, path, wanted)
+            if block is None and not gpt.config.tie and model.Config.load(checkpoint_dir).tie:  # a method parted them
+                gpt.lm_head.weight = nn.Parameter(gpt.wte.weight.detach().clone())
+                names.add("lm_head.weight")
             if block is not None and quantize != "none":
-                quantize_block(gpt.blocks[block], quantize, last=block == gpt.config.n_layer - 1)
+                kept = [name.removeprefix(f"blocks.{block}.") for name in part if name in keep]
+                quantize_block(gpt.blocks[block], quantize, kept, last=block == gpt.config.n_layer - 1)
     if missing := [name for name in _missing(gpt, wanted, names) if is_base(name)]:
         raise ValueError(f"{path} lacks {len(missing)} tensors, such as {missing[0]}; convert the checkpoint again")
     gpt.tie()
@@ -105,13 +131,13 @@ def initialize(module: nn.Module, device: torch.device | str) -> None:
             m.reset_parameters()
 
 
-def freeze(gpt: model.GPT, trainable: Callable[[str], bool]) -> None:
-    """Marks the parameters whose name is `trainable` as such and keeps them in float32; freezes all others.
+def freeze(gpt: model.GPT, trainable: Callable[[str, model.Config], bool]) -> None:
+    """Marks the parameters that are trainable(name, config) as such and keeps them in float32; freezes all others.
 
     In bfloat16 an optimizer step at a usual learning rate is smaller than the last bit of a weight, and lost.
     """
     for name, p in gpt.named_parameters():
-        p.requires_grad_(trainable(name))
+        p.requires_grad_(trainable(name, gpt.config))
         if p.requires_grad:
             p.data = p.data.float()
 
@@ -119,6 +145,14 @@ def freeze(gpt: model.GPT, trainable: Callable[[str], bool]) -> None:
 def save_method(path: Path, gpt: nn.Module, method: str, options: Any, fingerprint: str) -> None:
     """Writes the trained tensors of `gpt`, and only those, with all that `load` needs to know in the header."""
     tensors = {name: p.detach().contiguous() for name, p in gpt.named_parameters() if p.requires_grad}
+    module, _ = METHODS[method]
+    if hasattr(module, "finish"):
+        tensors, options = module.finish(gpt, tensors, options)
+    save_tensors(path, tensors, method, options, fingerprint)
+
+
+def save_tensors(path: Path, tensors: dict[str, Tensor], method: str, options: Any, fingerprint: str) -> None:
+    """Writes a method file."""
     options = json.dumps(asdict(options) if options else {})
     write_tensors(path, tensors, {"method": method, "options": options, "fingerprint": fingerprint})
 

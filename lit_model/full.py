@@ -11,9 +11,5 @@ def install(gpt: model.GPT, options: None = None) -> None:
     """Adds nothing."""
 
 
-def trainable(name: str) -> bool:
+def trainable(name: str, config: model.Config | None = None) -> bool:
     return True
-
-
-def merge(gpt: model.GPT) -> None:
-    """The trained weights are the network's already."""

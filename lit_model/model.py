@@ -6,8 +6,9 @@ No finetuning method is known here. A method adds small modules to four slots:
   CausalSelfAttention.deltas   k, v, gate = delta(attention, dtype)   what every token sees in a softmax of its
                                own, times a gate: (K, nkv, hs), (K, nkv, hs), (nh,)   (LLaMA-Adapter)
   GPT.virtual_tokens           x = virtual()                (P, C) embeddings in front of every example (soft prompt)
-  GPT.virtual_keys             k, v = virtual(layer)        2 x (P, nkv, hs) in front of every example (prefix tuning)
-A virtual module states its number of positions P as `length`; tests/test_packed_rows.py has a small one of each kind.
+  GPT.virtual_keys             kv = virtual()               (layers, 2, P, nkv, hs) in front of every example: in
+                               each layer so many keys and values (prefix tuning)
+A virtual module states its number of positions P as `length`.
 
 Letters in shapes: B examples of a batch, T tokens of a row, C n_embd, nh heads, nkv key/value heads, hs head size, P
 virtual positions, S gathered keys, M tokens whose output is wanted.
@@ -47,6 +48,8 @@ class Config:
     head_size: int | None = None  # None: n_embd / n_head
     rope_base: float = 10000.0
     norm_eps: float = 1e-5
+    bias: bool | None = None  # of the linear layers of a block; None: the family's rule
+    head_bias: bool = False
     tie: bool = False  # the output head is the embedding matrix
 
     def __post_init__(self):
@@ -56,6 +59,8 @@ class Config:
             self.head_size = self.n_embd // self.n_head
         if self.n_hidden is None:  # LLaMA: two thirds of 4C, rounded up to a multiple of 256
             self.n_hidden = 4 * self.n_embd if self.arch == "gpt2" else 256 * math.ceil(8 * self.n_embd / 3 / 256)
+        if self.bias is None:
+            self.bias = self.arch == "gpt2"
         if self.n_head % self.n_kv_head:
             raise ValueError(f"n_head {self.n_head} is not a multiple of n_kv_head {self.n_kv_head}")
 
@@ -134,6 +139,23 @@ class Linear(nn.Linear):
             y = delta(self, x, y)
         return y
 
+    def dense(self) -> Tensor:
+        """The weight in float32, (n_out, n_in), in whatever form it is kept."""
+        return self.weight.float()
+
+    def merge(self) -> None:
+        """Folds deltas into weight and bias, in float32 and in the order in which they act, up to the first that cannot
+        be. Such a delta has `merged(weight, bias)`. Raises ValueError for quantized weights."""
+        for name, delta in list(self.deltas.items()):
+            if not hasattr(delta, "merged"):
+                return
+            if self.weight is None:
+                raise ValueError("merging into 4 or 8 bits would lose what was trained: load the base unquantized")
+            bias = None if self.bias is None else self.bias.float()
+            merged = delta.merged(self.weight.float(), bias)
+            self.weight, self.bias = (None if t is None else nn.Parameter(t, requires_grad=False) for t in merged)
+            del self.deltas[name]
+
 
 class Embedding(nn.Embedding):
     def reset_parameters(self) -> None:
@@ -196,19 +218,18 @@ class Row:
     layer: int
     rope: Rope | None
     cache: KVCache | None
-    virtual_keys: nn.ModuleDict
+    virtual_keys: Tensor | None = None  # (2, P, nkv, hs) of this layer
     only: Tensor | None = None  # (M,) the tokens that go on from here, in the last layer; None: all
 
 
 class CausalSelfAttention(nn.Module):
     def __init__(self, config: Config):
         super().__init__()
-        bias = config.arch == "gpt2"
         self.head_size = config.head_size
-        self.q_proj = Linear(config.n_embd, config.n_head * config.head_size, bias)
-        self.k_proj = Linear(config.n_embd, config.n_kv_head * config.head_size, bias)
-        self.v_proj = Linear(config.n_embd, config.n_kv_head * config.head_size, bias)
-        self.o_proj = Linear(config.n_head * config.head_size, config.n_embd, bias)
+        self.q_proj = Linear(config.n_embd, config.n_head * config.head_size, config.bias)
+        self.k_proj = Linear(config.n_embd, config.n_kv_head * config.head_size, config.bias)
+        self.v_proj = Linear(config.n_embd, config.n_kv_head * config.head_size, config.bias)
+        self.o_proj = Linear(config.n_head * config.head_size, config.n_embd, config.bias)
         self.deltas = nn.ModuleDict()
 
     def heads(self, x: Tensor) -> Tensor:
@@ -217,13 +238,12 @@ class CausalSelfAttention(nn.Module):
     def forward(self, x: Tensor, row: Row) -> Tensor:
         q, k, v = self.heads(self.q_proj(x)), self.heads(self.k_proj(x)), self.heads(self.v_proj(x))
         rope = row.rope
-        if rope is not None and (row.cache is not None or len(row.virtual_keys) or row.only is not None):
+        if rope is not None and not (row.cache is None and row.virtual_keys is None and row.only is None):
             q, k, rope = rotate(q, rope), rotate(k, rope), None  # otherwise `attend` does it, in fewer passes
         if row.cache is not None:
             k, v = row.cache.store(row.layer, row.packed.slots, k, v)  # (slots, nkv, hs): every slot, used or not
-        for virtual in row.virtual_keys.values():
-            pk, pv = virtual(row.layer)
-            k, v = torch.cat((pk.to(k.dtype), k)), torch.cat((pv.to(v.dtype), v))
+        if row.virtual_keys is not None:
+            k, v = (torch.cat((virtual, own)) for virtual, own in zip(row.virtual_keys, (k, v)))
         if row.only is not None:
             q = take_rows(q, row.only)
         prompts = [delta(self, x.dtype) for delta in self.deltas.values()]
@@ -236,10 +256,9 @@ class MLP(nn.Module):
 
     def __init__(self, config: Config):
         super().__init__()
-        bias = config.arch == "gpt2"
-        self.gate_proj = None if bias else Linear(config.n_embd, config.n_hidden)
-        self.up_proj = Linear(config.n_embd, config.n_hidden, bias)
-        self.down_proj = Linear(config.n_hidden, config.n_embd, bias)
+        self.gate_proj = None if config.arch == "gpt2" else Linear(config.n_embd, config.n_hidden, config.bias)
+        self.up_proj = Linear(config.n_embd, config.n_hidden, config.bias)
+        self.down_proj = Linear(config.n_hidden, config.n_embd, config.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.gate_proj is None:
@@ -272,7 +291,7 @@ class GPT(nn.Module):
         self.wpe = Embedding(config.block_size, config.n_embd) if config.arch == "gpt2" else None  # positions
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.norm_f = norm(config)
-        self.lm_head = Linear(config.n_embd, config.vocab_size)
+        self.lm_head = Linear(config.n_embd, config.vocab_size, config.head_bias)
         self.virtual_tokens = nn.ModuleDict()
         self.virtual_keys = nn.ModuleDict()
         self.chunk_loss = chunk_loss
@@ -296,6 +315,18 @@ class GPT(nn.Module):
     def tie(self) -> None:
         if self.config.tie:
             self.lm_head.weight = self.wte.weight
+
+    @torch.no_grad()
+    def merge(self) -> None:
+        """Folds all deltas of linear layers into their weights that can be, see `Linear.merge`."""
+        for linear in (m for m in self.modules() if isinstance(m, Linear)):
+            linear.merge()
+        self.config = replace(
+            self.config,
+            bias=self.blocks[0].attn.q_proj.bias is not None,
+            head_bias=self.lm_head.bias is not None,
+            tie=self.lm_head.weight is self.wte.weight,
+        )
 
     @property
     def n_virtual_tokens(self) -> int:
@@ -335,8 +366,10 @@ class GPT(nn.Module):
         rope = None if self.wpe is not None else rope_angles(packed.pos, self.config, x.dtype)
         recompute = self.recompute != "off" and torch.is_grad_enabled()
         offload = Offload(x.device) if recompute and self.recompute == "offload" else None
+        prefixes = [virtual().to(x.dtype) for virtual in self.virtual_keys.values()]
+        prefix = torch.cat(prefixes, dim=2).unbind() if prefixes else [None] * len(self.blocks)
         for layer, block in enumerate(self.blocks):
-            row = Row(packed, layer, rope, cache, self.virtual_keys)
+            row = Row(packed, layer, rope, cache, prefix[layer])
             if packed.last is not None and layer == len(self.blocks) - 1:
                 row = replace(row, packed=packed.last, only=packed.wanted)
             x = recomputed(block, x, row, offload) if recompute else block(x, row)

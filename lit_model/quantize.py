@@ -12,6 +12,7 @@ nf4 and int8 are dequantized to the activations' dtype where they are multiplied
 that no dequantized matrix is kept. The embedding, the output layer and the norms stay as they are.
 """
 
+from collections.abc import Container
 from typing import Any, Literal
 
 import torch
@@ -30,22 +31,24 @@ NF4_LEVELS = (  # from the paper's appendix
 )  # fmt: skip
 
 
-def quantize(block: nn.Module, kind: Kind, last: bool = False) -> None:
-    """Quantizes the linear layers of a block, in place; of the `last` one under fp8 only those of its attention.
+def quantize(block: nn.Module, kind: Kind, keep: Container[str] = (), last: bool = False) -> None:
+    """Quantizes the linear layers of a block, in place, except for those whose weight's name in the block is in `keep`;
+    of the `last` block under fp8 only those of its attention.
 
     Raises ValueError if the GPU or the shape of a layer does not allow it.
     """
-    if last and kind == "fp8":
-        block = block.attn
-    for linear in (m for m in block.modules() if type(m) is Linear):
+    part = "attn." if last and kind == "fp8" else ""
+    linears = {name: m for name, m in block.named_modules() if type(m) is Linear and name.startswith(part)}
+    for linear in (m for name, m in linears.items() if f"{name}.weight" not in keep):
         weight = linear.weight.detach()
         linear.__class__ = KINDS[kind]
         linear.weight = None
         for name, tensor in linear.quantized(weight).items():
             setattr(linear, name, nn.Parameter(tensor, requires_grad=False))  # a parameter: sharding knows no buffers
     if kind == "fp8":
-        for mlp in (m for m in block.modules() if type(m) is MLP and m.gate_proj is not None):
-            mlp.__class__ = FP8MLP
+        for mlp in (m for m in block.modules() if type(m) is MLP):
+            if all(isinstance(linear, FP8Linear) for linear in (mlp.gate_proj, mlp.up_proj, mlp.down_proj)):
+                mlp.__class__ = FP8MLP
 
 
 class _Dequantized(torch.autograd.Function):
@@ -68,6 +71,9 @@ class Int8Linear(Linear):
 
     def dequantized(self, dtype: torch.dtype) -> Tensor:
         return (self.codes * self.scale).to(dtype)
+
+    def dense(self) -> Tensor:
+        return self.dequantized(torch.float32)
 
     def matmul(self, x: Tensor) -> Tensor:
         return _Dequantized.apply(x, self)
@@ -100,6 +106,9 @@ class NF4Linear(Linear):
         scale = scale.flatten()[: self.codes.numel() // 32, None]  # (n, 1)
         levels = self.levels[torch.stack((self.codes >> 4, self.codes & 15), dim=-1).int()]
         return (levels.view(-1, 64) * scale).to(dtype).view(self.out_features, self.in_features)
+
+    def dense(self) -> Tensor:
+        return self.dequantized(torch.float32)
 
     def matmul(self, x: Tensor) -> Tensor:
         return _Dequantized.apply(x, self)
@@ -160,6 +169,9 @@ class FP8Linear(Linear):
             raise ValueError(f"fp8 products want multiples of 16; a layer is {tuple(weight.shape)}")
         (codes, scale), (codes_t, scale_t) = _weight_to_fp8(weight), _weight_to_fp8(weight.t().contiguous())
         return dict(codes=codes, scale=scale, codes_t=codes_t, scale_t=scale_t)
+
+    def dense(self) -> Tensor:
+        return self.codes.float() * self.scale
 
     def matmul(self, x: Tensor) -> Tensor:
         return _FP8Product.apply(x.bfloat16(), self.codes, self.scale, self.codes_t, self.scale_t).to(x.dtype)

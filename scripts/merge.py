@@ -5,6 +5,7 @@
 The sum is made in float32. Storing it in bfloat16 can lose much of a small correction, so the script says how much.
 """
 
+import json
 import math
 import sys
 from dataclasses import dataclass
@@ -17,7 +18,15 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from lit_model import hub, load
-from lit_model.checkpoint import METHODS, method_header, read_tensors, save_checkpoint
+from lit_model.checkpoint import (
+    METHODS,
+    fingerprint_of,
+    is_base,
+    method_header,
+    read_tensors,
+    save_checkpoint,
+    save_tensors,
+)
 from lit_model.cli import cli
 from lit_model.convert import tokenizer_files
 from lit_model.files import refuse_used
@@ -40,23 +49,30 @@ class Options:
 def main(options: Options) -> None:
     refuse_used(options.out_dir)
     header = method_header(options.method_dir)
-    method, _ = METHODS[header["method"]]
-    if not hasattr(method, "merge"):
+    method, method_options = METHODS[header["method"]]
+    gpt = load(options.checkpoint_dir, options.method_dir)
+    gpt.merge()
+    exact = gpt.state_dict()
+    rest = {name: exact.pop(name) for name in list(exact) if not is_base(name)}
+    if rest and not hasattr(method, "unmerged"):
         raise ValueError(
             f"{header['method']} cannot be merged into the base weights; generate with --method_dir instead"
         )
-    gpt = load(options.checkpoint_dir, options.method_dir)
-    method.merge(gpt)
-    gpt.config.tie = gpt.lm_head.weight is gpt.wte.weight  # a LoRA on the head parts it from the embedding
     base = read_tensors(options.checkpoint_dir / "lit_model.safetensors")
     base.setdefault("lm_head.weight", base["wte.weight"])
-    exact = gpt.state_dict()
+    base |= {name: torch.zeros_like(t, dtype=base["wte.weight"].dtype) for name, t in exact.items() if name not in base}
     stored = {
         k: t.to(base[k].dtype if options.dtype == "same" else getattr(torch, options.dtype)) for k, t in exact.items()
     }
     save_checkpoint(options.out_dir, gpt.config, stored, tokenizer_files(options.checkpoint_dir))
     print(f"storing the sum loses {100 * rounding_error(exact, stored, base):.3g} % of what was trained")
     print(f"checkpoint: {options.out_dir}; give generate/base.py the --style that it was trained with")
+    if rest:
+        name, left = method.unmerged(method_options(**json.loads(header["options"])))
+        folder = options.out_dir / name
+        folder.mkdir()
+        save_tensors(folder / "lit_method.safetensors", rest, name, left, fingerprint_of(options.out_dir))
+        print(f"the rest of it does not merge: give generate/base.py --method_dir {folder}, too")
 
 
 def rounding_error(exact: dict[str, Tensor], stored: dict[str, Tensor], base: dict[str, Tensor]) -> float:

@@ -8,35 +8,9 @@ import torch.nn.functional as F
 from conftest import randomize
 from torch import Tensor, nn
 
-from lit_model import adapter, attention, attention_cpu, model, packing
+from lit_model import adapter, attention, attention_cpu, model, packing, prefix, prompt
 from lit_model.attention import KVCache
 from lit_model.packing import Example, Segment, lay_out, pack
-
-
-class Prefix(nn.Module):
-    """Throw-away prefix tuning: P trained keys and values in every layer."""
-
-    length = 5
-
-    def __init__(self, config):
-        super().__init__()
-        self.kv = nn.Parameter(torch.randn(2, config.n_layer, self.length, config.n_kv_head, config.head_size))
-
-    def forward(self, layer):
-        return self.kv[0, layer], self.kv[1, layer]
-
-
-class Prompt(nn.Module):
-    """Throw-away soft prompt: P trained embeddings."""
-
-    length = 4
-
-    def __init__(self, config):
-        super().__init__()
-        self.embedding = nn.Parameter(torch.randn(self.length, config.n_embd))
-
-    def forward(self):
-        return self.embedding
 
 
 def naive(gpt: model.GPT, ids: torch.Tensor) -> torch.Tensor:
@@ -77,7 +51,7 @@ def naive(gpt: model.GPT, ids: torch.Tensor) -> torch.Tensor:
                 torch.stack([rotated(h, start + t) for t, row in enumerate(z) for h in row]).view_as(z) for z in (q, k)
             )
         if gpt.n_virtual_keys:
-            k, v = (torch.cat((front, own)) for front, own in zip(w["virtual_keys.prefix.kv"][:, i], (k, v)))
+            k, v = (torch.cat((front, own)) for front, own in zip(w["virtual_keys.prefix.kv"][i], (k, v)))
         out = []
         for t in range(len(x)):
             heads = []
@@ -111,9 +85,9 @@ def build(family: dict, methods: str) -> model.GPT:
     if "adapter" in methods:
         adapter.install(gpt, adapter.Adapter(prompt_length=3, start_layer=1))
     if "prefix" in methods:
-        gpt.virtual_keys["prefix"] = Prefix(gpt.config)
+        prefix.install(gpt, prefix.Prefix(length=5))
     if "prompt" in methods:
-        gpt.virtual_tokens["prompt"] = Prompt(gpt.config)
+        prompt.install(gpt, prompt.Prompt(length=4))
     return randomize(gpt).double()
 
 

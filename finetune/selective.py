@@ -1,0 +1,35 @@
+"""Finetune some of the network: the output layer, the last blocks, biases, norms, or what a regular expression finds.
+
+Without arguments it runs the demo: SmolLM2-135M-Instruct on 999 Alpaca rows, both fetched once. The method is
+lit_model/selective.py, the loop finetune/loop.py.
+"""
+
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs from a bare clone
+
+from finetune import loop
+from lit_model import selective
+from lit_model.cli import cli
+from lit_model.selective import Selective
+
+
+@dataclass
+class Options(loop.Options):
+    """Options."""
+
+    selective: Selective = field(default_factory=Selective)
+    out_dir: Path = Path("out/selective")
+    train: loop.Train = field(default_factory=lambda: loop.Train(lr=1e-4))
+
+
+def main(options: Options) -> None:
+    run = loop.start(options)
+    gpt = loop.build(run, selective, selective=options.selective)
+    loop.fit(run, gpt, "selective", options.selective)
+
+
+if __name__ == "__main__":
+    cli(main, Options, __doc__)
