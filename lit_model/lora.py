@@ -186,7 +186,7 @@ def start(gpt: model.GPT, options: LoRA) -> None:
             q, upper = torch.linalg.qr(weight)
             delta.A.copy_(upper[:r])
             delta.B.copy_(q[:, :r])
-        delta.started_at = delta.A.clone(), delta.B.clone()
+        delta.A0, delta.B0 = delta.A.detach().clone(), delta.B.detach().clone()
 
 
 def finish(gpt: model.GPT, tensors: dict[str, Tensor], options: LoRA) -> tuple[dict[str, Tensor], LoRA]:

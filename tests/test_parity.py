@@ -1,14 +1,37 @@
 """The same numbers as transformers and peft, through the commands a user types: save a Hugging Face folder, convert it,
 load it. Run with -s to see the differences."""
 
+import functools
+import re
+
 import pytest
 import torch
 from conftest import randomize
-from peft import AdaptionPromptConfig, LoraConfig, get_peft_model
+from peft import (
+    AdaptionPromptConfig,
+    IA3Config,
+    LNTuningConfig,
+    LoraConfig,
+    PrefixTuningConfig,
+    PromptTuningConfig,
+    get_peft_model,
+)
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from lit_model import adapter, generate, load, lora
-from lit_model.checkpoint import load_base
+from lit_model import (
+    adapter,
+    adapter_v2,
+    bottleneck,
+    generate,
+    ia3,
+    load,
+    lora,
+    model,
+    prefix,
+    prompt,
+    selective,
+)
+from lit_model.checkpoint import fingerprint_of, freeze, load_base, save_method
 from lit_model.convert import convert_hf
 
 SIZES = dict(vocab_size=97, hidden_size=64, num_hidden_layers=3, num_attention_heads=4)
@@ -55,20 +78,37 @@ def test_greedy_decoding_equals_transformers_token_by_token(name, tmp_path):
     assert got == expected.tolist()
 
 
+def built(module, checkpoint, **options):
+    """Ours with the base weights, ready for the method's own to be set."""
+    gpt = module.GPT(module.Config.load(checkpoint, **options)).eval()
+    load_base(gpt, checkpoint, torch.float32)
+    return gpt
+
+
+def same(what: str, gpt, peft, checkpoint) -> None:
+    """The logits of both in float64, which are not the base's."""
+    idx = torch.randint(0, 97, (2, 20))
+    gpt.double().dtype = torch.float64
+    with torch.no_grad():
+        ours, theirs = gpt(idx), peft.double()(idx).logits[:, -20:]
+        # of LLaMA's norms and positions transformers computes some in float32 even so
+        assert difference(what, ours, theirs) <= 1e-6 * theirs.abs().max()
+        assert (ours - load(checkpoint)(idx)).abs().max() > 1e-2  # the method does something
+
+
 @pytest.mark.parametrize("name", ["llama-gqa", "gpt2"])
-@pytest.mark.parametrize("rslora", [False, True], ids=["lora", "rslora"])
-def test_lora_equals_peft(name, rslora, tmp_path):
+@pytest.mark.parametrize("kind", ["lora", "rslora", "dora"])
+def test_lora_equals_peft(name, kind, tmp_path):
     hf, checkpoint = make(name, tmp_path)
     ours = {"q_proj": "q_proj", "v_proj": "v_proj", "down_proj": "down_proj"}
     theirs = ours if name != "gpt2" else {"down_proj": "mlp.c_proj"}  # peft cannot target GPT-2's q and v apart
     peft = get_peft_model(
         hf,
-        LoraConfig(r=4, lora_alpha=16, target_modules=list(theirs.values()), use_rslora=rslora, init_lora_weights=False,
-                   fan_in_fan_out=name == "gpt2"),
+        LoraConfig(r=4, lora_alpha=16, target_modules=list(theirs.values()), use_rslora=kind == "rslora",
+                   use_dora=kind == "dora", init_lora_weights=False, fan_in_fan_out=name == "gpt2"),
     ).eval()  # fmt: skip
-    options = lora.LoRA(r=4, alpha=16, targets=",".join(theirs), rslora=rslora)
-    gpt = lora.GPT(lora.Config.load(checkpoint, lora=options)).eval()
-    load_base(gpt, checkpoint, torch.float32)
+    options = lora.LoRA(r=4, alpha=16, targets=",".join(theirs), rslora=kind == "rslora", dora=kind == "dora")
+    gpt = built(lora, checkpoint, lora=options)
     weights = {k: v for k, v in peft.state_dict().items() if "lora_" in k}
     names = {v: k for k, v in theirs.items()}
     with torch.no_grad():
@@ -76,19 +116,169 @@ def test_lora_equals_peft(name, rslora, tmp_path):
             for key, t in weights.items():
                 if f".{i}." in key:
                     target = next(names[n] for n in names if n in key)
-                    delta = getattr(block.attn if target in ("q_proj", "v_proj") else block.mlp, target).deltas["lora"]
-                    (delta.A if "lora_A" in key else delta.B).copy_(t)
-        idx = torch.randint(0, 97, (2, 20))
-        assert difference(f"{name} LoRA rslora={rslora}", gpt(idx), peft(idx).logits) <= 1e-5
-        assert (gpt(idx) - load(checkpoint)(idx)).abs().max() > 1e-2  # the correction does something
+                    linear = getattr(block.attn if target in ("q_proj", "v_proj") else block.mlp, target)
+                    delta = linear.deltas["lora"]
+                    if "magnitude" in key:
+                        t.mul_(1 + 0.2 * torch.randn_like(t))
+                        delta.magnitude.copy_(t.flatten() - linear.weight.norm(dim=-1))
+                    else:
+                        (delta.A if "lora_A" in key else delta.B).copy_(t)
+    same(f"{name} {kind}", gpt, peft, checkpoint)
+
+
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+def test_lora_started_from_the_weights_equals_peft(init, tmp_path):
+    """At the start it is the base model, A and B are peft's, and so is a step away from there, also in its file."""
+    hf, checkpoint = make("llama-gqa", tmp_path)
+    options = lora.LoRA(r=4, alpha=16, targets="q_proj,down_proj", init=init)
+    gpt = built(lora, checkpoint, lora=options)
+    lora.start(gpt, options)
+    idx = torch.randint(0, 97, (2, 20))
+    torch.testing.assert_close(gpt(idx), load(checkpoint)(idx), rtol=1e-5, atol=1e-5)
+    peft = get_peft_model(
+        hf, LoraConfig(r=4, lora_alpha=16, target_modules=["q_proj", "down_proj"], init_lora_weights=init)
+    ).eval()
+    with torch.no_grad():
+        for i, block in enumerate(gpt.blocks):
+            for part, linear in (("self_attn.q_proj", block.attn.q_proj), ("mlp.down_proj", block.mlp.down_proj)):
+                delta, prefix = linear.deltas["lora"], f"base_model.model.model.layers.{i}.{part}.lora_"
+                A, B = (peft.get_parameter(f"{prefix}{letter}.default.weight") for letter in "AB")
+                torch.testing.assert_close(delta.B @ delta.A, B @ A, rtol=1e-4, atol=1e-5)
+                delta.A.copy_(A)  # the signs of singular vectors are free
+                delta.B.copy_(B)
+                delta.A0, delta.B0 = A.clone(), B.clone()
+                for ours, theirs in ((delta.A, A), (delta.B, B)):
+                    ours.add_(0.1 * torch.randn_like(ours))
+                    theirs.copy_(ours)
+    freeze(gpt, lora.trainable)
+    save_method(tmp_path / "m.safetensors", gpt, "lora", options, fingerprint_of(checkpoint))
+    torch.testing.assert_close(load(checkpoint, tmp_path / "m.safetensors")(idx), gpt(idx), rtol=1e-5, atol=1e-5)
+    same(init, gpt, peft, checkpoint)
+
+
+@pytest.mark.parametrize("name", ["llama-gqa", "gpt2"])
+def test_ia3_equals_peft(name, tmp_path):
+    hf, checkpoint = make(name, tmp_path)
+    targets = ["c_attn", "mlp.c_proj"] if name == "gpt2" else ["k_proj", "v_proj", "down_proj"]
+    peft = get_peft_model(
+        hf, IA3Config(target_modules=targets, feedforward_modules=targets[-1:], fan_in_fan_out=name == "gpt2")
+    ).eval()
+    gpt = built(ia3, checkpoint)
+    with torch.no_grad():
+        for i, block in enumerate(gpt.blocks):
+            layer = peft.base_model.model.transformer.h[i] if name == "gpt2" else peft.base_model.model.model.layers[i]
+            scales = [1 + 0.3 * torch.randn(n) for n in (block.attn.k_proj.out_features,) * 2 + (gpt.config.n_hidden,)]
+            if name == "gpt2":  # which scales q, k and v together
+                theirs = [(layer.attn.c_attn, torch.cat((torch.ones(64), *scales[:2]))), (layer.mlp.c_proj, scales[2])]
+                inside = block.mlp.down_proj
+            else:
+                theirs = zip((layer.self_attn.k_proj, layer.self_attn.v_proj, layer.mlp.down_proj), scales)
+                inside = block.mlp.up_proj
+            for module, t in theirs:
+                module.ia3_l["default"].copy_(t.view_as(module.ia3_l["default"]))
+            for linear, t in zip((block.attn.k_proj, block.attn.v_proj, inside), scales):
+                linear.deltas["ia3"].scale.copy_(t)
+    same(f"{name} (IA)^3", gpt, peft, checkpoint)
+
+
+@pytest.mark.parametrize("name, mlp", [("llama-gqa", 0), ("gpt2", 0), ("llama-mha-tied", 7), ("gpt2", 7)])
+def test_prefix_equals_peft(name, mlp, tmp_path):
+    hf, checkpoint = make(name, tmp_path)
+    peft = get_peft_model(
+        hf,
+        PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=5, prefix_projection=mlp > 0,
+                           encoder_hidden_size=mlp or None),
+    ).eval()  # fmt: skip
+    gpt = built(prefix, checkpoint, prefix=prefix.Prefix(length=5, mlp=mlp))
+    encoder, ours, c = peft.prompt_encoder["default"], gpt.virtual_keys["prefix"], gpt.config
+    with torch.no_grad():
+        if mlp:
+            ours.embedding.copy_(encoder.embedding.weight)
+            ours.mlp.load_state_dict(encoder.transform.state_dict())
+        else:
+            kv = encoder.embedding.weight.view(5, c.n_layer, 2, c.n_kv_head, c.head_size)
+            ours.kv.copy_(kv.permute(1, 2, 0, 3, 4))
+    same(f"{name} prefix, mlp {mlp}", gpt, peft, checkpoint)
+
+
+@pytest.mark.parametrize("name", ["llama-gqa", "gpt2"])
+def test_prompt_equals_peft(name, tmp_path):
+    hf, checkpoint = make(name, tmp_path)
+    peft = get_peft_model(hf, PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=5)).eval()
+    gpt = built(prompt, checkpoint, prompt=prompt.Prompt(length=5))
+    with torch.no_grad():
+        gpt.virtual_tokens["prompt"].embedding.copy_(peft.prompt_encoder["default"].embedding.weight)
+    same(f"{name} prompt", gpt, peft, checkpoint)
+
+
+def test_norms_equal_peft(tmp_path):
+    hf, checkpoint = make("llama-gqa", tmp_path)
+    norms = {"input_layernorm": "norm_1", "post_attention_layernorm": "norm_2", "norm": "norm_f"}
+    peft = get_peft_model(hf, LNTuningConfig(task_type="CAUSAL_LM", target_modules=list(norms))).eval()
+    gpt = built(selective, checkpoint, selective=selective.Selective(what="norms"))
+    with torch.no_grad():
+        for name, p in peft.named_parameters():
+            if p.requires_grad:
+                p.add_(0.3 * torch.randn_like(p))
+                layer, norm = re.search(r"(?:layers\.(\d+)\.)?(\w*norm)\.", name).groups()
+                ours = gpt.norm_f if layer is None else getattr(gpt.blocks[int(layer)], norms[norm])
+                ours.weight.copy_(p)
+    same("norms", gpt, peft, checkpoint)
+
+
+def naive_linear(gpt, change) -> None:
+    """Replaces what every linear layer of the blocks computes by change(name, linear, x), from weights alone."""
+    for name, m in gpt.named_modules():
+        if isinstance(m, model.Linear):
+            m.forward = functools.partial(lambda name, m, x: change(name, m, x), name, m)
+
+
+@pytest.mark.parametrize("name", ["llama-gqa", "gpt2"])
+def test_bottleneck_adapter_v2_and_bitfit_are_their_equations(name, tmp_path):
+    _, checkpoint = make(name, tmp_path)
+    idx = torch.randint(0, 97, (2, 20))
+
+    def plain(m, x):
+        return x @ m.weight.T + (0 if m.bias is None else m.bias)
+
+    def with_bottleneck(name, m, x):
+        y = plain(m, x)
+        if not name.endswith(("o_proj", "down_proj")):
+            return y
+        d = m.deltas["bottleneck"]
+        h = y @ d.down.T + d.down_bias
+        return y + 0.5 * h * (1 + torch.erf(h / 2**0.5)) @ d.up.T + d.up_bias
+
+    def with_scale_and_bias(name, m, x):
+        d = m.deltas["adapter_v2"]
+        return d.scale * plain(m, x) + d.bias
+
+    def with_bias(name, m, x):
+        return plain(m, x) + (m.deltas["bitfit"].bias if "bitfit" in m.deltas else 0)
+
+    for module, options, equation in (
+        (bottleneck, dict(bottleneck=bottleneck.Bottleneck(size=7)), with_bottleneck),
+        (adapter_v2, dict(adapter_v2=adapter_v2.AdapterV2(prompt_length=3, start_layer=1)), with_scale_and_bias),
+        (selective, dict(selective=selective.Selective(what="bitfit")), with_bias),
+    ):
+        gpt = built(module, checkpoint, **options)
+        freeze(gpt, module.trainable)
+        with torch.no_grad():
+            for p in gpt.parameters():
+                if p.requires_grad:
+                    p.add_(0.2 * torch.randn_like(p))
+            got = gpt(idx)
+            naive_linear(gpt, equation)
+            what = f"{name} {module.__name__.split('.')[-1]}, written out"
+            assert difference(what, got, gpt(idx)) <= 1e-5
+            assert (got - load(checkpoint)(idx)).abs().max() > 1e-2
 
 
 def test_adapter_equals_peft_with_one_gate_a_layer(tmp_path):
     hf, checkpoint = make("llama-gqa", tmp_path)
     peft = get_peft_model(hf, AdaptionPromptConfig(adapter_len=5, adapter_layers=2, task_type="CAUSAL_LM")).eval()
     options = adapter.Adapter(prompt_length=5, start_layer=1, gate="linear")
-    gpt = adapter.GPT(adapter.Config.load(checkpoint, adapter=options)).eval()
-    load_base(gpt, checkpoint, torch.float32)
+    gpt = built(adapter, checkpoint, adapter=options)
     with torch.no_grad():
         for name, p in peft.named_parameters():
             if "adaption_gate" in name:
@@ -97,9 +287,7 @@ def test_adapter_equals_peft_with_one_gate_a_layer(tmp_path):
                 layer = int(name.split("layers.")[1].split(".")[0])
                 gpt.blocks[layer].attn.deltas["adapter"].prompt.copy_(p[0])
                 gpt.blocks[layer].attn.deltas["adapter"].gate.fill_(0.37)
-        idx = torch.randint(0, 97, (2, 20))
-        assert difference("LLaMA-Adapter", gpt(idx), peft(idx).logits) <= 1e-5
-        assert (gpt(idx) - load(checkpoint)(idx)).abs().max() > 1e-2
+    same("LLaMA-Adapter", gpt, peft, checkpoint)
 
 
 def test_bfloat16_is_as_near_to_float32_as_transformers_bfloat16(tmp_path):

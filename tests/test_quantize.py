@@ -2,11 +2,23 @@
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import nn
 
-from lit_model import adapter, load, lora, model, quantize
-from lit_model.checkpoint import freeze, load_base
+from lit_model import (
+    adapter,
+    adapter_v2,
+    bottleneck,
+    ia3,
+    load,
+    lora,
+    model,
+    prefix,
+    prompt,
+    quantize,
+    selective,
+)
+from lit_model.checkpoint import fingerprint_of, freeze, load_base, save_method
+from lit_model.packing import Example, pack
 
 KINDS = ("nf4", "int8", "fp8")
 ERROR = {"nf4": 0.11, "int8": 0.02, "fp8": 0.05}  # relative, of a product: that of the weights, and in fp8 of x too
@@ -79,22 +91,46 @@ def test_fp8_weights_have_the_scale_that_rounds_them_best():
     assert (errors[1] <= errors[0]).all() and errors[1].sum() < 0.92 * errors[0].sum()
 
 
+METHODS = {
+    "adapter": (adapter, dict(adapter=adapter.Adapter(start_layer=1))),
+    "adapter_v2": (adapter_v2, dict(adapter_v2=adapter_v2.AdapterV2(start_layer=1))),
+    "bottleneck": (bottleneck, {}),
+    "ia3": (ia3, {}),
+    "lora": (lora, {}),
+    "dora": (lora, dict(lora=lora.LoRA(dora=True))),
+    "prefix": (prefix, {}),
+    "prompt": (prompt, {}),
+    "last-block": (selective, dict(selective=selective.Selective(n=1))),
+    "bitfit": (selective, dict(selective=selective.Selective(what="bitfit"))),
+}
+
+
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("module, options", [(lora, lora.LoRA()), (adapter, adapter.Adapter(start_layer=1))])
-def test_methods_train_over_quantized_layers(kind, module, options, checkpoint):
+@pytest.mark.parametrize("name", METHODS)
+def test_methods_train_and_generate_over_quantized_layers(kind, name, checkpoint, tmp_path):
+    module, options = METHODS[name]
     with torch.device("meta"):
-        gpt = model.GPT(model.Config.load(checkpoint))
-        module.install(gpt, options)
-    load_base(gpt, checkpoint, torch.bfloat16, quantize=kind)
-    plain = {name for name, m in gpt.named_modules() if type(m) is model.Linear}
-    last_mlp = {f"blocks.{gpt.config.n_layer - 1}.mlp.{name}_proj" for name in ("gate", "up", "down")}
-    assert plain == {"lm_head"} | (last_mlp & set(dict(gpt.named_modules())) if kind == "fp8" else set())
+        gpt = module.GPT(module.Config.load(checkpoint, **options))
+    trained = {n for n in gpt.state_dict() if module.trainable(n, gpt.config)}
+    load_base(gpt, checkpoint, torch.bfloat16, quantize=kind, keep=trained)
+    last_mlp = f"blocks.{gpt.config.n_layer - 1}.mlp."
+    for linear_name, m in gpt.blocks.named_modules(prefix="blocks"):
+        if isinstance(m, model.Linear):
+            left = kind == "fp8" and linear_name.startswith(last_mlp)
+            assert (type(m) is model.Linear) == (left or f"{linear_name}.weight" in trained)
     freeze(gpt, module.trainable)
     randomize_method(gpt)
-    idx = torch.randint(0, gpt.config.vocab_size, (4, 20))
-    F.cross_entropy(gpt(idx)[:, :-1].flatten(0, 1).float(), idx[:, 1:].flatten()).backward()
+    example = Example(torch.randint(0, gpt.config.vocab_size, (30,)).int().numpy(), 1)
+    ((idx, packed),) = pack([example], 100, gpt.n_virtual_tokens, gpt.n_virtual_keys)
+    gpt(idx, packed).backward()
     for name, p in gpt.named_parameters():
-        assert (p.grad is not None and p.grad.norm() > 0) == module.trainable(name), name
+        assert (p.grad is not None and p.grad.norm() > 0) == module.trainable(name, gpt.config), name
+    name = module.__name__.split(".")[-1]
+    fingerprint = fingerprint_of(checkpoint)
+    save_method(tmp_path / "lit_method.safetensors", gpt, name, getattr(gpt.config, name, None), fingerprint)
+    loaded = load(checkpoint, tmp_path, dtype=torch.bfloat16, quantize=kind)
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(idx[None]), gpt.eval()(idx[None]), rtol=0, atol=0)
 
 
 def randomize_method(gpt: model.GPT) -> None:
