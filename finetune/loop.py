@@ -195,6 +195,14 @@ def _dtype(wanted: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if fast else torch.float32
 
 
+LearningRateScale = Callable[[str, Config], float]  # of a trained tensor, by its name
+
+
+def the_same(name: str, config: Config) -> float:
+    """One learning rate for all."""
+    return 1.0
+
+
 def build(run: Run, method: ModuleType, **method_options: Any) -> GPT:
     """The network of `options.checkpoint_dir` with a method of lit_model/ in it, all else frozen. The options of the
     method, if it has any, under the name that its Config gives them."""
@@ -213,7 +221,7 @@ def fit(
     method: str,
     method_options: Any = None,
     share: bool = True,
-    lr_scale: Callable[[str, Config], float] = lambda name, config: 1.0,
+    lr_scale: LearningRateScale = the_same,
 ) -> None:
     """Trains what requires gradients in `gpt` and writes `options.out_dir`.
 
@@ -223,7 +231,7 @@ def fit(
     Args:
         method, method_options: written into the file of trained tensors, so that `lit_model.load` can build it again.
         share: compute what examples begin with once; not with dropout.
-        lr_scale: (name, config) -> what the learning rate of a trained tensor is multiplied by.
+        lr_scale: what the learning rate of a trained tensor is multiplied by.
     """
     options, train = run.options, run.options.train
     steps_per_epoch = math.ceil(len(run.train_examples) / train.batch_size)
@@ -311,7 +319,7 @@ def fit(
 
 
 def prepare(
-    run: Run, gpt: GPT, share: bool = True, lr_scale: Callable[[str, Config], float] = lambda name, config: 1.0
+    run: Run, gpt: GPT, share: bool = True, lr_scale: LearningRateScale = the_same
 ) -> tuple[Run, nn.Module, torch.optim.Optimizer, memory.Plan | None]:
     """Compiles the network where that pays, makes the optimizer, and finds rows that fit into the GPU's memory.
 
@@ -359,7 +367,7 @@ def check(train: Train) -> None:
             raise ValueError(f"train.{name} is {value}; it must be at least {least}")
 
 
-def make_optimizer(gpt: GPT, train: Train, lr_scale: Callable[[str, Config], float]) -> torch.optim.Optimizer:
+def make_optimizer(gpt: GPT, train: Train, lr_scale: LearningRateScale = the_same) -> torch.optim.Optimizer:
     """AdamW over what requires gradients; only matrices decay."""
     groups = defaultdict(list)
     for name, p in gpt.named_parameters():

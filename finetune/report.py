@@ -106,6 +106,8 @@ def products(gpt: GPT, n_computed: float, n_targets: float) -> Iterator[tuple[Li
     """
     trains = [any(p.requires_grad for p in block.parameters()) for block in gpt.blocks]
     lowest = trains.index(True) if any(trains) else len(trains)  # none: only the output layer is trained
+    if len(gpt.virtual_tokens) or len(gpt.virtual_keys):
+        lowest = 0
     for i, block in enumerate(gpt.blocks):
         for linear in (m for m in block.modules() if isinstance(m, Linear)):
             in_last = i == len(gpt.blocks) - 1 and linear not in (block.attn.k_proj, block.attn.v_proj)

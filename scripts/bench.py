@@ -29,7 +29,7 @@ from lightning_fabric import Fabric
 
 from finetune import loop, memory
 from finetune.report import Step, n_flops, peak_memory, peak_tflops
-from lit_model import adapter, full, lora, model
+from lit_model import adapter, adapter_v2, bottleneck, full, ia3, lora, model, prefix, prompt
 from lit_model.checkpoint import freeze, initialize
 from lit_model.cli import cli
 from lit_model.packing import Example
@@ -38,11 +38,18 @@ from scripts.kernel_time import product_seconds, profile, sync
 from scripts.workload import alpaca_lengths, demo_examples
 
 ALL_LINEARS = "q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj"
-METHODS = {
-    "adapter": (adapter, adapter.Adapter()),
-    "lora": (lora, lora.LoRA()),
-    "lora-all": (lora, lora.LoRA(r=16, targets=ALL_LINEARS)),
-    "full": (full, None),
+METHODS = {  # name -> its file, and the fields of its Config
+    "adapter": (adapter, {}),
+    "adapter_v2": (adapter_v2, {}),
+    "bottleneck": (bottleneck, {}),
+    "dora": (lora, dict(lora=lora.LoRA(dora=True))),
+    "dora-all": (lora, dict(lora=lora.LoRA(r=16, targets=ALL_LINEARS, dora=True))),
+    "full": (full, {}),
+    "ia3": (ia3, {}),
+    "lora": (lora, {}),
+    "lora-all": (lora, dict(lora=lora.LoRA(r=16, targets=ALL_LINEARS))),
+    "prefix": (prefix, {}),
+    "prompt": (prompt, {}),
 }
 PRECISIONS = {"bf16": "none", "fp32": "none", "fp8": "fp8", "int8": "int8", "nf4": "nf4"}  # the base weights
 PEER_PRECISIONS = ("bf16", "fp32", "nf4")  # nf4: bitsandbytes'
@@ -57,7 +64,8 @@ class Options:
     preset: str = "llama-7b"
     """shape of the network: a name of lit_model/model.py's presets"""
     methods: str = "adapter,lora"
-    """of adapter, lora (rank 8 on q and v), lora-all (rank 16 on all linear layers), full"""
+    """of adapter, adapter_v2, bottleneck, dora, full, ia3, lora (rank 8 on q and v), lora-all, dora-all (rank 16 on all
+    linear layers), prefix, prompt"""
     precision: str = "bf16"
     """of bf16, fp8, int8, nf4 (the base weights; activations in bf16) and fp32"""
     peers: Literal["", "hf-peft", "hf-peft-plain"] = ""
@@ -242,18 +250,23 @@ def ours(
     )
 
 
+def with_method(method: str, config: model.Config) -> model.Config:
+    module, method_options = METHODS[method]
+    return module.Config(**asdict(config), **method_options)
+
+
 def build(method: str, precision: str, config: model.Config, dtype: torch.dtype, device: torch.device) -> model.GPT:
     """A network of random weights with the method in it, quantized block by block."""
-    module, method_options = METHODS[method]
+    module, _ = METHODS[method]
     with torch.device("meta"):
-        gpt = model.GPT(config)
-        module.install(gpt, method_options)
+        gpt = module.GPT(with_method(method, config))
     for block in gpt.blocks:
         initialize(block.to(dtype), device)
         if PRECISIONS[precision] != "none":
             quantize(block, PRECISIONS[precision], last=block is gpt.blocks[-1])
-    for part in filter(None, (gpt.wte, gpt.wpe, gpt.norm_f, gpt.lm_head)):
-        initialize(part.to(dtype), device)
+    for name, part in gpt.named_children():
+        if name != "blocks":
+            initialize(part.to(dtype), device)
     gpt.dtype = dtype
     gpt.tie()
     freeze(gpt, module.trainable)
@@ -270,7 +283,7 @@ def theirs(
     from scripts import peers  # only this needs transformers and peft
 
     device = fabric.device
-    network = peers.build(method, precision, config, METHODS[method][1], device)
+    network = peers.build(method, precision, with_method(method, config), device)
     trained = [p for p in network.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=True)
     batches = list(islice(loop.batches(examples, loop.Train(batch_size=options.batch_size)), 3))

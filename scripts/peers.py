@@ -8,8 +8,6 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from lit_model import model
-from lit_model.adapter import Adapter
-from lit_model.lora import LoRA
 from lit_model.packing import Example
 
 
@@ -25,10 +23,11 @@ def padded(batch: list[Example], micro: int, device: torch.device) -> Iterator[d
         yield {k: t.to(device) for k, t in dict(input_ids=ids, attention_mask=mask, labels=labels).items()}
 
 
-def build(
-    method: str, precision: str, config: model.Config, options: LoRA | Adapter | None, device: torch.device
-) -> torch.nn.Module:
-    """The same shape and method there, with random weights. `options` are those of ours."""
+def build(method: str, precision: str, config: model.Config, device: torch.device) -> torch.nn.Module:
+    """The same shape and method there, with random weights. `config` is that of our network with the method in it.
+
+    Raises ValueError for a method that peft does not have.
+    """
     shape = LlamaConfig(
         vocab_size=config.vocab_size,
         hidden_size=config.n_embd,
@@ -59,15 +58,21 @@ def build(
                         setattr(parent, name, quantized.to(device))
     if method == "full":
         return network.train()
-    if isinstance(options, Adapter):
-        layers = config.n_layer - options.start_layer
-        chosen = peft.AdaptionPromptConfig(
-            task_type="CAUSAL_LM", adapter_len=options.prompt_length, adapter_layers=layers
-        )
+    if method == "adapter":
+        layers = config.n_layer - config.adapter.start_layer
+        chosen = peft.AdaptionPromptConfig(adapter_len=config.adapter.prompt_length, adapter_layers=layers)
+    elif method in ("lora", "lora-all", "dora", "dora-all"):
+        ours, targets = config.lora, config.lora.targets.split(",")
+        chosen = peft.LoraConfig(r=ours.r, lora_alpha=ours.alpha, target_modules=targets, use_dora=ours.dora)
+    elif method == "ia3":
+        chosen = peft.IA3Config(target_modules=["k_proj", "v_proj", "down_proj"], feedforward_modules=["down_proj"])
+    elif method == "prefix":
+        chosen = peft.PrefixTuningConfig(num_virtual_tokens=config.prefix.length)
+    elif method == "prompt":
+        chosen = peft.PromptTuningConfig(num_virtual_tokens=config.prompt.length)
     else:
-        chosen = peft.LoraConfig(
-            task_type="CAUSAL_LM", r=options.r, lora_alpha=options.alpha, target_modules=options.targets.split(",")
-        )
+        raise ValueError(f"peft has no {method}")
+    chosen.task_type = "CAUSAL_LM"
     network = peft.get_peft_model(network, chosen)
     for p in network.parameters():
         if p.requires_grad:
