@@ -222,3 +222,12 @@ def test_compiled_training_equals_eager(options, tmp_path):
     b = trained(replace(short, out_dir=tmp_path / "b", compile="on"))
     assert all(torch.allclose(a[name], b[name], rtol=1e-3, atol=1e-5) for name in a)
     assert np.isfinite(sum(t.sum().item() for t in b.values()))
+
+
+def test_lora_plus_trains_b_faster(options, tmp_path):
+    """In AdamW's first step every number that has a gradient moves by the learning rate; B starts at zero."""
+    one = replace(options, train=replace(options.train, max_steps=1, warmup_steps=0))
+    for ratio in (1.0, 16.0):
+        b = trained(replace(one, out_dir=tmp_path / str(ratio), lora=LoRA(lr_ratio=ratio)))
+        moved = b["blocks.0.attn.q_proj.deltas.lora.B"].abs().max().item()
+        assert moved == pytest.approx(1e-2 * ratio, rel=1e-3)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import FAMILIES
 
-from lit_model import adapter, adapter_v2, bottleneck, full, ia3, load, lora, model, prefix, prompt, selective
+from lit_model import adapter, adapter_v2, bottleneck, full, generate, ia3, load, lora, model, prefix, prompt, selective
 from lit_model.attention import KVCache
 from lit_model.checkpoint import fingerprint_of, freeze, load_base, save_method
 from lit_model.packing import Example, Segment, lay_out, pack
@@ -246,10 +246,22 @@ def test_merge_reports_what_bfloat16_loses(checkpoint):
         (dict(lora=lora.LoRA(targets="")), "lora.targets is empty"),
         (dict(adapter=adapter.Adapter(start_layer=3)), "the model has layers 0 to 2"),
         (dict(adapter=adapter.Adapter(prompt_length=0)), "prompt_length is 0"),
+        (dict(lora=lora.LoRA(targets="q_proj,blocks.[")), r"no layer is called blocks.\["),
+        (dict(lora=lora.LoRA(lr_ratio=0)), "lora.lr_ratio is 0"),
+        (dict(bottleneck=bottleneck.Bottleneck(size=0)), "bottleneck.size is 0"),
+        (dict(prefix=prefix.Prefix(length=128)), "prefix.length is 128; .*the model's context of 128"),
+        (dict(prompt=prompt.Prompt(length=0)), "the soft prompt's length is 0"),
+        (dict(selective=selective.Selective(n=4)), "selective.n is 4; the model has 3 blocks"),
+        (
+            dict(selective=selective.Selective(what="regex", regex="qkv")),
+            "finds no parameter; there are blocks.0.attn.k",
+        ),
+        (dict(selective=selective.Selective(what="regex", regex="(")), "is no regular expression"),
+        (dict(selective=selective.Selective(what="regex")), "finds no parameter"),
     ],
 )
 def test_senseless_options_are_refused_in_one_line(options, says):
-    module = lora if "lora" in options else adapter
+    module = next(module for module, _ in METHODS.values() if module.__name__.endswith(f".{next(iter(options))}"))
     with pytest.raises(ValueError, match=says):
         module.GPT(module.Config(**FAMILIES["llama"], **options))
 
@@ -267,3 +279,51 @@ def test_dropout_acts_in_training_only(checkpoint):
     idx = torch.randint(0, 97, (1, 9))
     assert not torch.equal(gpt.train()(idx), gpt(idx))
     assert torch.equal(gpt.eval()(idx), gpt(idx))
+
+
+@pytest.mark.parametrize("name", ["prefix", "prompt"])
+def test_a_prefix_and_a_prompt_made_of_a_text_act_as_that_text(checkpoint, name):
+    text, idx = [5, 17, 3], torch.randint(0, 97, (1, 9))
+    module = METHODS[name][0]
+    options = dict(prefix=prefix.Prefix(length=5)) if name == "prefix" else dict(prompt=prompt.Prompt(length=5))
+    gpt = build(checkpoint, (module, options))
+    module.start(gpt, text)
+    repeated = torch.tensor([text + text[:2]])
+    expected = load(checkpoint)(torch.cat((repeated, idx), dim=1))[:, 5:]
+    torch.testing.assert_close(gpt(idx), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_several_methods_work_together(checkpoint, tmp_path):
+    """Trained apart, loaded together: each is there with its own tensors, and decoding goes through all of them."""
+    chosen = {"lora": METHODS["dora"], "prefix": METHODS["prefix"], "bottleneck": METHODS["bottleneck"]}
+    together = model.GPT(model.Config.load(checkpoint))
+    for name, (module, options) in chosen.items():
+        gpt = build(checkpoint, (module, options))
+        shake(gpt, module)
+        save_method(tmp_path / f"{name}.safetensors", gpt, name, options[name], fingerprint_of(checkpoint))
+        module.install(together, options[name])
+        together.load_state_dict({n: p for n, p in gpt.named_parameters() if p.requires_grad}, strict=False)
+    together.load_state_dict(load(checkpoint).state_dict(), strict=False)
+    together.tie()
+    loaded = load(checkpoint, [tmp_path / f"{name}.safetensors" for name in chosen])
+    idx = torch.randint(0, 97, (2, 9))
+    torch.testing.assert_close(loaded(idx), together(idx), rtol=0, atol=0)
+    for name in chosen:
+        assert (loaded(idx) - load(checkpoint, tmp_path / f"{name}.safetensors")(idx)).abs().max() > 1e-2
+    tokens = list(generate(loaded, idx[0].tolist(), 5, temperature=0))
+    assert tokens[0] == loaded(idx[:1])[0, -1].argmax() and len(tokens) == 5
+    with pytest.raises(ValueError, match="are a lora, and a network has room for one"):
+        load(checkpoint, [tmp_path / "lora.safetensors"] * 2)
+
+
+def test_layers_ranks_and_alphas_by_name_and_by_regular_expression(checkpoint):
+    targets = r"v_proj, blocks\.[12]\.mlp\.(up|down)_proj:4, blocks.0.attn.q_proj:2:3.5"
+    gpt = build(checkpoint, (lora, dict(lora=lora.LoRA(targets=targets))))
+    found = {
+        name: (len(m.deltas["lora"].A), m.deltas["lora"].scale)
+        for name, m in gpt.named_modules()
+        if isinstance(m, model.Linear) and "lora" in m.deltas
+    }
+    expected = {f"blocks.{i}.attn.v_proj": (8, 2.0) for i in range(3)}
+    expected |= {f"blocks.{i}.mlp.{part}_proj": (4, 4.0) for i in (1, 2) for part in ("up", "down")}
+    assert found == expected | {"blocks.0.attn.q_proj": (2, 1.75)}

@@ -1,6 +1,7 @@
 """Every script runs as a user types it, from another folder, on a tiny checkpoint; mistakes end in one line."""
 
 import csv
+import importlib
 import json
 import subprocess
 import sys
@@ -40,12 +41,27 @@ def run(script: str, *args, cwd: Path, code: int = 0) -> str:
     return done.stdout + done.stderr
 
 
-@pytest.mark.parametrize("method, lr, gain", [("adapter", 0.5, 0.02), ("lora", 1e-2, 0.1), ("full", 1e-2, 0.1)])
-def test_finetune_generate_merge(tiny, tmp_path, method, lr, gain):
+@pytest.mark.parametrize(
+    "method, lr, gain",
+    [("adapter", 0.5, 0.02), ("adapter_v2", 3e-2, 0.1), ("bottleneck", 1e-2, 0.05), ("full", 1e-2, 0.1),
+     ("ia3", 0.3, 0.02), ("lora", 1e-2, 0.1), ("prefix", 0.3, 0.02), ("prompt", 0.3, 0.02), ("selective", 1e-2, 0.1)],
+)  # fmt: skip
+def test_finetune_generate_merge(tiny, tmp_path, method, lr, gain, capsys, monkeypatch):
+    """One of them as a user types it, in a process of its own; the others in this one."""
     base, out = tiny / "base", tmp_path / "run"
-    said = run(
+
+    def say(script: str, *args) -> str:
+        if method == "lora":
+            return run(script, *args, cwd=tmp_path)
+        module = importlib.import_module(script.removesuffix(".py").replace("/", "."))
+        monkeypatch.setattr(sys, "argv", [script, *map(str, args)])
+        cli(module.main, module.Options, module.__doc__)
+        said = capsys.readouterr()
+        return said.out + said.err
+
+    said = say(
         f"finetune/{method}.py", "--checkpoint_dir", base, "--data", tiny / "data.json", "--out_dir", out, *FAST,
-        "--train.lr", lr, cwd=tmp_path,
+        "--train.lr", lr,
     )  # fmt: skip
     assert "validation loss:" in said and "tokens/s" in said and "peak memory" in said
     assert f"--checkpoint_dir {base} --method_dir {out}" in said
@@ -58,20 +74,20 @@ def test_finetune_generate_merge(tiny, tmp_path, method, lr, gain):
     assert len(losses) == 3 * -(-57 // 8)  # 57 training rows in batches of 8, three times
     assert val[-1] < val[0] - gain and losses[-1] < losses[0] - gain
     assert yaml.safe_load((out / "hparams.yaml").read_text())["train"]["lr"] == lr
-    trained = load_file(out / "lit_method.safetensors")
-    assert all(f".deltas.{method}." in name for name in trained) or method == "full"
 
     prompt = ["--checkpoint_dir", base, "--prompt", "apple", "--temperature", 0, "--max_new_tokens", 8]
-    said = run("generate/base.py", *prompt, "--method_dir", out, cwd=tmp_path)
-    assert "tokens/s" in said
-    if method == "adapter":
-        said = run("scripts/merge.py", "--checkpoint_dir", base, "--method_dir", out, "--out_dir", tmp_path / "m",
-                   cwd=tmp_path, code=2)  # fmt: skip
-        assert said == "error: adapter cannot be merged into the base weights; generate with --method_dir instead\n"
+    assert "tokens/s" in say("generate/base.py", *prompt, "--method_dir", out)
+    merge = ["--checkpoint_dir", base, "--method_dir", out, "--out_dir", tmp_path / "m"]
+    if method in ("adapter", "bottleneck", "prefix", "prompt"):
+        code, err = call(scripts.merge, capsys, monkeypatch, *merge)
+        assert code == 2
+        assert err == f"error: {method} cannot be merged into the base weights; generate with --method_dir instead\n"
         return
-    run("scripts/merge.py", "--checkpoint_dir", base, "--method_dir", out, "--out_dir", tmp_path / "m", cwd=tmp_path)
+    said = say("scripts/merge.py", *merge)
+    rest = tmp_path / "m/adapter" if method == "adapter_v2" else None
+    assert (f"--method_dir {rest}" in said) == (rest is not None)
     idx = torch.randint(0, 400, (1, 20))
-    torch.testing.assert_close(load(tmp_path / "m")(idx), load(base, out)(idx), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(load(tmp_path / "m", rest)(idx), load(base, out)(idx), rtol=1e-4, atol=1e-5)
     assert not torch.allclose(load(tmp_path / "m")(idx), load(base)(idx), atol=1e-2)
 
 
