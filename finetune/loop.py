@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from finetune import memory
 from finetune.report import Log, Meter, Step, closing_line, n_parameters
-from lit_model import hub
+from lit_model import classify, hub
 from lit_model.checkpoint import fingerprint_of, freeze, is_base, load_base, save_method
 from lit_model.data import PromptOptions, read_rows, render, split_rows, tokenize
 from lit_model.data import check as check_prompt
@@ -89,6 +89,8 @@ class Options:
     train: Train = field(default_factory=Train)
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
     """of the base weights and all activations; auto: bfloat16 on GPUs and CPUs that multiply it fast, else float32"""
+    head: Literal["labels", "linear"] = "labels"
+    """for rows of text and label: the label is words after the text, or what a trained layer of its own says"""
     quantize: Kind = "none"
     """keep the frozen base weights in fewer bits: nf4 (QLoRA) or int8 for little memory, fp8 for speed on an H100"""
     devices: Literal["auto", "cpu"] = "auto"
@@ -115,6 +117,7 @@ class Run:
     train_examples: list[Example]
     val_examples: list[Example]
     row_tokens: int
+    task: classify.Task | None = None  # of rows with text and label
 
     @property
     def device(self) -> torch.device:
@@ -158,7 +161,15 @@ def start(options: Options) -> Run:
     check_prompt(options.prompt, tokenizer)
     if options.train.patience and not options.prompt.val_fraction:
         raise ValueError("train.patience needs validation rows, but prompt.val_fraction is 0")
-    train_rows, val_rows = split_rows(read_rows(options.data), options.prompt.val_fraction, options.train.seed)
+    rows = read_rows(options.data)
+    task = classify.task_of(rows, options.head, options.prompt.question) if rows and "label" in rows[0] else None
+    train_rows, val_rows = split_rows(rows, options.prompt.val_fraction, options.train.seed)
+
+    def tokenized(rows: list[dict], name: str) -> list[Example]:
+        if task is not None:
+            return classify.examples(rows, tokenizer, options.prompt, task)
+        return tokenize(rows, tokenizer, options.prompt, name)
+
     limit = options.train.max_examples
     if limit is None and demo and fabric.device.type == "cpu":
         limit = 480
@@ -171,9 +182,10 @@ def start(options: Options) -> Run:
             fabric,
             _dtype(options.dtype, fabric.device),
             tokenizer,
-            train_examples=tokenize(train_rows[:limit], tokenizer, options.prompt, "training rows"),
-            val_examples=tokenize(val_rows, tokenizer, options.prompt, "validation rows"),
+            train_examples=tokenized(train_rows[:limit], "training rows"),
+            val_examples=tokenized(val_rows, "validation rows"),
             row_tokens=options.train.row_tokens or (16384 if on_gpu else 4096),
+            task=task,
         )
 
 
@@ -209,9 +221,11 @@ def build(run: Run, method: ModuleType, **method_options: Any) -> GPT:
     checkpoint_dir = run.options.checkpoint_dir
     with torch.device("meta"):
         gpt = method.GPT(method.Config.load(checkpoint_dir, **method_options))
+        if run.task and run.task.head == "linear":
+            classify.install(gpt, len(run.task.classes))
     keep = {name for name in gpt.state_dict() if method.trainable(name, gpt.config)}
     load_base(gpt, checkpoint_dir, run.dtype, run.device, run.options.quantize, keep)
-    freeze(gpt, method.trainable)
+    freeze(gpt, lambda name, config: name.startswith("heads.") or method.trainable(name, config))
     return gpt
 
 
@@ -260,9 +274,10 @@ def fit(
     stream = ahead(with_rows(batches(run.train_examples, train), gpt, run, share))
     with closing(Log(options)) as log, tqdm(total=n_steps, desc=method, unit="step", dynamic_ncols=True) as bar:
         first = best = evaluate(network, gpt, run)
-        log.write(step=0, val_loss=first)
+        first_verdict = best_verdict = judge(gpt, run)
+        log.write(step=0, val_loss=first, accuracy=first_verdict and first_verdict.accuracy)
         if run.val_examples:
-            bar.write(f"before: validation loss {first:.4f}")
+            bar.write(f"before: validation loss {first:.4f}{_and(first_verdict)}")
         sample(gpt, run)
         meter.start()
         for number, (batch, rows) in zip(range(1, n_steps + 1), stream):
@@ -294,22 +309,25 @@ def fit(
 
             if pause:
                 meter.pause()
-                val_loss = evaluate(network, gpt, run)
-                log.write(step=number, val_loss=val_loss)
+                val_loss, verdict = evaluate(network, gpt, run), judge(gpt, run)
+                log.write(step=number, val_loss=val_loss, accuracy=verdict and verdict.accuracy)
                 if run.val_examples:
-                    bar.write(f"step {number}: validation loss {val_loss:.4f}")
+                    bar.write(f"step {number}: validation loss {val_loss:.4f}{_and(verdict)}")
                 sample(gpt, run)
                 log.write_settings()
-                save_method(options.out_dir / "last.safetensors", gpt, *header)
+                save_method(options.out_dir / "last.safetensors", gpt, *header, run.task)
                 stale += 1
                 if not saved or val_loss < best or not run.val_examples:
-                    saved, best, stale = True, val_loss, 0
-                    save_method(options.out_dir / "lit_method.safetensors", gpt, *header)
+                    saved, best, best_verdict, stale = True, val_loss, verdict, 0
+                    save_method(options.out_dir / "lit_method.safetensors", gpt, *header, run.task)
                 if last or (train.patience and stale >= train.patience):
                     break
                 meter.start()
     if run.val_examples:
         print(f"validation loss: {first:.4f} before, {best:.4f} after (best)")
+    if best_verdict:
+        print(f"before: {first_verdict}\nafter: {best_verdict}, see {options.out_dir}/confusion.png")
+        best_verdict.draw(options.out_dir / "confusion.png")
     print(closing_line(gpt, meter, run.device))
     words = ["--method_dir", str(options.out_dir), "--prompt", train.sample or Train.sample]
     if options.checkpoint_dir.absolute() != hub.DEMO_CHECKPOINT:
@@ -427,10 +445,26 @@ def evaluate(network: nn.Module, gpt: GPT, run: Run) -> float:
     return total.item() / sum(e.n_targets for e in run.val_examples)
 
 
+def judge(gpt: GPT, run: Run) -> classify.Verdict | None:
+    """How many validation rows are told apart, where the task is that."""
+    if run.task is None or not run.val_examples:
+        return None
+    labels = classify.label_ids(run.task, run.tokenizer)
+    gpt.eval()
+    with torch.compiler.set_stance("force_eager"):
+        verdict = classify.judge(gpt, run.val_examples, run.task, labels, run.row_tokens)
+    gpt.train()
+    return verdict
+
+
+def _and(verdict: classify.Verdict | None) -> str:
+    return f", {verdict}" if verdict else ""
+
+
 def sample(gpt: GPT, run: Run) -> None:
     """Prints the answer to `train.sample`, the likeliest token each time."""
     instruction = run.options.train.sample
-    if not instruction:
+    if not instruction or run.task is not None:
         return
     bos = [] if run.tokenizer.bos_id is None else [run.tokenizer.bos_id]
     ids = bos + run.tokenizer.encode(render(run.options.prompt.style, instruction))

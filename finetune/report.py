@@ -113,7 +113,7 @@ def products(gpt: GPT, n_computed: float, n_targets: float) -> Iterator[tuple[Li
             in_last = i == len(gpt.blocks) - 1 and linear not in (block.attn.k_proj, block.attn.v_proj)
             trained = linear.weight is not None and linear.weight.requires_grad
             yield linear, n_targets if in_last else n_computed, i >= lowest, trained
-    yield gpt.lm_head, n_targets, True, gpt.lm_head.weight.requires_grad
+    yield gpt.head, n_targets, True, gpt.head.weight.requires_grad
 
 
 def n_flops(gpt: GPT, n_computed: float, n_targets: float) -> float:
@@ -156,7 +156,7 @@ class Log:
     """Writes out_dir: hparams.yaml at once, or with our first tensors if others are there; metrics.csv and TensorBoard
     events as they come; loss.png at the end."""
 
-    COLUMNS = ("step", "epoch", "loss", "val_loss", "lr", "grad_norm", "tokens", "tokens_per_second")
+    COLUMNS = ("step", "epoch", "loss", "val_loss", "accuracy", "lr", "grad_norm", "tokens", "tokens_per_second")
 
     def __init__(self, options: Any):
         self.out_dir = options.out_dir
@@ -178,7 +178,8 @@ class Log:
         """Call with the first tensors that are saved: those of a run before must not stand under our settings."""
         write_text(self.out_dir / "hparams.yaml", yaml.safe_dump(self.settings, sort_keys=False))
 
-    def write(self, step: int, **values: float) -> None:
+    def write(self, step: int, **values: float | None) -> None:
+        values = {name: value for name, value in values.items() if value is not None}
         self.rows.append(dict(step=step, **values))
         self.csv.writerow(self.rows[-1])
         self.file.flush()

@@ -23,7 +23,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from lit_model import adapter, adapter_v2, bottleneck, full, ia3, lora, model, prefix, prompt, selective
+from lit_model import adapter, adapter_v2, bottleneck, classify, full, ia3, lora, model, prefix, prompt, selective
 from lit_model.files import read_json, write_tensors, write_text
 from lit_model.quantize import Kind
 from lit_model.quantize import quantize as quantize_block
@@ -86,6 +86,8 @@ def _install(gpt: model.GPT, method_dir: Path | str, checkpoint_dir: Path | str)
     before = gpt.state_dict().keys()
     with torch.device("meta"):
         method.install(gpt, options(**json.loads(header["options"])) if options else None)
+        if (task := task_in(header)) and task.head == "linear":
+            classify.install(gpt, len(task.classes))
     return gpt.state_dict().keys() - before
 
 
@@ -142,19 +144,34 @@ def freeze(gpt: model.GPT, trainable: Callable[[str, model.Config], bool]) -> No
             p.data = p.data.float()
 
 
-def save_method(path: Path, gpt: nn.Module, method: str, options: Any, fingerprint: str) -> None:
+def save_method(
+    path: Path, gpt: nn.Module, method: str, options: Any, fingerprint: str, task: classify.Task | None = None
+) -> None:
     """Writes the trained tensors of `gpt`, and only those, with all that `load` needs to know in the header."""
     tensors = {name: p.detach().contiguous() for name, p in gpt.named_parameters() if p.requires_grad}
     module, _ = METHODS[method]
     if hasattr(module, "finish"):
         tensors, options = module.finish(gpt, tensors, options)
-    save_tensors(path, tensors, method, options, fingerprint)
+    save_tensors(path, tensors, method, options, fingerprint, task)
 
 
-def save_tensors(path: Path, tensors: dict[str, Tensor], method: str, options: Any, fingerprint: str) -> None:
+def save_tensors(
+    path: Path,
+    tensors: dict[str, Tensor],
+    method: str,
+    options: Any,
+    fingerprint: str,
+    task: classify.Task | None = None,
+) -> None:
     """Writes a method file."""
-    options = json.dumps(asdict(options) if options else {})
-    write_tensors(path, tensors, {"method": method, "options": options, "fingerprint": fingerprint})
+    options, task = (json.dumps(asdict(value) if value else {}) for value in (options, task))
+    write_tensors(path, tensors, {"method": method, "options": options, "task": task, "fingerprint": fingerprint})
+
+
+def task_in(header: Mapping[str, str]) -> classify.Task | None:
+    """What a method was trained to tell apart, from its `method_header`."""
+    fields_of = json.loads(header.get("task", "{}"))
+    return classify.Task(**fields_of) if fields_of else None
 
 
 def method_file(method_dir: Path | str) -> Path:
@@ -256,4 +273,4 @@ def _block(name: str) -> int | None:
 
 def is_base(name: str) -> bool:
     """Whether a tensor is the network's own, and not a method's."""
-    return ".deltas." not in name and not name.startswith("virtual_")
+    return ".deltas." not in name and not name.startswith(("virtual_", "heads."))

@@ -1,14 +1,17 @@
-"""Instruction data: rows of `instruction`, `input` (may be empty or absent) and `output`, made into token examples.
+"""Data: rows of `instruction`, `input` (may be empty or absent) and `output`, made into token examples; or rows of
+`text` and `label`, for classify.py.
 
 Prompt and response are tokenized apart and joined as ids, so that no token spans the boundary and a prompt has the same
 ids in training and in generation. Only the response and the end-of-text token after it are trained on.
 """
 
+import csv
+import io
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from tqdm import tqdm
@@ -31,6 +34,8 @@ class PromptOptions:
     """longest example in tokens; a longer response is cut and still ends in the end-of-text token"""
     val_fraction: float = 0.05
     """share of the rows that is kept for validation and never trained on"""
+    question: str = "Label:"
+    """for rows of text and label: what stands between the two"""
 
 
 def render(style: str, instruction: str, input: str = "") -> str:
@@ -66,17 +71,38 @@ def check_style(style: str, tokenizer: Tokenizer) -> None:
 
 
 def read_rows(path: Path | str) -> list[dict[str, str]]:
-    """Rows of a .json (one list) or .jsonl (one object a line) file, each with instruction, input and output.
+    """Rows of a .json (one list), .jsonl (one object a line) or .csv file, each with instruction, input and output, or
+    all with text and label.
 
     Raises ValueError with the file, and the line where there is one, that is no such row.
     """
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"{path} is not there; --data wants a .json or .jsonl file")
+        raise FileNotFoundError(f"{path} is not there; --data wants a .json, .jsonl or .csv file")
     try:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as e:
         raise ValueError(f"{path} is not text in UTF-8 ({e.reason} at byte {e.start})") from None
+    rows, where = _parsed(path, text)
+    labelled = bool(rows) and isinstance(rows[0][1], dict) and "label" in rows[0][1]
+    keys, needed = (("text", "label"),) * 2 if labelled else (KEYS, ("instruction", "output"))
+    for number, row in rows:
+        if not isinstance(row, dict) or not set(needed) <= row.keys():
+            has = f"it is {json.dumps(row)[:40]}"
+            if isinstance(row, dict):
+                has = f"it has {', '.join(map(str, row)) or 'nothing'}"
+            raise ValueError(f"{path}, {where} {number}: a row needs {' and '.join(needed)}; {has}")
+        for key in keys:
+            if not isinstance(row.get(key, ""), str | int | float | None):
+                raise ValueError(f"{path}, {where} {number}: {key} is no text but {json.dumps(row[key])[:40]}")
+    return [{key: "" if row.get(key) is None else str(row[key]) for key in keys} for _, row in rows]
+
+
+def _parsed(path: Path, text: str) -> tuple[list[tuple[int, Any]], str]:
+    """(the rows of a file with their numbers, what these count)"""
+    if path.suffix == ".csv":
+        reader = csv.DictReader(io.StringIO(text, newline=""))
+        return [(reader.line_num, {k: v for k, v in row.items() if v is not None}) for row in reader], "line"
     rows, where = [], "row"
     try:
         if path.suffix == ".jsonl":
@@ -91,19 +117,12 @@ def read_rows(path: Path | str) -> list[dict[str, str]]:
         raise ValueError(f"{path}, line {number}: not JSON ({e.msg} at column {e.colno})") from None
     except TypeError:
         raise ValueError(f"{path} holds no list of rows") from None
-    for number, row in rows:
-        if not isinstance(row, dict) or not {"instruction", "output"} <= row.keys():
-            has = f"it has {', '.join(row) or 'nothing'}" if isinstance(row, dict) else f"it is {json.dumps(row)[:40]}"
-            raise ValueError(f"{path}, {where} {number}: a row needs instruction and output; {has}")
-        for key in KEYS:
-            if not isinstance(row.get(key, ""), str | int | float | None):
-                raise ValueError(f"{path}, {where} {number}: {key} is no text but {json.dumps(row[key])[:40]}")
-    return [{key: "" if row.get(key) is None else str(row[key]) for key in KEYS} for _, row in rows]
+    return rows, where
 
 
 def split_rows(rows: Sequence[dict], val_fraction: float, seed: int) -> tuple[list[dict], list[dict]]:
     """(training rows, validation rows), shuffled by `seed`. Repeated rows are dropped first: none is in both."""
-    unique = list({tuple(row.values()): row for row in rows}.values())
+    unique = list({row.get("text", tuple(row.values())): row for row in rows}.values())
     if len(unique) < len(rows):
         print(f"{len(rows) - len(unique)} of {len(rows)} rows left out: they repeat another one")
     if not rows:

@@ -6,6 +6,7 @@ No finetuning method is known here. A method adds small modules to four slots:
   CausalSelfAttention.deltas   k, v, gate = delta(attention, dtype)   what every token sees in a softmax of its
                                own, times a gate: (K, nkv, hs), (K, nkv, hs), (nh,)   (LLaMA-Adapter)
   GPT.virtual_tokens           x = virtual()                (P, C) embeddings in front of every example (soft prompt)
+  GPT.heads                    logits = head(x)             in the place of the output layer (classification)
   GPT.virtual_keys             kv = virtual()               (layers, 2, P, nkv, hs) in front of every example: in
                                each layer so many keys and values (prefix tuning)
 A virtual module states its number of positions P as `length`.
@@ -81,10 +82,13 @@ class Config:
         if not path.is_file():
             raise FileNotFoundError(f"{path} is not there; scripts/download.py and scripts/convert_*.py make it")
         names = [f.name for f in fields(Config)]
-        stored = read_json(path, *names, "fingerprint")
+        stored = read_json(path, *(name for name in names if name not in NEWER), "fingerprint")
         if unknown := stored.keys() - {*names, "fingerprint"}:
             raise ValueError(f"{path} has unknown fields: {', '.join(sorted(unknown))}")
-        return cls(**{name: stored[name] for name in names} | changes)
+        return cls(**{name: stored[name] for name in names if name in stored} | changes)
+
+
+NEWER = ("bias", "head_bias")  # fields that a checkpoint may lack: it was made before there were any
 
 
 def _gpt2(n_layer: int, n_head: int, n_embd: int) -> dict:
@@ -294,6 +298,7 @@ class GPT(nn.Module):
         self.lm_head = Linear(config.n_embd, config.vocab_size, config.head_bias)
         self.virtual_tokens = nn.ModuleDict()
         self.virtual_keys = nn.ModuleDict()
+        self.heads = nn.ModuleDict()
         self.chunk_loss = chunk_loss
         self.recompute: Literal["off", "on", "offload"] = "off"  # less memory for more time in training: recompute.py
         self.tie()
@@ -327,6 +332,11 @@ class GPT(nn.Module):
             head_bias=self.lm_head.bias is not None,
             tie=self.lm_head.weight is self.wte.weight,
         )
+
+    @property
+    def head(self) -> Linear:
+        """The output layer, or what a method has put in its place."""
+        return next(iter(self.heads.values()), self.lm_head)
 
     @property
     def n_virtual_tokens(self) -> int:
@@ -377,5 +387,5 @@ class GPT(nn.Module):
             x = x[packed.wanted]
         x = self.norm_f(x)  # (M, C)
         if packed.targets is None:
-            return self.lm_head(x)
-        return linear_cross_entropy(self.lm_head, x, packed.targets, self.chunk_loss)
+            return self.head(x)
+        return linear_cross_entropy(self.head, x, packed.targets, self.chunk_loss)

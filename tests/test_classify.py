@@ -1,0 +1,115 @@
+"""Telling texts apart: a label's score is its log-probability, however rows are laid out; heads train and load."""
+
+import csv
+import json
+import sys
+
+import numpy as np
+import pytest
+import torch
+from conftest import FAMILIES, WORDS, randomize
+
+from finetune import lora as finetune_lora
+from finetune import selective as finetune_selective
+from lit_model import classify, load, model, prefix, prompt
+from lit_model.checkpoint import method_header, task_in
+from lit_model.cli import cli
+from lit_model.data import PromptOptions, read_rows, split_rows
+from lit_model.tokenizer import Tokenizer
+
+
+@pytest.mark.parametrize("virtual", ["none", "prefix", "prompt"])
+@pytest.mark.parametrize("shots", [0, 7])
+def test_scores_are_log_probabilities(family, virtual, shots):
+    gpt = model.GPT(model.Config(**family))
+    if virtual == "prefix":
+        prefix.install(gpt, prefix.Prefix(length=3))
+    if virtual == "prompt":
+        prompt.install(gpt, prompt.Prompt(length=4))
+    gpt = randomize(gpt).double()
+    rng = np.random.default_rng(0)
+    before = rng.integers(0, 97, shots).tolist()
+    prompts = [rng.integers(0, 97, n) for n in (5, 12, 3, 20, 9)]
+    labels = [[3], [8, 2, 5], [8, 4]]
+    got = classify.scores(gpt, prompts, labels, row_tokens=30, before=before)
+    for i, ids in enumerate(prompts):
+        for k, label in enumerate(labels):
+            whole = torch.tensor([*before, *ids, *label])
+            log_p = gpt(whole[None])[0].log_softmax(-1)
+            at = torch.arange(len(whole) - len(label) - 1, len(whole) - 1)
+            expected = log_p[at, whole[-len(label) :]].sum()
+            torch.testing.assert_close(got[i, k], expected.float(), rtol=1e-5, atol=1e-5)
+
+
+def test_a_linear_head_reads_the_last_token():
+    gpt = model.GPT(model.Config(**FAMILIES["llama"]))
+    idx = torch.randint(0, 97, (9,))
+    assert gpt(idx[None]).shape == (1, 9, 97)
+    classify.install(gpt, 3)
+    randomize(gpt)
+    got = classify.scores(gpt, [idx.numpy()], [[0], [1], [2]], row_tokens=30)
+    torch.testing.assert_close(got[0], gpt(idx[None])[0, -1].log_softmax(-1), rtol=1e-5, atol=1e-5)
+
+
+@pytest.fixture
+def labelled(tmp_path):
+    """Rows whose label is in the text."""
+    rng = np.random.default_rng(0)
+    with open(tmp_path / "labelled.csv", "w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["text", "label"])
+        for i in range(120):
+            label = ("apple", "river", "stone")[i % 3]
+            writer.writerow([f"{i}, {' '.join(rng.choice(WORDS[3:], 4))} {label}\n", label])
+    return tmp_path / "labelled.csv"
+
+
+@pytest.mark.parametrize("head", ["labels", "linear"])
+def test_labels_are_learned_saved_and_loaded(head, labelled, tiny, tmp_path, capsys, monkeypatch):
+    args = f"--checkpoint_dir {tiny}/base --data {labelled} --out_dir {tmp_path}/run --head {head} --devices cpu"
+    more = "--train.epochs 12 --prompt.val_fraction 0.2 --dtype float32 --selective.what last_blocks --selective.n 3"
+    monkeypatch.setattr(sys, "argv", f"x {args} {more} --train.lr 3e-3".split())
+    cli(finetune_selective.main, finetune_selective.Options, "")
+    said = capsys.readouterr().out
+    assert (tmp_path / "run/confusion.png").stat().st_size > 5000
+    accuracy = float(said.split("after: accuracy ")[1].split(",")[0])
+    assert accuracy > 0.6, said
+    gpt, task = load(tiny / "base", tmp_path / "run"), task_in(method_header(tmp_path / "run"))
+    assert task.classes == ["apple", "river", "stone"] and task.head == head
+    tokenizer = Tokenizer(tiny / "base")
+    _, rows = split_rows(read_rows(labelled), 0.2, seed=0)
+    examples = classify.examples(rows, tokenizer, PromptOptions(), task)
+    verdict = classify.judge(gpt, examples, task, classify.label_ids(task, tokenizer), 4096)
+    assert verdict.accuracy == pytest.approx(accuracy, abs=1e-4)
+    with open(tmp_path / "run/metrics.csv") as file:
+        assert max(float(row["accuracy"]) for row in csv.DictReader(file) if row["accuracy"]) >= accuracy - 1e-4
+
+
+@pytest.mark.parametrize(
+    "pairs, says",
+    [
+        ([("a", "x"), ("b", "x")], "all rows have the label 'x'; there is nothing to tell apart"),
+        ([("a", "apple"), ("b", "apple river")], "the label 'apple river' begins with 'apple': take --head linear"),
+        ([("a", "x"), ("b",)], "line 3: a row needs text and label"),
+    ],
+)
+def test_labels_that_make_no_sense(pairs, says, tiny, tmp_path, capsys, monkeypatch):
+    with open(tmp_path / "rows.csv", "w", newline="") as file:
+        csv.writer(file).writerows([("text", "label"), *pairs])
+    args = f"--checkpoint_dir {tiny}/base --data {tmp_path}/rows.csv --out_dir {tmp_path}/run --devices cpu"
+    monkeypatch.setattr(sys, "argv", f"x {args} --prompt.val_fraction 0".split())
+    with pytest.raises(SystemExit):
+        cli(finetune_lora.main, finetune_lora.Options, "")
+    err = capsys.readouterr().err
+    assert says in err and err.count("\n") == 1
+
+
+def test_a_label_that_was_never_seen_is_named(tiny):
+    task = classify.Task(["good", "bad"], "labels", "Label:")
+    with pytest.raises(ValueError, match="the label 'fair' was never seen; there are good, bad"):
+        classify.examples([dict(text="x", label="fair")], Tokenizer(tiny / "base"), PromptOptions(), task)
+
+
+def test_rows_of_json_may_have_labels_too(tmp_path):
+    (tmp_path / "x.json").write_text(json.dumps([dict(text="a", label=1), dict(text="b", label="two")]))
+    assert read_rows(tmp_path / "x.json") == [dict(text="a", label="1"), dict(text="b", label="two")]
