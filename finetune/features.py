@@ -1,0 +1,111 @@
+"""Feature-based: the network stays as it is; a classifier of scikit-learn learns from what it makes of each text.
+
+    python finetune/features.py --data reviews.csv
+
+The features of a text are the last layer's vectors, normed, of its last token or on average; they are kept in
+features.npz, so that another classifier costs seconds. Reports accuracy, macro F1 and the confusion matrix of the
+validation rows.
+"""
+
+import importlib
+import pickle
+import sys
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs from a bare clone
+
+from lit_model import classify, hub, load
+from lit_model.cli import cli
+from lit_model.data import PromptOptions, read_rows, split_rows
+from lit_model.model import GPT
+from lit_model.packing import Example, pack
+from lit_model.tokenizer import Tokenizer
+
+
+@dataclass
+class Options:
+    """Options."""
+
+    data: Path
+    """.csv, .json or .jsonl file of rows with text and label"""
+    checkpoint_dir: Path = hub.DEMO_CHECKPOINT
+    """folder of the network; by default the demo's, fetched once"""
+    out_dir: Path = Path("out/features")
+    """folder for the features, the classifier and the confusion matrix"""
+    prompt: PromptOptions = field(default_factory=PromptOptions)
+    pool: Literal["last", "mean"] = "last"
+    """the vector of the last token, or the mean over all"""
+    classifier: str = "sklearn.linear_model.LogisticRegression"
+    """any classifier with fit and predict, by its import path"""
+    classifier_options: dict[str, Any] = field(default_factory=lambda: {"max_iter": 2000})
+    """its options, such as '{"C": 0.1}'"""
+    max_examples: int | None = None
+    """train on so many rows only"""
+    row_tokens: int = 4096
+    """tokens that go through the network at a time, about"""
+    seed: int = 0
+    """of the validation split"""
+    dtype: Literal["auto", "bfloat16", "float32"] = "auto"
+    """auto: bfloat16 on a GPU, float32 on a CPU"""
+    device: Literal["auto", "cpu"] = "auto"
+    """auto: the GPU if there is one"""
+
+
+def main(options: Options) -> None:
+    rows = read_rows(options.data)
+    if not rows or "label" not in rows[0]:
+        raise ValueError(f"{options.data} has no rows with text and label")
+    module, _, name = options.classifier.rpartition(".")
+    try:
+        classifier = getattr(importlib.import_module(module), name)(**options.classifier_options)
+    except (ImportError, AttributeError, ValueError, TypeError) as e:
+        raise ValueError(f"--classifier {options.classifier} with {options.classifier_options}: {e}") from None
+    if options.checkpoint_dir.absolute() == hub.DEMO_CHECKPOINT:
+        hub.fetch_demo_model()
+    tokenizer = Tokenizer(options.checkpoint_dir)
+    task = classify.task_of(rows, "linear", options.prompt.question)
+    device = torch.device("cuda" if options.device == "auto" and torch.cuda.is_available() else "cpu")
+    dtype = ("bfloat16" if device.type == "cuda" else "float32") if options.dtype == "auto" else options.dtype
+    gpt = load(options.checkpoint_dir, None, device, getattr(torch, dtype))
+    parts = dict(zip(("train", "val"), split_rows(rows, options.prompt.val_fraction, options.seed)))
+    parts["train"] = parts["train"][: options.max_examples]
+    kept = {}
+    for part, of_part in parts.items():
+        examples = classify.examples(of_part, tokenizer, options.prompt, task)
+        kept[f"{part}_features"] = features(gpt, examples, options.pool, options.row_tokens, part)
+        kept[f"{part}_labels"] = np.array([row["label"] for row in of_part])
+    options.out_dir.mkdir(parents=True, exist_ok=True)
+    np.savez(options.out_dir / "features.npz", **kept)
+    classifier.fit(kept["train_features"], kept["train_labels"])
+    (options.out_dir / "classifier.pickle").write_bytes(pickle.dumps(classifier))
+    for part in parts:
+        verdict = classify.verdict(
+            kept[f"{part}_labels"].tolist(), classifier.predict(kept[f"{part}_features"]).tolist()
+        )
+        print(f"{part}: {verdict}")
+    verdict.draw(options.out_dir / "confusion.png")
+    print(f"saved {options.out_dir}/: features.npz, classifier.pickle, confusion.png")
+
+
+@torch.no_grad()
+def features(gpt: GPT, examples: list[Example], pool: str, row_tokens: int, name: str) -> np.ndarray:
+    """(examples, n_embd) in float32: the normed output of the last layer, at the last token or on average over all."""
+    gpt.heads["features"] = torch.nn.Identity()
+    device, found = gpt.wte.weight.device, []
+    for idx, packed in tqdm(pack(examples, row_tokens, share=False), desc=f"features of {name} rows", leave=False):
+        if pool == "mean":
+            packed = replace(packed, wanted=None, last=None)
+        x = gpt(idx.to(device), replace(packed, targets=None).to(device)).float().cpu()
+        lengths = [1 if pool == "last" else n for n, _ in packed.lengths]
+        found += [part.mean(0) for part in x.split(lengths)]
+    return torch.stack(found).numpy()
+
+
+if __name__ == "__main__":
+    cli(main, Options, __doc__)

@@ -1,0 +1,116 @@
+"""How well does a network tell the rows of a file apart, by its text and label columns?
+
+    python scripts/eval_data.py --data test.csv --method_dir out/lora     what a finetuning run has learned
+    python scripts/eval_data.py --data test.csv --shots 8 --shots_from train.csv      in-context learning, no training
+
+The label that is likeliest as the words after a text is taken. Demonstrations stand before every text; their keys and
+values are computed once.
+"""
+
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs from a bare clone
+
+from lit_model import classify, hub, load
+from lit_model.checkpoint import method_header, task_in
+from lit_model.cli import cli
+from lit_model.data import PromptOptions, read_rows
+from lit_model.tokenizer import Tokenizer
+
+
+@dataclass
+class Options:
+    """Options."""
+
+    data: Path
+    """.csv, .json or .jsonl file of rows with text and label"""
+    checkpoint_dir: Path = hub.DEMO_CHECKPOINT
+    """folder of the base network; by default the demo's, fetched once"""
+    method_dir: Path | None = None
+    """out_dir of a finetuning run on that base; its labels and question are taken"""
+    shots: int = 0
+    """demonstrations, as many of each label as possible"""
+    shots_from: Path | None = None
+    """file of the demonstrations, with rows that are not in --data"""
+    prompt: PromptOptions = field(default_factory=PromptOptions)
+    max_examples: int | None = None
+    """only the first so many rows"""
+    row_tokens: int = 4096
+    """tokens that go through the network at a time, about"""
+    seed: int = 0
+    """of the choice of demonstrations"""
+    draw: Path | None = None
+    """PNG file for the confusion matrix"""
+    dtype: Literal["auto", "bfloat16", "float32"] = "auto"
+    """auto: bfloat16 on a GPU, float32 on a CPU"""
+    device: Literal["auto", "cpu"] = "auto"
+    """auto: the GPU if there is one"""
+
+
+def main(options: Options) -> None:
+    if (options.shots > 0) != (options.shots_from is not None):
+        raise ValueError("--shots and --shots_from go together: how many demonstrations, and from which rows")
+    if options.checkpoint_dir.absolute() == hub.DEMO_CHECKPOINT:
+        hub.fetch_demo_model()
+    tokenizer = Tokenizer(options.checkpoint_dir)
+    rows = labelled(options.data)[: options.max_examples]
+    task = task_in(method_header(options.method_dir)) if options.method_dir else None
+    if options.method_dir and task is None:
+        raise ValueError(f"{options.method_dir} was not trained on rows of text and label")
+    shown = demonstrations(labelled(options.shots_from), options.shots, options.seed) if options.shots_from else []
+    task = task or classify.task_of(rows + shown, "labels", options.prompt.question)
+    device = torch.device("cuda" if options.device == "auto" and torch.cuda.is_available() else "cpu")
+    dtype = ("bfloat16" if device.type == "cuda" else "float32") if options.dtype == "auto" else options.dtype
+    examples = classify.examples(rows, tokenizer, options.prompt, task)
+    before = demonstration_ids(shown, tokenizer, options.prompt, task)
+    gpt = load(options.checkpoint_dir, options.method_dir, device, getattr(torch, dtype))
+    longest = gpt.n_virtual_tokens + gpt.n_virtual_keys + len(before) + max(len(e.ids) for e in examples)
+    if longest > gpt.config.block_size:
+        room = f"the model's context of {gpt.config.block_size}"
+        raise ValueError(
+            f"demonstrations and text have up to {longest} tokens, too many for {room}: take fewer --shots"
+        )
+    verdict = classify.judge(gpt, examples, task, classify.label_ids(task, tokenizer), options.row_tokens, before)
+    print(f"{verdict}, {options.shots} demonstrations of {len(before)} tokens")
+    if options.draw:
+        verdict.draw(options.draw)
+
+
+def labelled(path: Path) -> list[dict[str, str]]:
+    rows = read_rows(path)
+    if not rows or "label" not in rows[0]:
+        raise ValueError(f"{path} has no rows with text and label")
+    return rows
+
+
+def demonstrations(rows: list[dict[str, str]], n: int, seed: int) -> list[dict[str, str]]:
+    """`n` rows in random order, of each label as many, give or take one."""
+    rng = np.random.default_rng(seed)
+    shuffled = [rows[i] for i in rng.permutation(len(rows))]
+    seen: dict[str, int] = {}
+    turn = []  # how many of its label came before each row: those of the same turn are one of each label
+    for row in shuffled:
+        turn.append(seen.get(row["label"], 0))
+        seen[row["label"]] = turn[-1] + 1
+    chosen = sorted(range(len(shuffled)), key=lambda i: turn[i])[:n]
+    return [shuffled[i] for i in rng.permutation(chosen)]
+
+
+def demonstration_ids(
+    rows: list[dict[str, str]], tokenizer: Tokenizer, prompt: PromptOptions, task: classify.Task
+) -> list[int]:
+    """The demonstrations one after the other, an empty line between; without a beginning-of-text token."""
+    gap, ids = tokenizer.encode("\n\n"), []
+    for e in classify.examples(rows, tokenizer, prompt, task):
+        ids += [*e.ids[tokenizer.bos_id is not None :].tolist(), *gap]
+    return ids
+
+
+if __name__ == "__main__":
+    cli(main, Options, __doc__)
