@@ -73,7 +73,7 @@ def attend(
         q, k = (q, k) if rope is None else (rotate(q, rope), rotate(k, rope))
         y = _attend_gathered(q, k, v, packed)
     for pk, pv, gate in prompts:
-        y = y + gate.to(y.dtype)[:, None] * plain_attention(q, pk, pv)
+        y = y + gate.to(y.dtype)[..., None] * plain_attention(q, pk, pv)
     return y
 
 

@@ -23,7 +23,20 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from lit_model import adapter, adapter_v2, bottleneck, classify, full, ia3, lora, model, prefix, prompt, selective
+from lit_model import (
+    adapter,
+    adapter_v2,
+    bottleneck,
+    classify,
+    full,
+    ia3,
+    lora,
+    model,
+    prefix,
+    prompt,
+    selective,
+    several,
+)
 from lit_model.files import read_json, write_tensors, write_text
 from lit_model.quantize import Kind
 from lit_model.quantize import quantize as quantize_block
@@ -44,7 +57,7 @@ METHODS = {
 
 def load(
     checkpoint_dir: Path | str,
-    method_dir: Path | str | Sequence[Path | str] | None = None,
+    method_dir: Path | str | Sequence[Path | str] | Mapping[str, Path | str] | None = None,
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
     quantize: Kind = "none",
@@ -53,12 +66,14 @@ def load(
 
     Args:
         method_dir: the out_dir of a finetuning run, or one .safetensors file in it; several work together, in the order
-            in which they stand.
+            in which they stand; several with a name each lie side by side, see several.py.
         dtype: of the base weights and of all activations.
         quantize: how to keep the base weights, see quantize.py.
     Raises:
         FileNotFoundError: a file is not there. ValueError: it is broken, or the method was trained on another base.
     """
+    if isinstance(method_dir, Mapping):
+        return _side_by_side(checkpoint_dir, method_dir, device, dtype, quantize)
     with torch.device("meta"):
         gpt = model.GPT(model.Config.load(checkpoint_dir))
     folders = [method_dir] if isinstance(method_dir, (Path, str)) else method_dir or []
@@ -74,6 +89,26 @@ def load(
         if missing := sorted(own - tensors.keys()):
             raise ValueError(f"{method_file(folder)} lacks {len(missing)} tensors, such as {missing[0]}")
         gpt.tie()
+    return gpt.requires_grad_(False).eval()
+
+
+def _side_by_side(
+    checkpoint_dir: Path | str, folders: Mapping[str, Path | str], device: Any, dtype: torch.dtype, quantize: Kind
+) -> several.GPT:
+    with torch.device("meta"):
+        gpt = several.GPT(model.Config.load(checkpoint_dir))
+    load_base(gpt, checkpoint_dir, dtype, device, quantize)
+    for name, folder in folders.items():
+        with torch.device("meta"):
+            donor = model.GPT(model.Config.load(checkpoint_dir))
+        own, tensors = _install(donor, folder, checkpoint_dir), read_tensors(method_file(folder), device)
+        if replaced := sorted(n for n in tensors if is_base(n) or n.startswith("heads.")):
+            what = f"{len(replaced)} tensors of the base, such as {replaced[0]}"
+            raise ValueError(f"{folder} replaces {what}; side by side go methods that only add to it")
+        _assign(donor, tensors, method_file(folder), _shapes(donor.state_dict()))
+        if missing := sorted(own - tensors.keys()):
+            raise ValueError(f"{method_file(folder)} lacks {len(missing)} tensors, such as {missing[0]}")
+        gpt.take(name, donor)
     return gpt.requires_grad_(False).eval()
 
 

@@ -4,7 +4,7 @@ may see which (packing.py). There is no padding and no other attention path.
 No finetuning method is known here. A method adds small modules to four slots:
   Linear.deltas                y = delta(linear, x, y)      after a linear layer (LoRA)
   CausalSelfAttention.deltas   k, v, gate = delta(attention, dtype)   what every token sees in a softmax of its
-                               own, times a gate: (K, nkv, hs), (K, nkv, hs), (nh,)   (LLaMA-Adapter)
+                               own, times a gate: (K, nkv, hs), (K, nkv, hs), (nh,) or (T, nh); or None (LLaMA-Adapter)
   GPT.virtual_tokens           x = virtual()                (P, C) embeddings in front of every example (soft prompt)
   GPT.heads                    logits = head(x)             in the place of the output layer (classification)
   GPT.virtual_keys             kv = virtual()               (layers, 2, P, nkv, hs) in front of every example: in
@@ -250,7 +250,7 @@ class CausalSelfAttention(nn.Module):
             k, v = (torch.cat((virtual, own)) for virtual, own in zip(row.virtual_keys, (k, v)))
         if row.only is not None:
             q = take_rows(q, row.only)
-        prompts = [delta(self, x.dtype) for delta in self.deltas.values()]
+        prompts = [prompt for delta in self.deltas.values() if (prompt := delta(self, x.dtype)) is not None]
         y = attend(q, k, v, row.packed, rope, prompts)  # (T, nh, hs)
         return self.o_proj(y.flatten(1))
 

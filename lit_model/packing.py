@@ -128,9 +128,10 @@ class Packed(Movable):
 class Segment:
     """A run of tokens, and the segment that it continues. `lay_out` fills in the rest."""
 
-    def __init__(self, length: int, parent: "Segment | None" = None):
+    def __init__(self, length: int, parent: "Segment | None" = None, front: np.ndarray | None = None):
         self.length = length
         self.parent = parent
+        self.front = front  # which of the virtual keys it sees, if it continues none; None: all
         self.keys: np.ndarray  # indices into the source of keys: all that its last token sees
         self.end: int  # position after its last token
         self.until: int  # index into the source of keys, after its last descendant
@@ -148,7 +149,8 @@ def lay_out(segments: Sequence[Segment], n_virtual_keys: int = 0, cached: int | 
     keys, pos, first = [], [], n_virtual_keys + (cached or 0)
     offset = first
     for s in segments:
-        seen, start = (s.parent.keys, s.parent.end) if s.parent else (np.arange(n_virtual_keys), n_virtual_keys)
+        front = np.arange(n_virtual_keys) if s.front is None else s.front
+        seen, start = (s.parent.keys, s.parent.end) if s.parent else (front, len(front))
         s.keys = np.concatenate((seen, np.arange(offset, offset + s.length)))
         s.end = start + s.length
         keys.append(s.keys)
