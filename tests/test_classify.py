@@ -9,13 +9,15 @@ import pytest
 import torch
 from conftest import FAMILIES, WORDS, randomize
 
+from finetune import features as finetune_features
 from finetune import lora as finetune_lora
 from finetune import selective as finetune_selective
 from lit_model import classify, load, model, prefix, prompt
-from lit_model.checkpoint import method_header, task_in
+from lit_model.checkpoint import fingerprint_of, freeze, load_base, method_header, save_method, task_in
 from lit_model.cli import cli
 from lit_model.data import PromptOptions, read_rows, split_rows
 from lit_model.tokenizer import Tokenizer
+from scripts import eval_data, inspect_prompt
 
 
 @pytest.mark.parametrize("virtual", ["none", "prefix", "prompt"])
@@ -113,3 +115,57 @@ def test_a_label_that_was_never_seen_is_named(tiny):
 def test_rows_of_json_may_have_labels_too(tmp_path):
     (tmp_path / "x.json").write_text(json.dumps([dict(text="a", label=1), dict(text="b", label="two")]))
     assert read_rows(tmp_path / "x.json") == [dict(text="a", label="1"), dict(text="b", label="two")]
+
+
+def say(module, capsys, monkeypatch, args: str) -> str:
+    monkeypatch.setattr(sys, "argv", ["script", *args.split()])
+    cli(module.main, module.Options, module.__doc__)
+    return capsys.readouterr().out
+
+
+def test_zero_shot_few_shot_and_features(labelled, tiny, tmp_path, capsys, monkeypatch):
+    args = f"--checkpoint_dir {tiny}/base --data {labelled} --device cpu"
+    assert "on 120 rows, 0 demonstrations of 0 tokens" in say(eval_data, capsys, monkeypatch, args)
+    said = say(eval_data, capsys, monkeypatch, f"{args} --shots 4 --shots_from {labelled} --draw {tmp_path}/x.png")
+    assert "on 120 rows, 4 demonstrations of" in said and (tmp_path / "x.png").stat().st_size > 5000
+    shown = eval_data.demonstrations(read_rows(labelled), 7, seed=0)
+    counts = [[row["label"] for row in shown].count(name) for name in ("apple", "river", "stone")]
+    assert sorted(counts) == [2, 2, 3]
+
+    args += f" --out_dir {tmp_path}/features --prompt.val_fraction 0.25"
+    for pool, classifier in (("mean", ""), ("last", "--classifier sklearn.neighbors.KNeighborsClassifier")):
+        more = f"{args} --pool {pool} {classifier}" + (" --classifier_options {}" if classifier else "")
+        said = say(finetune_features, capsys, monkeypatch, more)
+        assert float(said.split("val: accuracy ")[1].split(",")[0]) > 0.4
+    kept = np.load(tmp_path / "features/features.npz")
+    assert kept["train_features"].shape == (90, 64) and kept["val_labels"].shape == (30,)
+
+
+def test_features_are_those_of_the_last_layer(tiny, labelled):
+    gpt, tokenizer = load(tiny / "base"), Tokenizer(tiny / "base")
+    rows = read_rows(labelled)[:9]
+    made = classify.examples(rows, tokenizer, PromptOptions(), classify.task_of(rows, "linear", "Label:"))
+    seen = []
+    gpt.norm_f.register_forward_hook(lambda module, args, out: seen.append(out))
+    for e in made:
+        gpt(torch.from_numpy(e.ids[:-1]).long()[None])
+    for pool, expected in (("last", [x[-1] for x in seen]), ("mean", [x.mean(0) for x in seen])):
+        got = finetune_features.features(load(tiny / "base"), made, pool, 100, "")
+        torch.testing.assert_close(torch.from_numpy(got), torch.stack(expected), rtol=1e-4, atol=1e-5)
+
+
+def test_a_prompt_made_of_words_is_nearest_to_them(tiny, tmp_path, capsys, monkeypatch):
+    tokenizer = Tokenizer(tiny / "base")
+    ids = tokenizer.encode("apple river")
+    for module, name, options in (
+        (prompt, "prompt", prompt.Prompt(length=len(ids))), (prefix, "prefix", prefix.Prefix(length=len(ids))),
+    ):  # fmt: skip
+        gpt = module.GPT(module.Config.load(tiny / "base", **{name: options}))
+        load_base(gpt, tiny / "base", torch.float32)
+        freeze(gpt, module.trainable)
+        module.start(gpt, ids)
+        save_method(tmp_path / f"{name}.safetensors", gpt, name, options, fingerprint_of(tiny / "base"))
+        args = f"--checkpoint_dir {tiny}/base --method_dir {tmp_path}/{name}.safetensors --k 2 --draw {tmp_path}/x.png"
+        said = say(inspect_prompt, capsys, monkeypatch, args).splitlines()
+        for i, line in zip(ids, said):
+            assert f"{repr(repr(tokenizer.decode([i]))[1:-1])} 1.00" in line
