@@ -4,6 +4,7 @@ To hack it for one method, copy `fit` into that method's script. What it prints 
 into a GPU's memory in memory.py.
 """
 
+import copy
 import math
 import os
 import shlex
@@ -107,6 +108,14 @@ class Options:
 
 
 @dataclass
+class Trunk:
+    """What the frozen blocks below `first_block` give for each token of the training examples, (tokens, C)."""
+
+    x: Tensor
+    first_block: int
+
+
+@dataclass
 class Run:
     """What `start` has found out and `fit` works with."""
 
@@ -118,6 +127,7 @@ class Run:
     val_examples: list[Example]
     row_tokens: int
     task: classify.Task | None = None  # of rows with text and label
+    trunk: Trunk | None = None  # what `cache_trunk` has made
 
     @property
     def device(self) -> torch.device:
@@ -410,9 +420,35 @@ def with_rows(
     """Each batch and the rows that it is packed into."""
     for batch in batches:
         rows = pack(batch, run.row_tokens, gpt.n_virtual_tokens, gpt.n_virtual_keys, share)
+        if trunk := run.trunk:
+            rows = [(idx, replace(p, x=trunk.x[p.source], first_block=trunk.first_block)) for idx, p in rows]
         if run.device.type == "cuda":  # a copy from other memory would hold up the host
             rows = [(idx.pin_memory(), packed.pin_memory()) for idx, packed in rows]
         yield batch, rows
+
+
+@torch.no_grad()
+def cache_trunk(run: Run, gpt: GPT) -> Run:
+    """Computes what lies below the first block that is trained once for all epochs, and keeps it on the host.
+
+    Raises ValueError if something below the blocks is trained.
+    """
+    trained = [any(p.requires_grad for p in block.parameters()) for block in gpt.blocks]
+    first_block = [*trained, True].index(True)
+    below = [m for m in (gpt.wte, gpt.wpe, gpt.virtual_tokens, gpt.virtual_keys) if m is not None]
+    if any(p.requires_grad for m in below for p in m.parameters()):
+        raise ValueError("--cache_features keeps what comes out of frozen layers, and here the first ones are trained")
+    ends = np.cumsum([len(e.ids) for e in run.train_examples])
+    examples = [replace(e, at=int(end) - len(e.ids)) for e, end in zip(run.train_examples, ends)]
+    below = copy.copy(gpt)  # the same network without what lies above
+    identity = dict(norm_f=nn.Identity(), heads=nn.ModuleDict({"features": nn.Identity()}))
+    below._modules = gpt._modules | dict(blocks=gpt.blocks[:first_block], **identity)
+    x = torch.empty(int(ends[-1]), gpt.config.n_embd, dtype=gpt.dtype)
+    print(f"features of {len(examples)} examples, below block {first_block}: {x.nbytes / 2**30:.2f} GiB of host memory")
+    for idx, packed in tqdm(pack(examples, run.row_tokens, share=False), desc="features", unit="row", leave=False):
+        whole = replace(packed, wanted=None, targets=None, last=None)
+        x[packed.source] = below(idx.to(run.device), whole.to(run.device)).cpu()
+    return replace(run, train_examples=examples, trunk=Trunk(x, first_block))
 
 
 def ahead(items: Iterator, n: int = 2) -> Iterator:

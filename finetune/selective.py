@@ -21,6 +21,8 @@ class Options(loop.Options):
     """Options."""
 
     selective: Selective = field(default_factory=Selective)
+    cache_features: bool = False
+    """compute the frozen layers below the first trained one once for all epochs, and keep what they give on the host"""
     out_dir: Path = Path("out/selective")
     train: loop.Train = field(default_factory=lambda: loop.Train(lr=1e-4))
 
@@ -28,6 +30,8 @@ class Options(loop.Options):
 def main(options: Options) -> None:
     run = loop.start(options)
     gpt = loop.build(run, selective, selective=options.selective)
+    if options.cache_features:
+        run = loop.cache_trunk(run, gpt)
     loop.fit(run, gpt, "selective", options.selective)
 
 

@@ -348,6 +348,14 @@ class GPT(nn.Module):
         """Number of virtual keys and values in front of every example, in each layer."""
         return sum(virtual.length for virtual in self.virtual_keys.values())
 
+    def embed(self, idx: Tensor, packed: Packed) -> Tensor:
+        """(T, C) what goes into the first block."""
+        x = self.wte(idx)
+        x = x.to(self.dtype or x.dtype)
+        if packed.has_virtual_tokens:
+            x = torch.cat([virtual().to(x.dtype) for virtual in self.virtual_tokens.values()] + [x])
+        return x if self.wpe is None else x + self.wpe(packed.pos).to(x.dtype)
+
     def forward(self, idx: Tensor, packed: Packed | None = None, cache: KVCache | None = None) -> Tensor:
         """Logits, or the loss.
 
@@ -367,24 +375,19 @@ class GPT(nn.Module):
             return self(idx.flatten(), packed).unflatten(0, idx.shape)
         if packed.n_virtual_keys != self.n_virtual_keys:
             raise ValueError(f"packed for {packed.n_virtual_keys} virtual keys; the network has {self.n_virtual_keys}")
-        x = self.wte(idx)  # (T, C)
-        x = x.to(self.dtype or x.dtype)
-        if packed.has_virtual_tokens:
-            x = torch.cat([virtual().to(x.dtype) for virtual in self.virtual_tokens.values()] + [x])
-        if self.wpe is not None:
-            x = x + self.wpe(packed.pos).to(x.dtype)
+        x = self.embed(idx, packed) if packed.x is None else packed.x  # (T, C)
         rope = None if self.wpe is not None else rope_angles(packed.pos, self.config, x.dtype)
         recompute = self.recompute != "off" and torch.is_grad_enabled()
         offload = Offload(x.device) if recompute and self.recompute == "offload" else None
         prefixes = [virtual().to(x.dtype) for virtual in self.virtual_keys.values()]
         prefix = torch.cat(prefixes, dim=2).unbind() if prefixes else [None] * len(self.blocks)
-        for layer, block in enumerate(self.blocks):
-            row = Row(packed, layer, rope, cache, prefix[layer])
+        for layer in range(packed.first_block, len(self.blocks)):
+            block, row = self.blocks[layer], Row(packed, layer, rope, cache, prefix[layer])
             if packed.last is not None and layer == len(self.blocks) - 1:
                 row = replace(row, packed=packed.last, only=packed.wanted)
             x = recomputed(block, x, row, offload) if recompute else block(x, row)
-        if packed.last is None and packed.wanted is not None:
-            x = x[packed.wanted]
+        if packed.wanted is not None and (packed.last is None or packed.first_block == len(self.blocks)):
+            x = x[packed.wanted]  # otherwise the last block has taken them
         x = self.norm_f(x)  # (M, C)
         if packed.targets is None:
             return self.head(x)

@@ -122,6 +122,9 @@ class Packed(Movable):
     last: "Packed | None" = None  # the row as the last layer needs it: with the queries of the wanted tokens only
     blocks: Blocks | None = None  # the same in blocks; None with a KV cache
     n_virtual_keys: int = 0  # at the front of the source of keys
+    source: Tensor | None = None  # (T,) where each token lies among those of all examples, if they say so
+    x: Tensor | None = None  # (T, C) what goes into block `first_block`, if it is known already
+    first_block: int = 0
     has_virtual_tokens: bool = False  # the row begins with the network's virtual tokens, which `idx` does not contain
 
 
@@ -209,6 +212,8 @@ class Example:
 
     ids: np.ndarray
     first_target: int
+    at: int | None = None
+    """where its first token lies among those of all examples, for what is computed of each token once for all"""
 
     @property
     def n_targets(self) -> int:
@@ -259,14 +264,16 @@ def _pack_row(
 ) -> tuple[Tensor, Packed]:
     root = Segment(n_virtual_tokens) if n_virtual_tokens else None
     segments = [root] if root else []
-    ids, wanted, targets = [], [], []
+    ids, wanted, targets, source = [], [], [], []
     offset = n_virtual_tokens  # of the next segment in the row
 
-    def add(tokens: np.ndarray, parent: Segment | None) -> Segment:
+    def add(e: Example, start: int, end: int, parent: Segment | None) -> Segment:
         nonlocal offset
-        segments.append(Segment(len(tokens), parent))
-        ids.append(tokens)
-        offset += len(tokens)
+        segments.append(Segment(end - start, parent))
+        ids.append(e.ids[start:end])
+        if e.at is not None:
+            source.append(np.arange(e.at + start, e.at + end))
+        offset += end - start
         return segments[-1]
 
     def grow(group: list[Example], start: int, parent: Segment | None) -> None:
@@ -278,12 +285,12 @@ def _pack_row(
             e = group[low]
             if high - low > 1:
                 end = min(common[low : high - 1])
-                grow(group[low:high], end, add(e.ids[start:end], parent))
+                grow(group[low:high], end, add(e, start, end, parent))
             else:
                 zero = offset - start  # where the example's first token would stand if it were all its own
                 wanted.append(zero + np.arange(e.first_target - 1, len(e.ids) - 1))
                 targets.append(e.ids[e.first_target :])
-                add(e.ids[start:-1], parent)  # no one sees the last token, and it predicts nothing
+                add(e, start, len(e.ids) - 1, parent)  # no one sees the last token, and it predicts nothing
 
     grow(examples, 0, root)
     packed = lay_out(segments, n_virtual_keys)
@@ -292,6 +299,7 @@ def _pack_row(
         wanted=torch.from_numpy(np.concatenate(wanted)),
         targets=torch.from_numpy(np.concatenate(targets)).long(),
         has_virtual_tokens=root is not None,
+        source=torch.from_numpy(np.concatenate(source)) if source else None,
         last=_only(packed, segments, wanted),
     )
     return torch.from_numpy(np.concatenate(ids)).long(), packed

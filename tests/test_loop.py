@@ -1,6 +1,6 @@
 """The training loop: what a step computes, what it must not do, and when it ends."""
 
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import numpy as np
 import pytest
@@ -231,3 +231,34 @@ def test_lora_plus_trains_b_faster(options, tmp_path):
         b = trained(replace(one, out_dir=tmp_path / str(ratio), lora=LoRA(lr_ratio=ratio)))
         moved = b["blocks.0.attn.q_proj.deltas.lora.B"].abs().max().item()
         assert moved == pytest.approx(1e-2 * ratio, rel=1e-3)
+
+
+@pytest.mark.parametrize("what", ["head", "last_blocks"])
+def test_cached_features_train_the_same(options, tmp_path, what):
+    """With an example's beginning shared with others or not, in other rows each epoch."""
+    from finetune import selective
+
+    given = {f.name: getattr(options, f.name) for f in fields(loop.Options)}
+    chosen = selective.Selective(what=what, n=1)
+    kept = []
+    for cached in (False, True):
+        run = replace(options, out_dir=tmp_path / str(cached), train=replace(options.train, epochs=2))
+        given |= dict(out_dir=run.out_dir, train=run.train)
+        selective.main(selective.Options(**given, selective=chosen, cache_features=cached))
+        kept.append(load_file(run.out_dir / "last.safetensors"))
+    assert all(torch.allclose(kept[0][name], kept[1][name], rtol=1e-3, atol=1e-5) for name in kept[0])
+
+
+def test_cached_features_skip_the_frozen_blocks(options):
+    from finetune import selective
+
+    run = loop.start(options)
+    gpt = loop.build(run, selective.selective, selective=selective.Selective(n=1))
+    run = loop.cache_trunk(run, gpt)
+    for block in gpt.blocks[:2]:
+        block.forward = None  # whoever calls it fails
+    idx, packed = next(loop.with_rows(loop.batches(run.train_examples, options.train), gpt, run, True))[1][0]
+    gpt(idx, packed).backward()
+    full = lora.GPT(lora.Config.load(options.checkpoint_dir))
+    with pytest.raises(ValueError, match="the first ones are trained"):
+        loop.cache_trunk(run, full)
