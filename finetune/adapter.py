@@ -29,10 +29,10 @@ class Options(loop.Options):
     train: loop.Train = field(default_factory=lambda: loop.Train(lr=3e-2))
 
 
-def main(options: Options) -> None:
+def main(options: Options) -> loop.Summary:
     run = loop.start(options)
     gpt = loop.build(run, adapter, adapter=options.adapter)
-    loop.fit(run, gpt, "adapter", options.adapter)
+    return loop.fit(run, gpt, "adapter", options.adapter)
 
 
 if __name__ == "__main__":

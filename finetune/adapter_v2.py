@@ -25,10 +25,10 @@ class Options(loop.Options):
     train: loop.Train = field(default_factory=lambda: loop.Train(lr=1e-2))
 
 
-def main(options: Options) -> None:
+def main(options: Options) -> loop.Summary:
     run = loop.start(options)
     gpt = loop.build(run, adapter_v2, adapter_v2=options.adapter_v2)
-    loop.fit(run, gpt, "adapter_v2", options.adapter_v2)
+    return loop.fit(run, gpt, "adapter_v2", options.adapter_v2)
 
 
 if __name__ == "__main__":

@@ -25,10 +25,10 @@ class Options(loop.Options):
     train: loop.Train = field(default_factory=lambda: loop.Train(lr=3e-3))
 
 
-def main(options: Options) -> None:
+def main(options: Options) -> loop.Summary:
     run = loop.start(options)
     gpt = loop.build(run, bottleneck, bottleneck=options.bottleneck)
-    loop.fit(run, gpt, "bottleneck", options.bottleneck)
+    return loop.fit(run, gpt, "bottleneck", options.bottleneck)
 
 
 if __name__ == "__main__":

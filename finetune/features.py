@@ -93,6 +93,11 @@ def main(options: Options) -> None:
     print(f"saved {options.out_dir}/: features.npz, classifier.pickle, confusion.png")
 
 
+def read_classifier(folder: Path) -> Any:
+    """The classifier that `main` has fitted. Unpickling runs what the file says: only of folders that you made."""
+    return pickle.loads((folder / "classifier.pickle").read_bytes())
+
+
 @torch.no_grad()
 def features(gpt: GPT, examples: list[Example], pool: str, row_tokens: int, name: str) -> np.ndarray:
     """(examples, n_embd) in float32: the normed output of the last layer, at the last token or on average over all."""

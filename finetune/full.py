@@ -23,14 +23,14 @@ class Options(loop.Options):
     train: loop.Train = field(default_factory=lambda: loop.Train(lr=1e-4))
 
 
-def main(options: Options) -> None:
+def main(options: Options) -> loop.Summary:
     if options.quantize != "none":
         raise ValueError(
             "full finetuning trains the weights that --quantize would freeze; use finetune/lora.py with it"
         )
     run = loop.start(options)
     gpt = loop.build(run, full)
-    loop.fit(run, gpt, "full")
+    return loop.fit(run, gpt, "full")
 
 
 if __name__ == "__main__":

@@ -23,10 +23,10 @@ class Options(loop.Options):
     train: loop.Train = field(default_factory=lambda: loop.Train(lr=3e-2))
 
 
-def main(options: Options) -> None:
+def main(options: Options) -> loop.Summary:
     run = loop.start(options)
     gpt = loop.build(run, ia3)
-    loop.fit(run, gpt, "ia3")
+    return loop.fit(run, gpt, "ia3")
 
 
 if __name__ == "__main__":

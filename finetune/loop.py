@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from finetune import memory
-from finetune.report import Log, Meter, Step, closing_line, n_parameters
+from finetune.report import Log, Meter, Step, closing_line, n_parameters, peak_memory
 from lit_model import classify, hub
 from lit_model.checkpoint import fingerprint_of, freeze, is_base, load_base, save_method
 from lit_model.data import PromptOptions, read_rows, render, split_rows, tokenize
@@ -217,6 +217,19 @@ def _dtype(wanted: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if fast else torch.float32
 
 
+@dataclass
+class Summary:
+    """What a run took and gave."""
+
+    n_trained: int
+    n_total: int
+    seconds: float
+    """of training, without evaluations"""
+    n_tokens: int
+    peak_gib: float
+    val_loss: float
+
+
 LearningRateScale = Callable[[str, Config], float]  # of a trained tensor, by its name
 
 
@@ -246,7 +259,7 @@ def fit(
     method_options: Any = None,
     share: bool = True,
     lr_scale: LearningRateScale = the_same,
-) -> None:
+) -> Summary:
     """Trains what requires gradients in `gpt` and writes `options.out_dir`.
 
     The loss of a step is the sum over all target tokens of its examples divided by their number: the same as example by
@@ -344,6 +357,7 @@ def fit(
         words = ["--checkpoint_dir", str(options.checkpoint_dir), *words]
     print(f"saved {options.out_dir}/: lit_method.safetensors, last.safetensors, hparams.yaml, metrics.csv, loss.png")
     print(f"try:  python generate/base.py {shlex.join(words)}")
+    return Summary(n_trained, n_total, meter.seconds(), meter.n_tokens, peak_memory(run.device), best)
 
 
 def prepare(

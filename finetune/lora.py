@@ -29,11 +29,11 @@ class Options(loop.Options):
     train: loop.Train = field(default_factory=lambda: loop.Train(lr=2e-3))
 
 
-def main(options: Options) -> None:
+def main(options: Options) -> loop.Summary:
     run = loop.start(options)
     gpt = loop.build(run, lora, lora=options.lora)
     lora.start(gpt, options.lora)
-    loop.fit(run, gpt, "lora", options.lora, share=not options.lora.dropout, lr_scale=lora.lr_scale)
+    return loop.fit(run, gpt, "lora", options.lora, share=not options.lora.dropout, lr_scale=lora.lr_scale)
 
 
 if __name__ == "__main__":

@@ -25,12 +25,12 @@ class Options(loop.Options):
     train: loop.Train = field(default_factory=lambda: loop.Train(lr=1e-2))
 
 
-def main(options: Options) -> None:
+def main(options: Options) -> loop.Summary:
     run = loop.start(options)
     gpt = loop.build(run, prefix, prefix=options.prefix)
     if options.prefix.init == "tokens" and not options.prefix.mlp:
         prefix.start(gpt, run.tokenizer.encode(options.prefix.text))
-    loop.fit(run, gpt, "prefix", options.prefix)
+    return loop.fit(run, gpt, "prefix", options.prefix)
 
 
 if __name__ == "__main__":

@@ -25,11 +25,11 @@ class Options(loop.Options):
     train: loop.Train = field(default_factory=lambda: loop.Train(lr=3e-2))
 
 
-def main(options: Options) -> None:
+def main(options: Options) -> loop.Summary:
     run = loop.start(options)
     gpt = loop.build(run, prompt, prompt=options.soft_prompt)
     prompt.start(gpt, run.tokenizer.encode(options.soft_prompt.text) if options.soft_prompt.text else [])
-    loop.fit(run, gpt, "prompt", options.soft_prompt)
+    return loop.fit(run, gpt, "prompt", options.soft_prompt)
 
 
 if __name__ == "__main__":

