@@ -4,8 +4,9 @@
     python scripts/compare.py --methods all --seeds 0,1,2 --max_steps 400 --out_dir out/compare-all
 
 Rows of text and label are split into training, validation and test rows, each text once. A method is trained with
-the label words as completion; its checkpoint of least validation loss is judged on the test rows, which no run has seen.
-Each finished cell (a method, a learning rate, a seed) is kept in cells.jsonl: a run that was cut off goes on from there.
+the label words as completion; its checkpoint of least validation loss is judged on the test rows, which no run has
+seen.
+Each finished cell (a method, a learning rate, a seed) is kept in cells.jsonl: what was cut off goes on from there.
 With --search each method first tries its learning rates, with the first seed on the validation rows.
 """
 

@@ -17,7 +17,7 @@ from lit_model.checkpoint import fingerprint_of, freeze, load_base, method_heade
 from lit_model.cli import cli
 from lit_model.data import PromptOptions, read_rows, split_rows
 from lit_model.tokenizer import Tokenizer
-from scripts import eval_data, inspect_prompt
+from scripts import compare, eval_data, inspect_prompt
 
 
 @pytest.mark.parametrize("virtual", ["none", "prefix", "prompt"])
@@ -169,3 +169,31 @@ def test_a_prompt_made_of_words_is_nearest_to_them(tiny, tmp_path, capsys, monke
         said = say(inspect_prompt, capsys, monkeypatch, args).splitlines()
         for i, line in zip(ids, said):
             assert f"{repr(repr(tokenizer.decode([i]))[1:-1])} 1.00" in line
+
+
+def test_a_comparison_goes_on_where_it_ended_and_says_what_to_take(labelled, tiny, tmp_path, capsys, monkeypatch):
+    out = tmp_path / "compare"
+    args = f"--data {labelled} --checkpoint_dir {tiny}/base --out_dir {out} --devices cpu --n_test 30 --n_val 15"
+    args += " --max_steps 4 --shots 2"
+    say(compare, capsys, monkeypatch, f"{args} --methods zero-shot,lora --seeds 0,1")
+    first = (out / "cells.jsonl").read_text()
+    said = say(compare, capsys, monkeypatch, f"{args} --methods lora,few-shot,features,head --seeds 0,1 --search")
+    assert (out / "cells.jsonl").read_text().startswith(first) and "==== lora, seed 0, lr 0.002" not in said
+    cells = [json.loads(line) for line in (out / "cells.jsonl").read_text().splitlines()]
+    assert {c["cell"] for c in cells if c["method"] == "head"} >= {
+        f"head, seed 0, lr {lr:g}" for lr in (3e-4, 1e-3, 3e-3)
+    }
+    table = (out / "table.md").read_text()
+    assert all(f"| {name} |" in table for name in ("lora", "few-shot", "features", "head")) and "Best: " in table
+    assert (out / "tradeoff.png").stat().st_size > 5000 and not (out / "run").exists()
+    lines = list(csv.DictReader(open(out / "table.csv")))
+    assert [float(r["accuracy"]) for r in lines] == sorted((float(r["accuracy"]) for r in lines), reverse=True)
+    head = next(r for r in lines if r["method"] == "head")
+    assert head["seeds"] == "2" and int(head["trained"]) == 400 * 64
+
+    said = say(compare, capsys, monkeypatch, f"{args} --methods lora,head --max_store_mb 0.05")
+    assert "Best within 0.05 MB on disk: lora" in said  # the head is larger
+    monkeypatch.setattr(sys, "argv", f"x {args} --methods lora --max_steps 5".split())
+    with pytest.raises(SystemExit):
+        cli(compare.main, compare.Options, "")
+    assert "cells of other settings" in capsys.readouterr().err
