@@ -21,7 +21,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs from a bare clone
 
 from lit_model import classify, hub, load
-from lit_model.cli import cli
+from lit_model.cli import choose_device, choose_dtype, cli
 from lit_model.data import PromptOptions, read_rows, split_rows
 from lit_model.model import GPT
 from lit_model.packing import Example, pack
@@ -70,9 +70,8 @@ def main(options: Options) -> None:
         hub.fetch_demo_model()
     tokenizer = Tokenizer(options.checkpoint_dir)
     task = classify.task_of(rows, "linear", options.prompt.question)
-    device = torch.device("cuda" if options.device == "auto" and torch.cuda.is_available() else "cpu")
-    dtype = ("bfloat16" if device.type == "cuda" else "float32") if options.dtype == "auto" else options.dtype
-    gpt = load(options.checkpoint_dir, None, device, getattr(torch, dtype))
+    device = choose_device(options.device)
+    gpt = load(options.checkpoint_dir, None, device, choose_dtype(options.dtype, device))
     parts = dict(zip(("train", "val"), split_rows(rows, options.prompt.val_fraction, options.seed)))
     parts["train"] = parts["train"][: options.max_examples]
     kept = {}

@@ -190,7 +190,7 @@ def start(options: Options) -> Run:
         return Run(
             options,
             fabric,
-            _dtype(options.dtype, fabric.device),
+            training_dtype(options.dtype, fabric.device),
             tokenizer,
             train_examples=tokenized(train_rows[:limit], "training rows"),
             val_examples=tokenized(val_rows, "validation rows"),
@@ -207,7 +207,8 @@ def _compiles(options: Options, config: Config, device: torch.device) -> bool:
     return options.compile == "on" or auto
 
 
-def _dtype(wanted: str, device: torch.device) -> torch.dtype:
+def training_dtype(wanted: str, device: torch.device) -> torch.dtype:
+    """auto: bfloat16 where it is multiplied fast, else float32."""
     if wanted != "auto":
         return getattr(torch, wanted)
     if device.type == "cuda":

@@ -13,14 +13,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-import torch
 import yaml
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from lit_model import hub, load
 from lit_model.checkpoint import method_file, method_header
-from lit_model.cli import cli
+from lit_model.cli import choose_device, choose_dtype, cli
 from lit_model.data import check_style, render
 from lit_model.generate import generate, stream_text
 from lit_model.model import Config
@@ -76,8 +75,8 @@ def main(options: Options) -> None:
     if options.input and style == "none":
         raise ValueError("--input goes with a --style, such as alpaca")
     device = choose_device(options.device)
-    dtype = ("bfloat16" if device.type == "cuda" else "float32") if options.dtype == "auto" else options.dtype
-    gpt = load(options.checkpoint_dir, options.method_dir, device, getattr(torch, dtype), options.quantize)
+    dtype = choose_dtype(options.dtype, device)
+    gpt = load(options.checkpoint_dir, options.method_dir, device, dtype, options.quantize)
 
     text = options.prompt if style == "none" else render(style, options.prompt, options.input)
     ids = ([] if tokenizer.bos_id is None else [tokenizer.bos_id]) + tokenizer.encode(text)
@@ -89,7 +88,7 @@ def main(options: Options) -> None:
         print(piece, end="", flush=True)
     seconds = time.perf_counter() - began
     speed = f"{tokens.n} tokens in {seconds:.1f} s: {tokens.n / seconds:.1f} tokens/s"
-    print(f"\n{speed} ({device.type}, {dtype})", file=sys.stderr)
+    print(f"\n{speed} ({device.type}, {dtype})".replace("torch.", ""), file=sys.stderr)
 
 
 class Counted:
@@ -116,17 +115,6 @@ def prompt_style(options: Options) -> str:
     if style not in ("alpaca", "chatml"):
         raise ValueError(f"{path} does not say which prompt style the run had; give --style")
     return style
-
-
-def choose_device(name: str) -> torch.device:
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        if (device := torch.zeros((), device=name).device).type == "meta":
-            raise RuntimeError("meta computes nothing")
-        return device
-    except (RuntimeError, AssertionError) as e:
-        raise ValueError(f"there is no device {name!r} here: {str(e).splitlines()[0]}") from None
 
 
 if __name__ == "__main__":

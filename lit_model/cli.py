@@ -72,3 +72,19 @@ def cli(main: Callable[[Any], None], options_class: type, description: str, posi
         _end(f"out of memory ({e})")
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def choose_device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        if (device := torch.zeros((), device=name).device).type == "meta":
+            raise RuntimeError("meta computes nothing")
+        return device
+    except (RuntimeError, AssertionError) as e:
+        raise ValueError(f"there is no device {name!r} here: {str(e).splitlines()[0]}") from None
+
+
+def choose_dtype(name: str, device: torch.device) -> torch.dtype:
+    """Of inference. auto: bfloat16 on a GPU, float32 on a CPU."""
+    return getattr(torch, ("bfloat16" if device.type == "cuda" else "float32") if name == "auto" else name)

@@ -165,7 +165,7 @@ def prepare(options: Options) -> Bench:
     shape = PromptOptions(max_length=options.max_length, question=options.question)
     task = classify.task_of(rows, "labels", options.question)
     device = torch.device("cuda" if options.devices == "auto" and torch.cuda.is_available() else "cpu")
-    dtype = loop._dtype("auto", device)
+    dtype = loop.training_dtype("auto", device)
     examples = classify.examples(test, tokenizer, shape, task)
     bench = Bench(options, tokenizer, shape, task, train, examples, device, dtype)
     settings = {"steps": options.max_steps, "minutes": options.max_time, "batch": options.batch_size,

@@ -13,13 +13,12 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
-import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs from a bare clone
 
 from lit_model import classify, hub, load
 from lit_model.checkpoint import method_header, task_in
-from lit_model.cli import cli
+from lit_model.cli import choose_device, choose_dtype, cli
 from lit_model.data import PromptOptions, read_rows
 from lit_model.tokenizer import Tokenizer
 
@@ -65,11 +64,10 @@ def main(options: Options) -> None:
         raise ValueError(f"{options.method_dir} was not trained on rows of text and label")
     shown = demonstrations(labelled(options.shots_from), options.shots, options.seed) if options.shots_from else []
     task = task or classify.task_of(rows + shown, "labels", options.prompt.question)
-    device = torch.device("cuda" if options.device == "auto" and torch.cuda.is_available() else "cpu")
-    dtype = ("bfloat16" if device.type == "cuda" else "float32") if options.dtype == "auto" else options.dtype
+    device = choose_device(options.device)
     examples = classify.examples(rows, tokenizer, options.prompt, task)
     before = demonstration_ids(shown, tokenizer, options.prompt, task)
-    gpt = load(options.checkpoint_dir, options.method_dir, device, getattr(torch, dtype))
+    gpt = load(options.checkpoint_dir, options.method_dir, device, choose_dtype(options.dtype, device))
     longest = gpt.n_virtual_tokens + gpt.n_virtual_keys + len(before) + max(len(e.ids) for e in examples)
     if longest > gpt.config.block_size:
         room = f"the model's context of {gpt.config.block_size}"

@@ -291,7 +291,10 @@ def test_download_converts_what_the_hub_gives(tiny, tmp_path, rows, monkeypatch)
 @pytest.mark.parametrize(
     "args, says",
     [
-        ("scripts/bench.py --methods lore", "there is no 'lore' in 'bf16': methods are adapter, lora, lora-all, full"),
+        (
+            "scripts/bench.py --methods lore",
+            "there is no 'lore' in 'bf16': methods are adapter, adapter_v2, bottleneck",
+        ),
         ("scripts/bench.py --data demo", "llama-7b has 32000: take --preset smollm2-135m"),
         ("scripts/bench.py --out notes.md", "notes.md is no table of this script"),
         ("scripts/random_checkpoint.py --preset smollm2-135m --out_dir .", "holds other files already"),
