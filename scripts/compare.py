@@ -391,12 +391,12 @@ def draw(lines: list[dict[str, Any]], path: Path) -> None:
     panels = [(key, title) for key, title in panels if any(r[key] for r in lines)]
     figure = Figure(figsize=(5 * len(panels), 4.2), layout="constrained")
     for axes, (key, title) in zip(np.atleast_1d(figure.subplots(1, len(panels), sharey=True)), panels):
-        for r in lines:
+        for i, r in enumerate(lines):
             if r[key]:
-                axes.errorbar(r[key], 100 * r["accuracy"], yerr=100 * (r["std"] or 0), fmt="o", capsize=3)
-                axes.annotate(
-                    r["method"], (r[key], 100 * r["accuracy"]), xytext=(5, 4), textcoords="offset points", size=8
-                )
+                at, spread = (r[key], 100 * r["accuracy"]), 100 * (r["std"] or 0)
+                axes.errorbar(*at, yerr=spread, fmt="o", capsize=3, color=f"C{i % 10}")
+                axes.annotate(r["method"], at, xytext=(5, 4), textcoords="offset points", size=8)
+        axes.margins(x=0.15)
         axes.set(xlabel=title, xscale="log")
         axes.grid(alpha=0.3)
     np.atleast_1d(figure.axes)[0].set_ylabel("test accuracy, %")

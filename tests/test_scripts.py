@@ -305,15 +305,14 @@ def test_download_converts_what_the_hub_gives(tiny, tmp_path, rows, monkeypatch)
         ("scripts/random_checkpoint.py --n_rows 1", "n_rows is 1; it must be at least 2"),
     ],
 )
-def test_mistakes_in_measuring_end_in_one_line(args, says, tmp_path):
+def test_mistakes_in_measuring_end_in_one_line(args, says, tmp_path, capsys, monkeypatch):
     script, *args = args.split()
     (tmp_path / "notes.md").write_text("mine")
     (tmp_path / "rows.json").write_text("[]")
-    done = subprocess.run(
-        [sys.executable, ROOT / script, *args], cwd=tmp_path, capture_output=True, text=True, timeout=120
-    )
-    assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
-    assert says in done.stderr
+    monkeypatch.chdir(tmp_path)
+    module = importlib.import_module(script.removesuffix(".py").replace("/", "."))
+    code, err = call(module, capsys, monkeypatch, *args)
+    assert code == 2 and err.startswith("error: ") and err.count("\n") == 1 and says in err
 
 
 def test_random_rows_are_as_long_as_they_say():
