@@ -250,7 +250,8 @@ class CausalSelfAttention(nn.Module):
             k, v = (torch.cat((virtual, own)) for virtual, own in zip(row.virtual_keys, (k, v)))
         if row.only is not None:
             q = take_rows(q, row.only)
-        prompts = [prompt for delta in self.deltas.values() if (prompt := delta(self, x.dtype)) is not None]
+        prompts = [delta(self, x.dtype) for delta in self.deltas.values()]
+        prompts = [prompt for prompt in prompts if prompt is not None]
         y = attend(q, k, v, row.packed, rope, prompts)  # (T, nh, hs)
         return self.o_proj(y.flatten(1))
 
