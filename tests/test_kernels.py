@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lit_model import adapter, attention, lora, loss, model, packing
+from lit_model import adapter, adapter_v2, attention, bottleneck, ia3, lora, loss, packing, prefix, prompt
 from lit_model.attention import plain_attention, rotate
 from lit_model.checkpoint import freeze
 from lit_model.model import Config, rope_angles
@@ -114,7 +114,11 @@ def test_a_prompt_that_every_token_sees(n_tokens, K, nh, nkv):
     close([(got, expected), *zip(grads, expected_grads)])
 
 
-@pytest.mark.parametrize("method, options, n_graphs", [(adapter, adapter.Adapter(), 5), (lora, lora.LoRA(), 4)])
+@pytest.mark.parametrize(
+    "method, options, n_graphs",
+    [(adapter, {}, 5), (adapter_v2, {}, 5), (bottleneck, {}, 4), (ia3, {}, 4), (lora, {}, 4),
+     (lora, dict(lora=lora.LoRA(dora=True)), 4), (prefix, {}, 4), (prompt, {}, 3)],
+)  # fmt: skip
 def test_nothing_is_compiled_anew_for_rows_of_another_length(method, options, n_graphs, monkeypatch):
     """Blocks are compiled once each for: the first ones, whose input needs no gradient (with and without an adapter);
     those between; the last one. And the loss. Nothing in them ends a graph early."""
@@ -122,9 +126,9 @@ def test_nothing_is_compiled_anew_for_rows_of_another_length(method, options, n_
     monkeypatch.setattr(loss, "CPU_ROWS", 1000)  # all targets at a time, as on a GPU
     compile = torch.compile  # how often is Dynamo's matter, whatever the backend
     monkeypatch.setattr(torch, "compile", lambda f, dynamic, options=None: compile(f, dynamic=dynamic, backend="eager"))
-    gpt = model.GPT(model.Config(vocab_size=97, n_layer=5, n_head=2, n_embd=32, n_hidden=48)).to(DEVICE)
-    method.install(gpt, options)
-    freeze(gpt.to(DEVICE), method.trainable)
+    shape = dict(vocab_size=97, n_layer=5, n_head=2, n_embd=32, n_hidden=48)
+    gpt = method.GPT(method.Config(**shape, **options)).to(DEVICE)
+    freeze(gpt, method.trainable)
     rng = np.random.default_rng(0)
     counters = torch._dynamo.utils.counters
     torch._dynamo.reset()
@@ -132,7 +136,7 @@ def test_nothing_is_compiled_anew_for_rows_of_another_length(method, options, n_
     gpt.compile()
     for n in (5, 9, 7, 2):
         examples = [Example(rng.integers(0, 97, k).astype(np.int32), 2) for k in rng.integers(8, 90, n)]
-        for idx, packed in packing.pack(examples, 400):
+        for idx, packed in packing.pack(examples, 400, gpt.n_virtual_tokens, gpt.n_virtual_keys):
             gpt(idx.to(DEVICE), packed.to(torch.device(DEVICE))).backward()
         assert counters["stats"]["unique_graphs"] == n_graphs and not counters["graph_break"]
     torch._dynamo.reset()
