@@ -231,6 +231,10 @@ class Summary:
     val_loss: float
 
 
+class Diverged(ValueError):
+    """A loss or a gradient is not finite."""
+
+
 LearningRateScale = Callable[[str, Config], float]  # of a trained tensor, by its name
 
 
@@ -323,7 +327,7 @@ def fit(
                     before = "the best" if run.val_examples else "the last that was saved"
                     kept = f"{options.out_dir} keeps {before} before it" if saved else "nothing was saved yet"
                     what = f"loss {loss}, gradient norm {norm} at step {done.number}"
-                    raise ValueError(f"{what}: try a lower train.lr; {kept}")
+                    raise Diverged(f"{what}: try a lower train.lr; {kept}")
                 meter.count(done)
                 epoch, speed = done.number / steps_per_epoch, meter.n_tokens / meter.seconds()
                 values = dict(epoch=epoch, loss=loss, lr=done.lr, grad_norm=norm, tokens=meter.n_tokens)

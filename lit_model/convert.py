@@ -49,7 +49,7 @@ def convert_hf(src_dir: Path, out_dir: Path, dtype: torch.dtype | None = None) -
     """
     refuse_used(out_dir)
     config = _hf_config(src_dir / "config.json")
-    rename = _hf_gpt2_tensors if config.arch == "gpt2" else _hf_llama_tensors
+    rename = _hf_gpt2_tensors if config.arch == "gpt2" else hf_llama_tensors
     tensors = {name: t.to(dtype or t.dtype) for name, t in rename(_hf_tensors(src_dir))}
     save_checkpoint(out_dir, config, tensors, _name_eos(tokenizer_files(src_dir), src_dir))
 
@@ -146,7 +146,8 @@ def _renamed(name: str, names: dict[str, str]) -> str:
     return (f"blocks.{layer}." if layer else "") + f"{names[rest]}.{kind}"
 
 
-def _hf_llama_tensors(tensors: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+def hf_llama_tensors(tensors: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """Each tensor of transformers' LLaMA under our name."""
     for name, t in tensors.items():
         if not name.endswith("rotary_emb.inv_freq"):
             yield _renamed(name, _HF_LLAMA), t

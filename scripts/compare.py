@@ -7,7 +7,8 @@ Rows of text and label are split into training, validation and test rows, each t
 the label words as completion; its checkpoint of least validation loss is judged on the test rows, which no run has
 seen.
 Each finished cell (a method, a learning rate, a seed) is kept in cells.jsonl: what was cut off goes on from there.
-With --search each method first tries its learning rates, with the first seed on the validation rows.
+With --search each method first looks for its learning rate, with the first seed on the validation rows. --peers trains
+peft's methods, too, on the same rows in the same order with the same learning rates.
 """
 
 import csv
@@ -15,36 +16,41 @@ import gc
 import json
 import math
 import shutil
-import statistics
 import sys
 import time
 from dataclasses import dataclass, field, replace
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal
 
 import numpy as np
 import torch
-from matplotlib.figure import Figure
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs from a bare clone
 
 from finetune import adapter, adapter_v2, bottleneck, features, full, ia3, loop, lora, prefix, prompt, selective
+from finetune.report import peak_memory
 from lit_model import classify, generate, hub, load
 from lit_model.cli import cli
 from lit_model.data import PromptOptions, read_rows
 from lit_model.tokenizer import Tokenizer
+from scripts.compare_report import report
 from scripts.eval_data import demonstration_ids, demonstrations
 
 ALL_LINEARS = "q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj"
+
+
+RATES = [digit * 10.0**power for power in range(-6, 1) for digit in (1, 3)]  # what --search tries
 
 
 @dataclass
 class Method:
     script: ModuleType
     options: dict[str, Any]
-    lrs: tuple[float, ...]
-    """learning rates that --search tries; the middle one is taken without it"""
+    lr: float
+    """of RATES; --search begins here"""
 
 
 def _selective(**options: Any) -> dict[str, Any]:
@@ -56,22 +62,23 @@ def _lora(**options: Any) -> dict[str, Any]:
 
 
 METHODS = {
-    "full": Method(full, {}, (1e-5, 3e-5, 1e-4)),
-    "last_blocks": Method(selective, _selective(what="last_blocks", n=2), (3e-5, 1e-4, 3e-4)),
-    "head": Method(selective, _selective(what="head"), (3e-4, 1e-3, 3e-3)),
-    "bitfit": Method(selective, _selective(what="bitfit"), (1e-3, 3e-3, 1e-2)),
-    "norms": Method(selective, _selective(what="norms"), (1e-3, 3e-3, 1e-2)),
-    "lora": Method(lora, {}, (5e-4, 2e-3, 5e-3)),
-    "lora-all": Method(lora, _lora(r=16, targets=ALL_LINEARS), (2e-4, 1e-3, 3e-3)),
-    "dora": Method(lora, _lora(dora=True), (5e-4, 2e-3, 5e-3)),
-    "qlora": Method(lora, _lora(r=16, targets=ALL_LINEARS) | dict(quantize="nf4"), (2e-4, 1e-3, 3e-3)),
-    "adapter": Method(adapter, {}, (1e-2, 3e-2, 1e-1)),
-    "adapter_v2": Method(adapter_v2, {}, (3e-3, 1e-2, 3e-2)),
-    "bottleneck": Method(bottleneck, {}, (1e-3, 3e-3, 1e-2)),
-    "ia3": Method(ia3, {}, (1e-2, 3e-2, 1e-1)),
-    "prefix": Method(prefix, {}, (3e-3, 1e-2, 3e-2)),
-    "prompt": Method(prompt, {}, (1e-2, 3e-2, 1e-1)),
+    "full": Method(full, {}, 3e-5),
+    "last_blocks": Method(selective, _selective(what="last_blocks", n=2), 1e-4),
+    "head": Method(selective, _selective(what="head"), 1e-3),
+    "bitfit": Method(selective, _selective(what="bitfit"), 3e-3),
+    "norms": Method(selective, _selective(what="norms"), 3e-3),
+    "lora": Method(lora, {}, 1e-3),
+    "lora-all": Method(lora, _lora(r=16, targets=ALL_LINEARS), 1e-3),
+    "dora": Method(lora, _lora(dora=True), 1e-3),
+    "qlora": Method(lora, _lora(r=16, targets=ALL_LINEARS) | dict(quantize="nf4"), 1e-3),
+    "adapter": Method(adapter, {}, 1e-2),
+    "adapter_v2": Method(adapter_v2, {}, 3e-3),
+    "bottleneck": Method(bottleneck, {}, 3e-3),
+    "ia3": Method(ia3, {}, 3e-2),
+    "prefix": Method(prefix, {}, 1e-2),
+    "prompt": Method(prompt, {}, 3e-2),
 }
+PEERS = ("lora", "dora", "adapter", "ia3", "prefix", "prompt")
 UNTRAINED = ("zero-shot", "few-shot", "features")
 QUICK = "zero-shot,features,head,lora,adapter"
 
@@ -103,7 +110,9 @@ class Options:
     shots: int = 8
     """demonstrations of few-shot"""
     search: bool = False
-    """try the learning rates of each method first"""
+    """look for the learning rate of each method first"""
+    peers: bool = False
+    """also peft's LoRA, DoRA, AdaptionPrompt, IA3, prefix and prompt tuning, where ours are asked for"""
     question: str = "Sentiment:"
     """what stands between a text and its label"""
     max_length: int = 384
@@ -133,19 +142,24 @@ class Bench:
 
 
 def main(options: Options) -> None:
-    names = [*UNTRAINED, *METHODS] if options.methods == "all" else [m.strip() for m in options.methods.split(",")]
-    if unknown := [name for name in names if name not in (*UNTRAINED, *METHODS)]:
-        raise ValueError(f"there is no method {unknown[0]!r}; there are {', '.join((*UNTRAINED, *METHODS))}")
+    known = (*UNTRAINED, *METHODS)
+    names = list(known) if options.methods == "all" else [m.strip() for m in options.methods.split(",")]
+    if unknown := [name for name in names if name not in known]:
+        raise ValueError(f"there is no method {unknown[0]!r}; there are {', '.join(known)}")
     try:
         seeds = [int(seed) for seed in options.seeds.split(",")]
     except ValueError:
         raise ValueError(f"--seeds {options.seeds} is no list of numbers such as 0,1,2") from None
-    bench = prepare(options)
+    if options.peers and not (find_spec("transformers") and find_spec("peft")):
+        raise ValueError("--peers needs transformers and peft: pip install -r requirements-dev.txt")
+    bench, cells = prepare(options), {}
     for name in names:
-        lr = search(bench, name, seeds[0]) if options.search and name in METHODS else None
-        for seed in seeds if name in METHODS or name == "few-shot" else seeds[:1]:
-            cell(bench, name, seed, lr)
-    report(bench, names)
+        lr = rate(bench, name, seeds[0]) if name in METHODS else None
+        cells[name] = [cell(bench, name, seed, lr) for seed in (seeds if name != "zero-shot" else seeds[:1])]
+        if options.peers and name in PEERS:
+            cells[f"peft-{name}"] = [cell(bench, f"peft-{name}", seed, lr) for seed in seeds]
+    where = torch.cuda.get_device_name() if bench.device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    report(cells, options, f"{where}, torch {torch.__version__}")
 
 
 def prepare(options: Options) -> Bench:
@@ -168,8 +182,8 @@ def prepare(options: Options) -> Bench:
     dtype = loop.training_dtype("auto", device)
     examples = classify.examples(test, tokenizer, shape, task)
     bench = Bench(options, tokenizer, shape, task, train, examples, device, dtype)
-    settings = {"steps": options.max_steps, "minutes": options.max_time, "batch": options.batch_size,
-                "data": options.data, "n_test": options.n_test, "n_val": options.n_val}  # fmt: skip
+    decisive = ("data", "max_steps", "max_time", "batch_size", "n_test", "n_val", "shots", "question", "max_length")
+    settings = {name: getattr(options, name) for name in decisive} | {"checkpoint": options.checkpoint_dir.name}
     if (path := options.out_dir / "cells.jsonl").is_file():
         for line in path.read_text().splitlines():
             made = json.loads(line)
@@ -180,22 +194,36 @@ def prepare(options: Options) -> Bench:
     return bench
 
 
-def search(bench: Bench, name: str, seed: int) -> float:
-    """The learning rate with which the method gets the least validation loss."""
-    tried = {lr: cell(bench, name, seed, lr)["val_loss"] for lr in METHODS[name].lrs}
-    return min(tried, key=tried.get)
+def rate(bench: Bench, name: str, seed: int) -> float:
+    """The learning rate of METHODS; searched, the one of RATES from there on with the least validation loss."""
+    at = RATES.index(METHODS[name].lr)
+    if not bench.options.search:
+        return RATES[at]
+    losses = {}
+    for step in (1, -1):  # up as long as it gets better, then down
+        while (best := min(losses, key=losses.get, default=at)) + step in range(len(RATES)):
+            for i in {best, best + step} - losses.keys():
+                try:
+                    losses[i] = cell(bench, name, seed, RATES[i])["val_loss"]
+                except loop.Diverged:
+                    losses[i] = math.inf
+            if min(losses, key=losses.get) == best:
+                break
+    return RATES[best]
 
 
 def cell(bench: Bench, name: str, seed: int, lr: float | None) -> dict[str, Any]:
     """One run, or what is kept of it."""
-    if name in METHODS and lr is None:
-        lr = METHODS[name].lrs[1]
     key = f"{name}, seed {seed}" + (f", lr {lr:g}" if lr else "")
     if key not in bench.kept:
         print(f"\n==== {key}", flush=True)
         if bench.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
-        made = trained(bench, name, seed, lr) if name in METHODS else untrained(bench, name, seed)
+        if name in UNTRAINED:
+            made = untrained(bench, name, seed)
+        else:
+            make = trained_by_peft if name.startswith("peft-") else trained
+            made = make(bench, name.removeprefix("peft-"), seed, lr)
         made = dict(cell=key, method=name, seed=seed, lr=lr, settings=bench.kept["settings"], **made)
         bench.kept[key] = made
         with open(bench.options.out_dir / "cells.jsonl", "a") as file:
@@ -205,21 +233,24 @@ def cell(bench: Bench, name: str, seed: int, lr: float | None) -> dict[str, Any]
     return bench.kept[key]
 
 
-def trained(bench: Bench, name: str, seed: int, lr: float) -> dict[str, Any]:
+def settings_of(bench: Bench, name: str, seed: int, lr: float) -> loop.Options:
+    """What to tell the script of a method."""
     options, method = bench.options, METHODS[name]
-    folder = options.out_dir / "run"
     train = loop.Train(
         lr=lr, batch_size=options.batch_size, epochs=10**6, max_steps=options.max_steps, max_time=options.max_time,
         eval_interval=max(1, options.max_steps // 4), seed=seed, sample="",
     )  # fmt: skip
-    summary = method.script.main(
-        method.script.Options(
-            checkpoint_dir=options.checkpoint_dir, data=options.out_dir / "train.csv", out_dir=folder, train=train,
-            prompt=replace(bench.prompt, val_fraction=options.n_val / len(bench.train)), devices=options.devices,
-            overwrite=True, **method.options,
-        )
+    return method.script.Options(
+        checkpoint_dir=options.checkpoint_dir, data=options.out_dir / "train.csv", out_dir=options.out_dir / "run",
+        train=train, prompt=replace(bench.prompt, val_fraction=options.n_val / len(bench.train)),
+        devices=options.devices, overwrite=True, **method.options,
     )  # fmt: skip
-    gpt = load(options.checkpoint_dir, folder, bench.device, bench.dtype, method.options.get("quantize", "none"))
+
+
+def trained(bench: Bench, name: str, seed: int, lr: float) -> dict[str, Any]:
+    options = settings_of(bench, name, seed, lr)
+    summary = METHODS[name].script.main(options)
+    gpt = load(options.checkpoint_dir, options.out_dir, bench.device, bench.dtype, options.quantize)
     found = dict(
         accuracy=judged(bench, gpt).accuracy,
         val_loss=summary.val_loss,
@@ -228,11 +259,36 @@ def trained(bench: Bench, name: str, seed: int, lr: float) -> dict[str, Any]:
         seconds=summary.seconds,
         tokens_per_second=summary.n_tokens / summary.seconds,
         peak_gib=summary.peak_gib if bench.device.type == "cuda" else None,
-        stored_bytes=(folder / "lit_method.safetensors").stat().st_size,
+        stored_bytes=(options.out_dir / "lit_method.safetensors").stat().st_size,
         decode=decode_seconds(bench, gpt) / base_decode(bench),
     )
-    shutil.rmtree(folder)
+    shutil.rmtree(options.out_dir)
     return found
+
+
+def trained_by_peft(bench: Bench, name: str, seed: int, lr: float) -> dict[str, Any]:
+    from scripts import peers  # only this needs transformers and peft
+
+    options, method = settings_of(bench, name, seed, lr), METHODS[name]
+    ours = import_module(f"lit_model.{method.script.__name__.split('.')[-1]}")
+    config = ours.Config.load(options.checkpoint_dir, **method.options)
+    run = loop.start(options)
+    network = peers.base(config, run.dtype, run.device)
+    peers.copy_weights(network, options.checkpoint_dir)
+    network = peers.attach(network, name, config)
+    val_loss, seconds, n_tokens = peers.fit(network, run)
+    labels = classify.label_ids(bench.task, bench.tokenizer)
+    n_trained, n_total = network.get_nb_trainable_parameters()
+    return dict(
+        accuracy=peers.judge(network, bench.test, bench.task, labels, run).accuracy,
+        val_loss=val_loss,
+        trained=n_trained,
+        total=n_total,
+        seconds=seconds,
+        tokens_per_second=n_tokens / seconds,
+        peak_gib=peak_memory(bench.device) if bench.device.type == "cuda" else None,
+        stored_bytes=4 * n_trained,
+    )
 
 
 def untrained(bench: Bench, name: str, seed: int) -> dict[str, Any]:
@@ -244,7 +300,7 @@ def untrained(bench: Bench, name: str, seed: int) -> dict[str, Any]:
         features.main(
             features.Options(
                 data=options.out_dir / "train.csv", checkpoint_dir=options.checkpoint_dir, out_dir=folder,
-                max_examples=n,
+                max_examples=n, seed=seed, dtype=str(bench.dtype).removeprefix("torch."),
                 prompt=replace(bench.prompt, val_fraction=options.n_val / len(bench.train)), device=options.devices,
             )
         )  # fmt: skip
@@ -287,120 +343,6 @@ def base_decode(bench: Bench) -> float:
     if math.isnan(bench.base_seconds):
         bench.base_seconds = decode_seconds(bench, load(bench.options.checkpoint_dir, None, bench.device, bench.dtype))
     return bench.base_seconds
-
-
-# ---------------------------------------------------------------------------------------------------------- the report
-
-
-def report(bench: Bench, names: list[str]) -> None:
-    """table.md, table.csv, tradeoff.png and, in words, what to take."""
-    lines = [line for name in names if (line := summed(bench, name))]
-    lines.sort(key=lambda line: -line["accuracy"])
-    out = bench.options.out_dir
-    with open(out / "table.csv", "w", newline="") as file:
-        writer = csv.DictWriter(file, list(lines[0]))
-        writer.writeheader()
-        writer.writerows(lines)
-    table = markdown(lines)
-    advice = recommendation(lines, bench.options)
-    where = torch.cuda.get_device_name() if bench.device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    o = bench.options
-    head = f"{o.data}, {o.max_steps} steps of {o.batch_size}, {o.n_test} test rows, {where}, torch {torch.__version__}"
-    (out / "table.md").write_text(f"{head}\n\n{table}\n\n{advice}\n")
-    draw(lines, out / "tradeoff.png")
-    print(f"\n{head}\n\n{table}\n\n{advice}\nsaved {out}/: table.md, table.csv, tradeoff.png, cells.jsonl")
-
-
-def summed(bench: Bench, name: str) -> dict[str, Any] | None:
-    """One line of the table: the cells of a method with the learning rate that was chosen, over the seeds."""
-    cells = [c for key, c in bench.kept.items() if key != "settings" and c["method"] == name]
-    if not cells:
-        return None
-    rates = {c["lr"] for c in cells}
-    if len(rates) > 1:  # searched: the one that all seeds have, else the best one on the validation rows
-        most = max(sum(c["lr"] == lr for c in cells) for lr in rates)
-        rates = [lr for lr in rates if sum(c["lr"] == lr for c in cells) == most]
-        best = min(rates, key=lambda lr: min(c["val_loss"] for c in cells if c["lr"] == lr))
-        cells = [c for c in cells if c["lr"] == best]
-    accuracies = [c["accuracy"] for c in cells]
-    mean = lambda key: statistics.fmean(c[key] for c in cells) if cells[0].get(key) is not None else None  # noqa: E731
-    return dict(
-        method=name,
-        accuracy=statistics.fmean(accuracies),
-        std=statistics.stdev(accuracies) if len(accuracies) > 1 else None,
-        seeds=len(cells),
-        lr=cells[0]["lr"],
-        trained=cells[0]["trained"],
-        share=cells[0]["trained"] / cells[0]["total"],
-        seconds=mean("seconds"),
-        tokens_per_second=mean("tokens_per_second"),
-        peak_gib=mean("peak_gib"),
-        stored_mb=cells[0]["stored_bytes"] / 1e6,
-        decode=mean("decode"),
-    )
-
-
-def markdown(lines: list[dict[str, Any]]) -> str:
-    def show(value: float | None, form: str) -> str:
-        return "" if value is None else format(value, form)
-
-    rows = [
-        "| method | test accuracy | trained | share | rate | training | tokens/s | peak memory | on disk | decoding |"
-    ]
-    rows.append("|---|---|---|---|---|---|---|---|---|---|")
-    for r in lines:
-        spread = f" +- {100 * r['std']:.1f}" if r["std"] is not None else ""
-        rows.append(
-            f"| {r['method']} | {100 * r['accuracy']:.1f}{spread} % | {r['trained']:,} | {100 * r['share']:.3g} % "
-            f"| {show(r['lr'], 'g')} | {r['seconds']:.0f} s | {show(r['tokens_per_second'], ',.0f')} "
-            f"| {show(r['peak_gib'], '.1f')}{' GiB' if r['peak_gib'] else ''} | {r['stored_mb']:.2f} MB "
-            f"| {show(r['decode'], '.2f')}{' x' if r['decode'] else ''} |"
-        )
-    return "\n".join(rows)
-
-
-def recommendation(lines: list[dict[str, Any]], options: Options) -> str:
-    """The best that fits the limits, and what is as good within the noise for less."""
-    fits = [
-        r
-        for r in lines
-        if (options.max_memory_gb is None or (r["peak_gib"] or 0) <= options.max_memory_gb)
-        and (options.max_store_mb is None or r["stored_mb"] <= options.max_store_mb)
-    ]
-    limits = [f"{options.max_memory_gb:g} GiB of memory"] if options.max_memory_gb else []
-    limits += [f"{options.max_store_mb:g} MB on disk"] if options.max_store_mb else []
-    within = f" within {' and '.join(limits)}" if limits else ""
-    if not fits:
-        return f"Nothing that was tried stays{within}."
-    best = fits[0]
-    error = math.sqrt(best["accuracy"] * (1 - best["accuracy"]) / options.n_test)  # of the test rows' choice
-    noise = max(best["std"] or 0, error)
-    said = f"Best{within}: {best['method']}, {100 * best['accuracy']:.1f} %."
-    smaller = min((r for r in fits if r["accuracy"] >= best["accuracy"] - noise), key=lambda r: r["trained"])
-    if smaller is not best:
-        said += (
-            f" {smaller['method']} is within the noise of {100 * noise:.1f} points and trains {smaller['trained']:,} "
-            f"parameters instead of {best['trained']:,}."
-        )
-    return said
-
-
-def draw(lines: list[dict[str, Any]], path: Path) -> None:
-    """Accuracy against what a method takes: trained parameters, memory, time."""
-    panels = [("trained", "trained parameters"), ("peak_gib", "peak memory, GiB"), ("seconds", "training, s")]
-    panels = [(key, title) for key, title in panels if any(r[key] for r in lines)]
-    figure = Figure(figsize=(5 * len(panels), 4.2), layout="constrained")
-    for axes, (key, title) in zip(np.atleast_1d(figure.subplots(1, len(panels), sharey=True)), panels):
-        for i, r in enumerate(lines):
-            if r[key]:
-                at, spread = (r[key], 100 * r["accuracy"]), 100 * (r["std"] or 0)
-                axes.errorbar(*at, yerr=spread, fmt="o", capsize=3, color=f"C{i % 10}")
-                axes.annotate(r["method"], at, xytext=(5, 4), textcoords="offset points", size=8)
-        axes.margins(x=0.15)
-        axes.set(xlabel=title, xscale="log")
-        axes.grid(alpha=0.3)
-    np.atleast_1d(figure.axes)[0].set_ylabel("test accuracy, %")
-    figure.savefig(path, dpi=120)
 
 
 if __name__ == "__main__":

@@ -10,14 +10,16 @@ import torch
 from conftest import FAMILIES, WORDS, randomize
 
 from finetune import features as finetune_features
+from finetune import ia3 as finetune_ia3
+from finetune import loop
 from finetune import lora as finetune_lora
 from finetune import selective as finetune_selective
-from lit_model import classify, load, model, prefix, prompt
+from lit_model import classify, ia3, load, model, prefix, prompt
 from lit_model.checkpoint import fingerprint_of, freeze, load_base, method_header, save_method, task_in
 from lit_model.cli import cli
 from lit_model.data import PromptOptions, read_rows, split_rows
 from lit_model.tokenizer import Tokenizer
-from scripts import compare, eval_data, inspect_prompt
+from scripts import compare, eval_data, inspect_prompt, peers
 
 
 @pytest.mark.parametrize("virtual", ["none", "prefix", "prompt"])
@@ -171,20 +173,57 @@ def test_a_prompt_made_of_words_is_nearest_to_them(tiny, tmp_path, capsys, monke
             assert f"{repr(repr(tokenizer.decode([i]))[1:-1])} 1.00" in line
 
 
+def test_peft_in_the_comparison_is_the_same_network_trained_by_the_same_rule(tiny, labelled, tmp_path):
+    """IA3 begins with ones in both: after some steps its vectors are those of peft, and so are the labels."""
+    settings = dict(
+        checkpoint_dir=tiny / "base", data=labelled, devices="cpu", dtype="float32",
+        prompt=PromptOptions(val_fraction=0.2),
+        train=loop.Train(lr=1e-2, batch_size=8, max_steps=6, epochs=9, eval_interval=3, sample="", weight_decay=0.5),
+    )  # fmt: skip
+    finetune_ia3.main(finetune_ia3.Options(**settings, out_dir=tmp_path / "ours"))
+    run = loop.start(loop.Options(**settings, out_dir=tmp_path / "theirs"))
+    config = ia3.Config.load(tiny / "base")
+    network = peers.base(config, torch.float32, run.device)
+    peers.copy_weights(network, tiny / "base")
+    idx = torch.randint(0, 400, (2, 20))
+    with torch.no_grad():
+        torch.testing.assert_close(network(idx).logits, load(tiny / "base")(idx), rtol=1e-4, atol=1e-5)
+    network = peers.attach(network, "ia3", config)
+    val_loss, _, n_tokens = peers.fit(network, run)
+    kept = list(csv.DictReader(open(tmp_path / "ours" / "metrics.csv")))
+    assert n_tokens == max(int(r["tokens"] or 0) for r in kept)
+    assert val_loss == pytest.approx(min(float(r["val_loss"]) for r in kept if r["val_loss"]), rel=1e-5)
+    gpt = load(tiny / "base", tmp_path / "ours")
+    moved, places = 0.0, {"self_attn.k_proj": "attn.k_proj", "self_attn.v_proj": "attn.v_proj"}
+    for layer, block in zip(network.base_model.model.model.layers, gpt.blocks):
+        for name, mine in {**places, "mlp.down_proj": "mlp.up_proj"}.items():
+            theirs = layer.get_submodule(name).ia3_l["default"].detach().flatten()
+            ours = block.get_submodule(mine).deltas["ia3"].scale.detach()
+            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+            moved = max(moved, (theirs - 1).abs().max().item())
+    assert moved > 1e-2
+    labels = classify.label_ids(run.task, run.tokenizer)
+    ours = classify.judge(gpt, run.val_examples, run.task, labels, 400)
+    assert peers.judge(network, run.val_examples, run.task, labels, run) == ours
+
+
 def test_a_comparison_goes_on_where_it_ended_and_says_what_to_take(labelled, tiny, tmp_path, capsys, monkeypatch):
     out = tmp_path / "compare"
     args = f"--data {labelled} --checkpoint_dir {tiny}/base --out_dir {out} --devices cpu --n_test 30 --n_val 15"
     args += " --max_steps 4 --shots 2"
     say(compare, capsys, monkeypatch, f"{args} --methods zero-shot,lora --seeds 0,1")
     first = (out / "cells.jsonl").read_text()
-    said = say(compare, capsys, monkeypatch, f"{args} --methods lora,few-shot,features,head --seeds 0,1 --search")
-    assert (out / "cells.jsonl").read_text().startswith(first) and "==== lora, seed 0, lr 0.002" not in said
-    cells = [json.loads(line) for line in (out / "cells.jsonl").read_text().splitlines()]
-    assert {c["cell"] for c in cells if c["method"] == "head"} >= {
-        f"head, seed 0, lr {lr:g}" for lr in (3e-4, 1e-3, 3e-3)
-    }
+    said = say(
+        compare, capsys, monkeypatch, f"{args} --methods lora,few-shot,features,head --seeds 0,1 --search --peers"
+    )
+    assert (out / "cells.jsonl").read_text().startswith(first) and "==== lora, seed 0, lr 0.001" not in said
+    cells = {c["cell"]: c for c in map(json.loads, (out / "cells.jsonl").read_text().splitlines())}
+    losses = {c["lr"]: c["val_loss"] for c in cells.values() if c["method"] == "head" and c["seed"] == 0}
+    best = min(losses, key=losses.get)
+    tried = sorted(losses)
+    assert len(tried) >= 3 and tried[0] < best < tried[-1] and f"head, seed 1, lr {best:g}" in cells
     table = (out / "table.md").read_text()
-    assert all(f"| {name} |" in table for name in ("lora", "few-shot", "features", "head")) and "Best: " in table
+    assert all(f"| {name} |" in table for name in ("lora", "peft-lora", "few-shot", "head")) and "Best: " in table
     assert (out / "tradeoff.png").stat().st_size > 5000 and not (out / "run").exists()
     lines = list(csv.DictReader(open(out / "table.csv")))
     assert [float(r["accuracy"]) for r in lines] == sorted((float(r["accuracy"]) for r in lines), reverse=True)

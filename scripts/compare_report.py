@@ -1,0 +1,113 @@
+"""What compare.py says of its cells: a table, pictures of the trade-offs, and in plain words what to take."""
+
+import csv
+import math
+import statistics
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+
+
+def report(cells: dict[str, list[dict[str, Any]]], options: Any, where: str) -> None:
+    """Writes table.md, table.csv and tradeoff.png, and prints the table and what to take.
+
+    Args:
+        cells: method -> one for each seed. options: those of compare.py.
+    """
+    lines = sorted((summed(name, of_method) for name, of_method in cells.items()), key=lambda line: -line["accuracy"])
+    o, out = options, options.out_dir
+    with open(out / "table.csv", "w", newline="") as file:
+        writer = csv.DictWriter(file, list(lines[0]))
+        writer.writeheader()
+        writer.writerows(lines)
+    head = f"{o.data}, {o.max_steps} steps of {o.batch_size}, {o.n_test} test rows, {where}"
+    said = f"{head}\n\n{markdown(lines)}\n\n{recommendation(lines, o)}\n"
+    (out / "table.md").write_text(said)
+    draw(lines, out / "tradeoff.png")
+    print(f"\n{said}saved {out}/: table.md, table.csv, tradeoff.png, cells.jsonl")
+
+
+def summed(name: str, cells: list[dict[str, Any]]) -> dict[str, Any]:
+    """One line of the table."""
+    accuracies = [c["accuracy"] for c in cells]
+    mean = lambda key: statistics.fmean(c[key] for c in cells) if cells[0].get(key) is not None else None  # noqa: E731
+    return dict(
+        method=name,
+        accuracy=statistics.fmean(accuracies),
+        std=statistics.stdev(accuracies) if len(accuracies) > 1 else None,
+        seeds=len(cells),
+        lr=cells[0]["lr"],
+        trained=cells[0]["trained"],
+        share=cells[0]["trained"] / cells[0]["total"],
+        seconds=mean("seconds"),
+        tokens_per_second=mean("tokens_per_second"),
+        peak_gib=mean("peak_gib"),
+        stored_mb=cells[0]["stored_bytes"] / 1e6,
+        decode=mean("decode"),
+    )
+
+
+def markdown(lines: list[dict[str, Any]]) -> str:
+    def show(value: float | None, form: str) -> str:
+        return "" if value is None else format(value, form)
+
+    rows = [
+        "| method | test accuracy | trained | share | rate | training | tokens/s | peak memory | on disk | decoding |"
+    ]
+    rows.append("|---|---|---|---|---|---|---|---|---|---|")
+    for r in lines:
+        spread = f" +- {100 * r['std']:.1f}" if r["std"] is not None else ""
+        rows.append(
+            f"| {r['method']} | {100 * r['accuracy']:.1f}{spread} % | {r['trained']:,} | {100 * r['share']:.3g} % "
+            f"| {show(r['lr'], 'g')} | {r['seconds']:.0f} s | {show(r['tokens_per_second'], ',.0f')} "
+            f"| {show(r['peak_gib'], '.1f')}{' GiB' if r['peak_gib'] else ''} | {r['stored_mb']:.2f} MB "
+            f"| {show(r['decode'], '.2f')}{' x' if r['decode'] else ''} |"
+        )
+    return "\n".join(rows)
+
+
+def recommendation(lines: list[dict[str, Any]], options: Any) -> str:
+    """The best that fits the limits, and what is as good within the noise for less."""
+    fits = [
+        r
+        for r in lines
+        if (options.max_memory_gb is None or (r["peak_gib"] or 0) <= options.max_memory_gb)
+        and (options.max_store_mb is None or r["stored_mb"] <= options.max_store_mb)
+    ]
+    limits = [f"{options.max_memory_gb:g} GiB of memory"] if options.max_memory_gb else []
+    limits += [f"{options.max_store_mb:g} MB on disk"] if options.max_store_mb else []
+    within = f" within {' and '.join(limits)}" if limits else ""
+    if not fits:
+        return f"Nothing that was tried stays{within}."
+    best = fits[0]
+    error = math.sqrt(best["accuracy"] * (1 - best["accuracy"]) / options.n_test)  # of the test rows' choice
+    noise = max(best["std"] or 0, error)
+    said = f"Best{within}: {best['method']}, {100 * best['accuracy']:.1f} %."
+    smaller = min((r for r in fits if r["accuracy"] >= best["accuracy"] - noise), key=lambda r: r["trained"])
+    if smaller is not best:
+        said += (
+            f" {smaller['method']} is within the noise of {100 * noise:.1f} points and trains {smaller['trained']:,} "
+            f"parameters instead of {best['trained']:,}."
+        )
+    return said
+
+
+def draw(lines: list[dict[str, Any]], path: Path) -> None:
+    """Accuracy against what a method takes: trained parameters, memory, time."""
+    panels = [("trained", "trained parameters"), ("peak_gib", "peak memory, GiB"), ("seconds", "training, s")]
+    panels = [(key, title) for key, title in panels if any(r[key] for r in lines)]
+    figure = Figure(figsize=(5 * len(panels), 4.2), layout="constrained")
+    for axes, (key, title) in zip(np.atleast_1d(figure.subplots(1, len(panels), sharey=True)), panels):
+        for i, r in enumerate(lines):
+            if r[key]:
+                at, spread = (r[key], 100 * r["accuracy"]), 100 * (r["std"] or 0)
+                mark = "x" if r["method"].startswith("peft-") else "o"
+                axes.errorbar(*at, yerr=spread, fmt=mark, capsize=3, color=f"C{i % 10}")
+                axes.annotate(r["method"], at, xytext=(5, 4), textcoords="offset points", size=8)
+        axes.margins(x=0.15)
+        axes.set(xlabel=title, xscale="log")
+        axes.grid(alpha=0.3)
+    np.atleast_1d(figure.axes)[0].set_ylabel("test accuracy, %")
+    figure.savefig(path, dpi=120)
