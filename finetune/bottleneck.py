@@ -10,24 +10,24 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs from a bare clone
 
-from finetune import loop
+from finetune import loop, setup
 from lit_model import bottleneck
 from lit_model.bottleneck import Bottleneck
 from lit_model.cli import cli
 
 
 @dataclass
-class Options(loop.Options):
+class Options(setup.Options):
     """Options."""
 
     bottleneck: Bottleneck = field(default_factory=Bottleneck)
     out_dir: Path = Path("out/bottleneck")
-    train: loop.Train = field(default_factory=lambda: loop.Train(lr=3e-3))
+    train: setup.Train = field(default_factory=lambda: setup.Train(lr=3e-3))
 
 
 def main(options: Options) -> loop.Summary:
-    run = loop.start(options)
-    gpt = loop.build(run, bottleneck, bottleneck=options.bottleneck)
+    run = setup.start(options)
+    gpt = setup.build(run, bottleneck, bottleneck=options.bottleneck)
     return loop.fit(run, gpt, "bottleneck", options.bottleneck)
 
 

@@ -10,17 +10,17 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs from a bare clone
 
-from finetune import loop
+from finetune import loop, setup
 from lit_model import full
 from lit_model.cli import cli
 
 
 @dataclass
-class Options(loop.Options):
+class Options(setup.Options):
     """Options."""
 
     out_dir: Path = Path("out/full")
-    train: loop.Train = field(default_factory=lambda: loop.Train(lr=1e-4))
+    train: setup.Train = field(default_factory=lambda: setup.Train(lr=1e-4))
 
 
 def main(options: Options) -> loop.Summary:
@@ -28,8 +28,8 @@ def main(options: Options) -> loop.Summary:
         raise ValueError(
             "full finetuning trains the weights that --quantize would freeze; use finetune/lora.py with it"
         )
-    run = loop.start(options)
-    gpt = loop.build(run, full)
+    run = setup.start(options)
+    gpt = setup.build(run, full)
     return loop.fit(run, gpt, "full")
 
 

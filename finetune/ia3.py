@@ -10,22 +10,22 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs from a bare clone
 
-from finetune import loop
+from finetune import loop, setup
 from lit_model import ia3
 from lit_model.cli import cli
 
 
 @dataclass
-class Options(loop.Options):
+class Options(setup.Options):
     """Options."""
 
     out_dir: Path = Path("out/ia3")
-    train: loop.Train = field(default_factory=lambda: loop.Train(lr=3e-2))
+    train: setup.Train = field(default_factory=lambda: setup.Train(lr=3e-2))
 
 
 def main(options: Options) -> loop.Summary:
-    run = loop.start(options)
-    gpt = loop.build(run, ia3)
+    run = setup.start(options)
+    gpt = setup.build(run, ia3)
     return loop.fit(run, gpt, "ia3")
 
 

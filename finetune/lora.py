@@ -14,24 +14,24 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs from a bare clone
 
-from finetune import loop
+from finetune import loop, setup
 from lit_model import lora
 from lit_model.cli import cli
 from lit_model.lora import LoRA
 
 
 @dataclass
-class Options(loop.Options):
+class Options(setup.Options):
     """Options."""
 
     lora: LoRA = field(default_factory=LoRA)
     out_dir: Path = Path("out/lora")
-    train: loop.Train = field(default_factory=lambda: loop.Train(lr=2e-3))
+    train: setup.Train = field(default_factory=lambda: setup.Train(lr=2e-3))
 
 
 def main(options: Options) -> loop.Summary:
-    run = loop.start(options)
-    gpt = loop.build(run, lora, lora=options.lora)
+    run = setup.start(options)
+    gpt = setup.build(run, lora, lora=options.lora)
     lora.start(gpt, options.lora)
     return loop.fit(run, gpt, "lora", options.lora, share=not options.lora.dropout, lr_scale=lora.lr_scale)
 

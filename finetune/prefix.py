@@ -10,24 +10,24 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs from a bare clone
 
-from finetune import loop
+from finetune import loop, setup
 from lit_model import prefix
 from lit_model.cli import cli
 from lit_model.prefix import Prefix
 
 
 @dataclass
-class Options(loop.Options):
+class Options(setup.Options):
     """Options."""
 
     prefix: Prefix = field(default_factory=Prefix)
     out_dir: Path = Path("out/prefix")
-    train: loop.Train = field(default_factory=lambda: loop.Train(lr=1e-2))
+    train: setup.Train = field(default_factory=lambda: setup.Train(lr=1e-2))
 
 
 def main(options: Options) -> loop.Summary:
-    run = loop.start(options)
-    gpt = loop.build(run, prefix, prefix=options.prefix)
+    run = setup.start(options)
+    gpt = setup.build(run, prefix, prefix=options.prefix)
     if options.prefix.init == "tokens" and not options.prefix.mlp:
         prefix.start(gpt, run.tokenizer.encode(options.prefix.text))
     return loop.fit(run, gpt, "prefix", options.prefix)

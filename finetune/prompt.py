@@ -10,24 +10,24 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs from a bare clone
 
-from finetune import loop
+from finetune import loop, setup
 from lit_model import prompt
 from lit_model.cli import cli
 from lit_model.prompt import Prompt
 
 
 @dataclass
-class Options(loop.Options):
+class Options(setup.Options):
     """Options."""
 
     soft_prompt: Prompt = field(default_factory=Prompt)
     out_dir: Path = Path("out/prompt")
-    train: loop.Train = field(default_factory=lambda: loop.Train(lr=3e-2))
+    train: setup.Train = field(default_factory=lambda: setup.Train(lr=3e-2))
 
 
 def main(options: Options) -> loop.Summary:
-    run = loop.start(options)
-    gpt = loop.build(run, prompt, prompt=options.soft_prompt)
+    run = setup.start(options)
+    gpt = setup.build(run, prompt, prompt=options.soft_prompt)
     prompt.start(gpt, run.tokenizer.encode(options.soft_prompt.text) if options.soft_prompt.text else [])
     return loop.fit(run, gpt, "prompt", options.soft_prompt)
 

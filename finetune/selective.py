@@ -10,28 +10,28 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs from a bare clone
 
-from finetune import loop
+from finetune import loop, setup
 from lit_model import selective
 from lit_model.cli import cli
 from lit_model.selective import Selective
 
 
 @dataclass
-class Options(loop.Options):
+class Options(setup.Options):
     """Options."""
 
     selective: Selective = field(default_factory=Selective)
     cache_features: bool = False
     """compute the frozen layers below the first trained one once for all epochs, and keep what they give on the host"""
     out_dir: Path = Path("out/selective")
-    train: loop.Train = field(default_factory=lambda: loop.Train(lr=1e-4))
+    train: setup.Train = field(default_factory=lambda: setup.Train(lr=1e-4))
 
 
 def main(options: Options) -> loop.Summary:
-    run = loop.start(options)
-    gpt = loop.build(run, selective, selective=options.selective)
+    run = setup.start(options)
+    gpt = setup.build(run, selective, selective=options.selective)
     if options.cache_features:
-        run = loop.cache_trunk(run, gpt)
+        run = setup.cache_trunk(run, gpt)
     return loop.fit(run, gpt, "selective", options.selective)
 
 

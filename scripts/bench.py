@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs 
 
 from lightning_fabric import Fabric
 
-from finetune import loop, memory
+from finetune import loop, memory, setup
 from finetune.report import Step, n_flops, peak_memory, peak_tflops
 from lit_model import adapter, adapter_v2, bottleneck, full, ia3, lora, model, prefix, prompt
 from lit_model.checkpoint import freeze, initialize
@@ -201,10 +201,10 @@ def gpu_memory(device: torch.device) -> float | None:
 def ours(
     method: str, precision: str, config: model.Config, examples: list[Example], fabric: Fabric, options: Options
 ) -> Result:
-    train = loop.Train(batch_size=options.batch_size, lr=1e-4)
-    settings = loop.Options(train=train, compile=options.compile, memory_gb=options.memory_gb)
+    train = setup.Train(batch_size=options.batch_size, lr=1e-4)
+    settings = setup.Options(train=train, compile=options.compile, memory_gb=options.memory_gb)
     dtype = torch.float32 if precision == "fp32" else torch.bfloat16
-    run = loop.Run(settings, fabric, dtype, None, examples, [], options.row_tokens)
+    run = setup.Run(settings, fabric, dtype, None, examples, [], options.row_tokens)
     torch.manual_seed(0)
     gpt = build(method, precision, config, dtype, fabric.device)
     run, network, optimizer, plan = loop.prepare(run, gpt)
@@ -286,7 +286,7 @@ def theirs(
     network = peers.build(method, precision, with_method(method, config), device)
     trained = [p for p in network.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=True)
-    batches = list(islice(loop.batches(examples, loop.Train(batch_size=options.batch_size)), 3))
+    batches = list(islice(loop.batches(examples, setup.Train(batch_size=options.batch_size)), 3))
     plain = options.peers == "hf-peft-plain"
     sizes, best = [n for n in (4, 8, 16, 32, 64) if n < options.batch_size and not plain] + [options.batch_size], None
 

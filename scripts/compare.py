@@ -30,7 +30,20 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs from a bare clone
 
-from finetune import adapter, adapter_v2, bottleneck, features, full, ia3, loop, lora, prefix, prompt, selective
+from finetune import (
+    adapter,
+    adapter_v2,
+    bottleneck,
+    features,
+    full,
+    ia3,
+    loop,
+    lora,
+    prefix,
+    prompt,
+    selective,
+    setup,
+)
 from finetune.report import peak_memory
 from lit_model import classify, generate, hub, load
 from lit_model.cli import cli
@@ -179,7 +192,7 @@ def prepare(options: Options) -> Bench:
     shape = PromptOptions(max_length=options.max_length, question=options.question)
     task = classify.task_of(rows, "labels", options.question)
     device = torch.device("cuda" if options.devices == "auto" and torch.cuda.is_available() else "cpu")
-    dtype = loop.training_dtype("auto", device)
+    dtype = setup.training_dtype("auto", device)
     examples = classify.examples(test, tokenizer, shape, task)
     bench = Bench(options, tokenizer, shape, task, train, examples, device, dtype)
     decisive = ("data", "max_steps", "max_time", "batch_size", "n_test", "n_val", "shots", "question", "max_length")
@@ -233,10 +246,10 @@ def cell(bench: Bench, name: str, seed: int, lr: float | None) -> dict[str, Any]
     return bench.kept[key]
 
 
-def settings_of(bench: Bench, name: str, seed: int, lr: float) -> loop.Options:
+def settings_of(bench: Bench, name: str, seed: int, lr: float) -> setup.Options:
     """What to tell the script of a method."""
     options, method = bench.options, METHODS[name]
-    train = loop.Train(
+    train = setup.Train(
         lr=lr, batch_size=options.batch_size, epochs=10**6, max_steps=options.max_steps, max_time=options.max_time,
         eval_interval=max(1, options.max_steps // 4), seed=seed, sample="",
     )  # fmt: skip
@@ -272,7 +285,7 @@ def trained_by_peft(bench: Bench, name: str, seed: int, lr: float) -> dict[str, 
     options, method = settings_of(bench, name, seed, lr), METHODS[name]
     ours = import_module(f"lit_model.{method.script.__name__.split('.')[-1]}")
     config = ours.Config.load(options.checkpoint_dir, **method.options)
-    run = loop.start(options)
+    run = setup.start(options)
     network = peers.base(config, run.dtype, run.device)
     peers.copy_weights(network, options.checkpoint_dir)
     network = peers.attach(network, name, config)

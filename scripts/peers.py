@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from finetune import loop
+from finetune import loop, setup
 from lit_model import classify, convert, model
 from lit_model.checkpoint import read_tensors
 from lit_model.packing import Example
@@ -105,7 +105,7 @@ def attach(network: torch.nn.Module, method: str, config: model.Config) -> torch
     return network.train()
 
 
-def fit(network: torch.nn.Module, run: loop.Run) -> tuple[float, float, int]:
+def fit(network: torch.nn.Module, run: setup.Run) -> tuple[float, float, int]:
     """Trains what requires gradients as loop.fit does with ours: the same batches, learning rates, optimizer and loss.
     Keeps the state of least validation loss.
 
@@ -149,7 +149,7 @@ def fit(network: torch.nn.Module, run: loop.Run) -> tuple[float, float, int]:
     return best, seconds, n_tokens
 
 
-def loss_of(network: torch.nn.Module, batch: list[Example], n_targets: int, run: loop.Run) -> Tensor:
+def loss_of(network: torch.nn.Module, batch: list[Example], n_targets: int, run: setup.Run) -> Tensor:
     """Cross-entropy summed over the targets of the batch, divided by n_targets."""
     (tensors,) = padded(batch, len(batch), run.device)
     with torch.autocast(run.device.type, torch.bfloat16, enabled=run.dtype == torch.bfloat16):
@@ -158,7 +158,7 @@ def loss_of(network: torch.nn.Module, batch: list[Example], n_targets: int, run:
 
 @torch.no_grad()
 def judge(
-    network: torch.nn.Module, rows: Sequence[Example], task: classify.Task, labels: list[list[int]], run: loop.Run
+    network: torch.nn.Module, rows: Sequence[Example], task: classify.Task, labels: list[list[int]], run: setup.Run
 ) -> classify.Verdict:
     """As classify.judge: the label with the highest log-probability after the prompt wins."""
     network.eval()

@@ -11,9 +11,9 @@ from conftest import FAMILIES, WORDS, randomize
 
 from finetune import features as finetune_features
 from finetune import ia3 as finetune_ia3
-from finetune import loop
 from finetune import lora as finetune_lora
 from finetune import selective as finetune_selective
+from finetune import setup
 from lit_model import classify, ia3, load, model, prefix, prompt
 from lit_model.checkpoint import fingerprint_of, freeze, load_base, method_header, save_method, task_in
 from lit_model.cli import cli
@@ -178,10 +178,10 @@ def test_peft_in_the_comparison_is_the_same_network_trained_by_the_same_rule(tin
     settings = dict(
         checkpoint_dir=tiny / "base", data=labelled, devices="cpu", dtype="float32",
         prompt=PromptOptions(val_fraction=0.2),
-        train=loop.Train(lr=1e-2, batch_size=8, max_steps=6, epochs=9, eval_interval=3, sample="", weight_decay=0.5),
+        train=setup.Train(lr=1e-2, batch_size=8, max_steps=6, epochs=9, eval_interval=3, sample="", weight_decay=0.5),
     )  # fmt: skip
     finetune_ia3.main(finetune_ia3.Options(**settings, out_dir=tmp_path / "ours"))
-    run = loop.start(loop.Options(**settings, out_dir=tmp_path / "theirs"))
+    run = setup.start(setup.Options(**settings, out_dir=tmp_path / "theirs"))
     config = ia3.Config.load(tiny / "base")
     network = peers.base(config, torch.float32, run.device)
     peers.copy_weights(network, tiny / "base")

@@ -12,7 +12,7 @@ from conftest import randomize
 from lightning_fabric import Fabric
 from safetensors.torch import load_file
 
-from finetune import loop
+from finetune import loop, setup
 from finetune.report import Step
 from lit_model import adapter, generate, lora, model
 from lit_model.checkpoint import freeze
@@ -109,12 +109,12 @@ def wide(quantize_to: str = "none") -> model.GPT:
 
 
 def prepared(gpt: model.GPT, **options) -> tuple:
-    train = loop.Train(batch_size=100)
+    train = setup.Train(batch_size=100)
     fabric = Fabric(accelerator="cuda", devices=1)
     fabric.launch()
     rng = np.random.default_rng(0)
     data = [Example(rng.integers(0, 4096, k).astype(np.int32), 20) for k in rng.integers(30, 200, 1600)]
-    run = loop.Run(loop.Options(train=train, compile="off", **options), fabric, gpt.dtype, None, data, [], 16384)
+    run = setup.Run(setup.Options(train=train, compile="off", **options), fabric, gpt.dtype, None, data, [], 16384)
     return loop.prepare(run, gpt)
 
 

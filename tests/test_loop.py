@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from finetune import loop
+from finetune import loop, setup
 from finetune.lora import Options, main
 from finetune.report import Step
 from lit_model import load, lora
@@ -19,7 +19,7 @@ from lit_model.lora import LoRA
 
 @pytest.fixture
 def options(tiny, tmp_path) -> Options:
-    train = loop.Train(lr=1e-2, batch_size=8, sample="")
+    train = setup.Train(lr=1e-2, batch_size=8, sample="")
     return Options(
         checkpoint_dir=tiny / "base", data=tiny / "data.json", out_dir=tmp_path / "run", train=train, devices="cpu",
         dtype="float32",
@@ -40,7 +40,7 @@ def test_rows_of_any_size_train_the_same(options, tmp_path):
 
 def test_a_step_is_adamw_on_the_mean_over_target_tokens(options):
     """The first step written out: every example alone, one mean over all target tokens, clipping, AdamW."""
-    run = loop.start(options)
+    run = setup.start(options)
     batch = next(loop.batches(run.train_examples, options.train))
     torch.manual_seed(0)
     gpt = lora.GPT(lora.Config.load(options.checkpoint_dir))
@@ -89,7 +89,7 @@ class Syncs(TorchDispatchMode):
 
 
 def test_a_step_never_waits_for_the_gpu_and_computes_logits_at_targets_only(options):
-    run = loop.start(options)
+    run = setup.start(options)
     gpt = lora.GPT(lora.Config.load(options.checkpoint_dir))
     load_base(gpt, options.checkpoint_dir, torch.float32)
     freeze(gpt, lora.trainable)
@@ -117,7 +117,7 @@ def test_a_deterministic_run_repeats_bit_for_bit(options, tmp_path):
 
 
 def test_an_epoch_takes_each_row_once_in_a_new_order():
-    batches = loop.batches(list(range(10)), loop.Train(batch_size=4))
+    batches = loop.batches(list(range(10)), setup.Train(batch_size=4))
     epochs = [[next(batches) for _ in range(3)] for _ in range(2)]
     assert [len(batch) for batch in epochs[0]] == [4, 4, 2]
     assert all(sorted(sum(epoch, [])) == list(range(10)) for epoch in epochs)
@@ -125,12 +125,12 @@ def test_an_epoch_takes_each_row_once_in_a_new_order():
 
 
 def test_learning_rate_rises_to_lr_and_falls_to_min_lr():
-    train = loop.Train(lr=1.0, min_lr=0.1)
+    train = setup.Train(lr=1.0, min_lr=0.1)
     rates = [loop.learning_rate(step, 100, 10, train) for step in range(1, 101)]
     assert rates[0] == 0.1 and rates[9] == rates[10] == max(rates) == 1.0  # it arrives at lr, and within the run
     assert 0.1 < rates[-1] < 0.101 and rates[55] == pytest.approx(0.55)
     assert all(a >= b for a, b in zip(rates[9:], rates[10:]))
-    assert loop.learning_rate(1, 1, 0, loop.Train(lr=1.0)) == 1.0  # a run of one step learns
+    assert loop.learning_rate(1, 1, 0, setup.Train(lr=1.0)) == 1.0  # a run of one step learns
 
 
 def test_vectors_do_not_decay(tiny):
@@ -138,7 +138,7 @@ def test_vectors_do_not_decay(tiny):
 
     gpt = adapter.GPT(adapter.Config.load(tiny / "base"))
     gpt.requires_grad_(True)
-    decay, none = loop.make_optimizer(gpt, loop.Train(weight_decay=0.3)).param_groups
+    decay, none = loop.make_optimizer(gpt, setup.Train(weight_decay=0.3)).param_groups
     assert decay["weight_decay"] == 0.3 and none["weight_decay"] == 0.0
     names = {id(p): name for name, p in gpt.named_parameters()}
     still = {names[id(p)] for p in none["params"]}
@@ -155,7 +155,7 @@ def test_frozen_parameters_are_not_given_to_the_optimizer(options):
 
 def test_validation_covers_every_row_and_rows_without_targets_do_no_harm(options):
     """The mean is over all target tokens, however the rows are cut."""
-    run = loop.start(options)
+    run = setup.start(options)
     gpt = load(options.checkpoint_dir)
     whole = loop.evaluate(gpt, gpt, run)
     small = replace(run, row_tokens=50)
@@ -169,13 +169,13 @@ def test_validation_covers_every_row_and_rows_without_targets_do_no_harm(options
 
 
 def test_validation_rows_are_never_trained_on(options):
-    run = loop.start(options)
+    run = setup.start(options)
     seen = {e.ids.tobytes() for e in run.train_examples}
     assert len(run.val_examples) == 3 and len(run.train_examples) == 57
     assert not any(e.ids.tobytes() in seen for e in run.val_examples)
-    again = loop.start(options)
+    again = setup.start(options)
     assert [e.ids.tobytes() for e in again.val_examples] == [e.ids.tobytes() for e in run.val_examples]
-    other = loop.start(replace(options, train=replace(options.train, seed=1)))
+    other = setup.start(replace(options, train=replace(options.train, seed=1)))
     assert [e.ids.tobytes() for e in other.val_examples] != [e.ids.tobytes() for e in run.val_examples]
 
 
@@ -238,7 +238,7 @@ def test_cached_features_train_the_same(options, tmp_path, what):
     """With an example's beginning shared with others or not, in other rows each epoch."""
     from finetune import selective
 
-    given = {f.name: getattr(options, f.name) for f in fields(loop.Options)}
+    given = {f.name: getattr(options, f.name) for f in fields(setup.Options)}
     chosen = selective.Selective(what=what, n=1)
     kept = []
     for cached in (False, True):
@@ -252,13 +252,13 @@ def test_cached_features_train_the_same(options, tmp_path, what):
 def test_cached_features_skip_the_frozen_blocks(options):
     from finetune import selective
 
-    run = loop.start(options)
-    gpt = loop.build(run, selective.selective, selective=selective.Selective(n=1))
-    run = loop.cache_trunk(run, gpt)
+    run = setup.start(options)
+    gpt = setup.build(run, selective.selective, selective=selective.Selective(n=1))
+    run = setup.cache_trunk(run, gpt)
     for block in gpt.blocks[:2]:
         block.forward = None  # whoever calls it fails
     idx, packed = next(loop.with_rows(loop.batches(run.train_examples, options.train), gpt, run, True))[1][0]
     gpt(idx, packed).backward()
     full = lora.GPT(lora.Config.load(options.checkpoint_dir))
     with pytest.raises(ValueError, match="the first ones are trained"):
-        loop.cache_trunk(run, full)
+        setup.cache_trunk(run, full)

@@ -1,0 +1,255 @@
+"""What a run starts from: its options, the data as tokens, the device, and the network with a method in it."""
+
+import copy
+import os
+import shutil
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from importlib import import_module
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from lightning_fabric import Fabric
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from finetune import memory
+from finetune.report import n_parameters
+from lit_model import classify, hub
+from lit_model.checkpoint import freeze, load_base
+from lit_model.data import PromptOptions, read_rows, split_rows, tokenize
+from lit_model.data import check as check_prompt
+from lit_model.model import GPT, Config
+from lit_model.packing import Example, pack
+from lit_model.quantize import Kind
+from lit_model.tokenizer import Tokenizer
+
+
+@dataclass
+class Train:
+    """How it is trained."""
+
+    lr: float = 1e-3
+    """highest learning rate of AdamW"""
+    min_lr: float = 0.0
+    """learning rate that a cosine falls to in the course of the run"""
+    warmup_steps: int | None = None
+    """steps in which the learning rate rises from 0; null: a tenth of all steps"""
+    weight_decay: float = 0.02
+    """for matrices only: gates, norms, biases and other vectors never decay"""
+    grad_clip: float = 1.0
+    """the norm of the whole gradient is cut to this; 0: never"""
+    batch_size: int = 16
+    """examples per optimizer step, however many rows and devices they are spread over"""
+    row_tokens: int | None = None
+    """about the most tokens of a packed row, which is one pass through the network; an example is never cut for it;
+    null: 4096 on a CPU; on a GPU 16384, and fewer if its memory demands it"""
+    epochs: int = 1
+    """passes over the training rows, each in a new order"""
+    max_steps: int | None = None
+    """end after so many optimizer steps"""
+    max_time: float | None = None
+    """end after so many minutes of training"""
+    max_examples: int | None = None
+    """train on so many rows only; null: all, and 480 for the demo data on a CPU"""
+    eval_interval: int | None = None
+    """steps between two evaluations; null: two in the run, halfway and at the end"""
+    patience: int = 0
+    """end after so many evaluations in a row without a better validation loss; 0: never"""
+    seed: int = 0
+    """of the validation split, the order of the rows, initial values and dropout"""
+    sample: str = "Give three tips for staying healthy."
+    """an instruction that is answered at the start and at every evaluation; empty: none"""
+
+
+@dataclass
+class Options:
+    """Options that all methods share."""
+
+    checkpoint_dir: Path = hub.DEMO_CHECKPOINT
+    """folder of the base network; by default the demo's SmolLM2-135M-Instruct, fetched once"""
+    data: Path = hub.DEMO_DATA
+    """.json or .jsonl file of rows with instruction, input and output; by default 999 Alpaca rows, fetched once"""
+    out_dir: Path = Path("out/finetune")
+    """folder for the trained tensors, the loss curve and the settings of the run"""
+    prompt: PromptOptions = field(default_factory=PromptOptions)
+    train: Train = field(default_factory=Train)
+    dtype: Literal["auto", "bfloat16", "float32"] = "auto"
+    """of the base weights and all activations; auto: bfloat16 on GPUs and CPUs that multiply it fast, else float32"""
+    head: Literal["labels", "linear"] = "labels"
+    """for rows of text and label: the label is words after the text, or what a trained layer of its own says"""
+    quantize: Kind = "none"
+    """keep the frozen base weights in fewer bits: nf4 (QLoRA) or int8 for little memory, fp8 for speed on an H100"""
+    devices: Literal["auto", "cpu"] = "auto"
+    """auto: the GPU if there is one"""
+    compile: Literal["auto", "on", "off"] = "auto"
+    """torch.compile for each block; auto: on a GPU for networks of a billion parameters and more, where it pays"""
+    memory_gb: float | None = None
+    """GiB of a GPU's memory to use at most: shorter rows, then recomputing blocks, then the host's memory make it do;
+    null: all that is free"""
+    deterministic: bool = False
+    """the same numbers, bit for bit, whenever a run is repeated on the same machine with the same memory free"""
+    overwrite: bool = False
+    """replace the run that out_dir holds"""
+
+
+@dataclass
+class Trunk:
+    """What the frozen blocks below `first_block` give for each token of the training examples, (tokens, C)."""
+
+    x: Tensor
+    first_block: int
+
+
+@dataclass
+class Run:
+    """What `start` has found out and `fit` works with."""
+
+    options: Options
+    fabric: Fabric
+    dtype: torch.dtype
+    tokenizer: Tokenizer
+    train_examples: list[Example]
+    val_examples: list[Example]
+    row_tokens: int
+    task: classify.Task | None = None  # of rows with text and label
+    trunk: Trunk | None = None  # what `cache_trunk` has made
+
+    @property
+    def device(self) -> torch.device:
+        return self.fabric.device
+
+
+def start(options: Options) -> Run:
+    """Checks the folders, fetches the demo if it is wanted, chooses the device, reads and tokenizes the data.
+
+    Raises ValueError or FileNotFoundError for what a user can mend.
+    """
+    check(options.train)
+    if (options.out_dir / "lit_config.json").is_file():
+        raise ValueError(f"{options.out_dir} is a checkpoint folder; name another --out_dir")
+    if any(options.out_dir.glob("*.safetensors")) and not options.overwrite:
+        raise ValueError(
+            f"{options.out_dir} holds a run already; name another --out_dir, or replace it with --overwrite"
+        )
+    if options.checkpoint_dir.absolute() == hub.DEMO_CHECKPOINT:
+        hub.fetch_demo_model()
+    config = Config.load(options.checkpoint_dir)  # says what is wrong with the folder before anything else is done
+    if demo := options.data.absolute() == hub.DEMO_DATA:
+        hub.fetch_demo_data()
+    on_gpu = options.devices == "auto" and torch.cuda.is_available()
+    if not on_gpu:
+        memory.keep_freed_memory()
+    if options.memory_gb is not None:
+        if not on_gpu:
+            raise ValueError("memory_gb limits the memory of a GPU, and none is used here")
+        if not options.memory_gb > 0:
+            raise ValueError(f"memory_gb is {options.memory_gb}; it must be above 0")
+    if options.quantize == "fp8" and not on_gpu:
+        print("fp8 products are slow on a CPU: this tries what a GPU would do; --quantize int8 is faster here")
+    if options.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+    fabric = Fabric(accelerator="cpu" if options.devices == "cpu" else "auto", devices=1, precision="32-true")
+    fabric.launch()
+    fabric.seed_everything(options.train.seed, verbose=False)
+    tokenizer = Tokenizer(options.checkpoint_dir)
+    check_prompt(options.prompt, tokenizer)
+    if options.train.patience and not options.prompt.val_fraction:
+        raise ValueError("train.patience needs validation rows, but prompt.val_fraction is 0")
+    rows = read_rows(options.data)
+    task = classify.task_of(rows, options.head, options.prompt.question) if rows and "label" in rows[0] else None
+    train_rows, val_rows = split_rows(rows, options.prompt.val_fraction, options.train.seed)
+
+    def tokenized(rows: list[dict], name: str) -> list[Example]:
+        if task is not None:
+            return classify.examples(rows, tokenizer, options.prompt, task)
+        return tokenize(rows, tokenizer, options.prompt, name)
+
+    limit = options.train.max_examples
+    if limit is None and demo and fabric.device.type == "cpu":
+        limit = 480
+        print(f"the demo on a CPU: training on {limit} of {len(train_rows)} rows (--train.max_examples changes that)")
+    with ThreadPoolExecutor(1) as meanwhile:
+        if compiles(options, config, fabric.device):
+            meanwhile.submit(import_module, "torch._inductor.compile_fx")  # seconds that tokenizing leaves to Python
+        return Run(
+            options,
+            fabric,
+            training_dtype(options.dtype, fabric.device),
+            tokenizer,
+            train_examples=tokenized(train_rows[:limit], "training rows"),
+            val_examples=tokenized(val_rows, "validation rows"),
+            row_tokens=options.train.row_tokens or (16384 if on_gpu else 4096),
+            task=task,
+        )
+
+
+def check(train: Train) -> None:
+    """Raises ValueError for a number that makes no sense."""
+    positive = ("batch_size", "row_tokens", "epochs", "max_steps", "max_examples", "eval_interval")
+    for name, value in vars(train).items():
+        least = 1 if name in positive else 0
+        if value is not None and name != "sample" and not value >= least:  # not: NaN
+            raise ValueError(f"train.{name} is {value}; it must be at least {least}")
+
+
+def compiles(options: Options, config: Config, device: torch.device) -> bool:
+    """Whether the blocks go through torch.compile. Raises ValueError where that is wanted and cannot be."""
+    compiler = os.getenv("CXX", "g++").split()  # it may have arguments, or be empty
+    if options.compile == "on" and device.type == "cpu" and not (compiler and shutil.which(compiler[0])):
+        raise ValueError("--compile on needs a C++ compiler on a CPU: install g++, or leave it away")
+    auto = options.compile == "auto" and device.type == "cuda" and n_parameters(config) > 1e9
+    return options.compile == "on" or auto
+
+
+def training_dtype(wanted: str, device: torch.device) -> torch.dtype:
+    """auto: bfloat16 where it is multiplied fast, else float32."""
+    if wanted != "auto":
+        return getattr(torch, wanted)
+    if device.type == "cuda":
+        fast = torch.cuda.get_device_capability(device) >= (8, 0)
+    else:
+        fast = device.type == "cpu" and torch.cpu.get_capabilities().get("amx_bf16", False)
+    return torch.bfloat16 if fast else torch.float32
+
+
+def build(run: Run, method: ModuleType, **method_options: Any) -> GPT:
+    """The network of `options.checkpoint_dir` with a method of lit_model/ in it, all else frozen. The options of the
+    method, if it has any, under the name that its Config gives them."""
+    checkpoint_dir = run.options.checkpoint_dir
+    with torch.device("meta"):
+        gpt = method.GPT(method.Config.load(checkpoint_dir, **method_options))
+        if run.task and run.task.head == "linear":
+            classify.install(gpt, len(run.task.classes))
+    keep = {name for name in gpt.state_dict() if method.trainable(name, gpt.config)}
+    load_base(gpt, checkpoint_dir, run.dtype, run.device, run.options.quantize, keep)
+    freeze(gpt, lambda name, config: name.startswith("heads.") or method.trainable(name, config))
+    return gpt
+
+
+@torch.no_grad()
+def cache_trunk(run: Run, gpt: GPT) -> Run:
+    """Computes what lies below the first block that is trained once for all epochs, and keeps it on the host.
+
+    Raises ValueError if something below the blocks is trained.
+    """
+    trained = [any(p.requires_grad for p in block.parameters()) for block in gpt.blocks]
+    first_block = [*trained, True].index(True)
+    below = [m for m in (gpt.wte, gpt.wpe, gpt.virtual_tokens, gpt.virtual_keys) if m is not None]
+    if any(p.requires_grad for m in below for p in m.parameters()):
+        raise ValueError("--cache_features keeps what comes out of frozen layers, and here the first ones are trained")
+    ends = np.cumsum([len(e.ids) for e in run.train_examples])
+    examples = [replace(e, at=int(end) - len(e.ids)) for e, end in zip(run.train_examples, ends)]
+    below = copy.copy(gpt)  # the same network without what lies above
+    identity = dict(norm_f=nn.Identity(), heads=nn.ModuleDict({"features": nn.Identity()}))
+    below._modules = gpt._modules | dict(blocks=gpt.blocks[:first_block], **identity)
+    x = torch.empty(int(ends[-1]), gpt.config.n_embd, dtype=gpt.dtype)
+    print(f"features of {len(examples)} examples, below block {first_block}: {x.nbytes / 2**30:.2f} GiB of host memory")
+    for idx, packed in tqdm(pack(examples, run.row_tokens, share=False), desc="features", unit="row", leave=False):
+        whole = replace(packed, wanted=None, targets=None, last=None)
+        x[packed.source] = below(idx.to(run.device), whole.to(run.device)).cpu()
+    return replace(run, train_examples=examples, trunk=Trunk(x, first_block))
