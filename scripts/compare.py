@@ -55,7 +55,7 @@ from scripts.eval_data import demonstration_ids, demonstrations
 ALL_LINEARS = "q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj"
 
 
-RATES = [digit * 10.0**power for power in range(-6, 1) for digit in (1, 3)]  # what --search tries
+RATES = [float(f"{digit}e{power}") for power in range(-6, 1) for digit in (1, 3)]  # what --search tries
 
 
 @dataclass

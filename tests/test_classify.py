@@ -207,6 +207,10 @@ def test_peft_in_the_comparison_is_the_same_network_trained_by_the_same_rule(tin
     assert peers.judge(network, run.val_examples, run.task, labels, run) == ours
 
 
+def test_rates_to_search_hold_those_to_begin_with():
+    assert {method.lr for method in compare.METHODS.values()} <= set(compare.RATES)
+
+
 def test_a_comparison_goes_on_where_it_ended_and_says_what_to_take(labelled, tiny, tmp_path, capsys, monkeypatch):
     out = tmp_path / "compare"
     args = f"--data {labelled} --checkpoint_dir {tiny}/base --out_dir {out} --devices cpu --n_test 30 --n_val 15"

@@ -149,6 +149,17 @@ def test_a_quantized_network_is_close_to_its_base(checkpoint):
         assert 0 < error < 0.3 * base.norm(), kind
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_merging_into_few_bits_is_refused(kind, checkpoint, tmp_path):
+    gpt = lora.GPT(lora.Config.load(checkpoint))
+    load_base(gpt, checkpoint, torch.float32)
+    freeze(gpt, lora.trainable)
+    save_method(tmp_path / "m.safetensors", gpt, "lora", lora.LoRA(), fingerprint_of(checkpoint))
+    quantized = load(checkpoint, tmp_path / "m.safetensors", quantize=kind)
+    with pytest.raises(ValueError, match="4 or 8 bits would lose what was trained"):
+        quantized.merge()
+
+
 def test_unfit_shapes_are_refused():
     with pytest.raises(ValueError, match="64 weights"):
         quantized(torch.randn(3, 30), "nf4")
