@@ -109,7 +109,7 @@ class Options:
     methods: str = QUICK
     """names, or all: zero-shot, few-shot, features, and those of METHODS in this file"""
     seeds: str = "0"
-    """of the order of the rows and of what is random at the start; the splits stay the same"""
+    """of the validation rows, the order of the others and what is random at the start; the test rows stay the same"""
     max_steps: int = 40
     """optimizer steps of each run"""
     max_time: float | None = None
@@ -171,8 +171,7 @@ def main(options: Options) -> None:
         cells[name] = [cell(bench, name, seed, lr) for seed in (seeds if name != "zero-shot" else seeds[:1])]
         if options.peers and name in PEERS:
             cells[f"peft-{name}"] = [cell(bench, f"peft-{name}", seed, lr) for seed in seeds]
-    where = torch.cuda.get_device_name() if bench.device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    report(cells, options, f"{where}, torch {torch.__version__}")
+    report(cells, options)
 
 
 def prepare(options: Options) -> Bench:
@@ -237,7 +236,11 @@ def cell(bench: Bench, name: str, seed: int, lr: float | None) -> dict[str, Any]
         else:
             make = trained_by_peft if name.startswith("peft-") else trained
             made = make(bench, name.removeprefix("peft-"), seed, lr)
-        made = dict(cell=key, method=name, seed=seed, lr=lr, settings=bench.kept["settings"], **made)
+        where = f"CPU, {torch.get_num_threads()} threads"
+        if bench.device.type == "cuda":
+            where = torch.cuda.get_device_name()
+        on = f"{where}, torch {torch.__version__}"
+        made = dict(cell=key, method=name, seed=seed, lr=lr, on=on, settings=bench.kept["settings"], **made)
         bench.kept[key] = made
         with open(bench.options.out_dir / "cells.jsonl", "a") as file:
             file.write(json.dumps(made) + "\n")
