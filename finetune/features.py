@@ -3,8 +3,7 @@
     python finetune/features.py --data reviews.csv
 
 The features of a text are the last layer's vectors, normed, of its last token or on average; they are kept in
-features.npz, so that another classifier costs seconds. Reports accuracy, macro F1 and the confusion matrix of the
-validation rows.
+features.npz. Reports accuracy, macro F1 and the confusion matrix of the validation rows.
 """
 
 import importlib
@@ -16,6 +15,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from sklearn.base import is_classifier
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs from a bare clone
@@ -43,14 +43,16 @@ class Options:
     """the vector of the last token, or the mean over all"""
     classifier: str = "sklearn.linear_model.LogisticRegression"
     """any classifier with fit and predict, by its import path"""
-    classifier_options: dict[str, Any] = field(default_factory=lambda: {"max_iter": 2000})
-    """its options, such as '{"C": 0.1}'"""
+    classifier_options: dict[str, Any] = field(default_factory=dict)
+    """its options, such as '{"C": 0.1}'; without any LogisticRegression gets max_iter 2000"""
     max_examples: int | None = None
     """train on so many rows only"""
     row_tokens: int = 4096
     """tokens that go through the network at a time, about"""
     seed: int = 0
     """of the validation split"""
+    overwrite: bool = False
+    """replace the features that out_dir holds"""
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
     """auto: bfloat16 on a GPU, float32 on a CPU"""
     device: Literal["auto", "cpu"] = "auto"
@@ -61,9 +63,18 @@ def main(options: Options) -> None:
     rows = read_rows(options.data)
     if not rows or "label" not in rows[0]:
         raise ValueError(f"{options.data} has no rows with text and label")
+    if options.row_tokens < 1 or (options.max_examples is not None and options.max_examples < 1):
+        raise ValueError("row_tokens and max_examples must be at least 1")
+    if not 0 < options.prompt.val_fraction < 1:
+        raise ValueError(f"prompt.val_fraction is {options.prompt.val_fraction}; it must be above 0 and below 1")
+    if options.out_dir.is_dir() and any(options.out_dir.iterdir()) and not options.overwrite:
+        raise ValueError(f"{options.out_dir} is not empty; name another --out_dir, or replace it with --overwrite")
     module, _, name = options.classifier.rpartition(".")
     try:
-        classifier = getattr(importlib.import_module(module), name)(**options.classifier_options)
+        settings = options.classifier_options or ({"max_iter": 2000} if name == "LogisticRegression" else {})
+        classifier = getattr(importlib.import_module(module), name)(**settings)
+        if not (hasattr(classifier, "fit") and is_classifier(classifier)):
+            raise ValueError("it is no classifier")
     except (ImportError, AttributeError, ValueError, TypeError) as e:
         raise ValueError(f"--classifier {options.classifier} with {options.classifier_options}: {e}") from None
     if options.checkpoint_dir.absolute() == hub.DEMO_CHECKPOINT:
@@ -100,6 +111,7 @@ def read_classifier(folder: Path) -> Any:
 @torch.no_grad()
 def features(gpt: GPT, examples: list[Example], pool: str, row_tokens: int, name: str) -> np.ndarray:
     """(examples, n_embd) in float32: the normed output of the last layer, at the last token or on average over all."""
+    gpt.check_length(max(len(e.ids) for e in examples))
     gpt.heads["features"] = torch.nn.Identity()
     device, found = gpt.wte.weight.device, []
     for idx, packed in tqdm(pack(examples, row_tokens, share=False), desc=f"features of {name} rows", leave=False):

@@ -80,10 +80,7 @@ def fit(
     interval = train.eval_interval or math.ceil(n_steps / 2)
     if warmup >= n_steps:
         raise ValueError(f"train.warmup_steps is {warmup}, but the run has {n_steps} steps")
-    longest = max(len(e.ids) for e in run.train_examples + run.val_examples)
-    if longest + gpt.n_virtual_tokens + gpt.n_virtual_keys > gpt.config.block_size:
-        room = f"the model's context of {gpt.config.block_size}"
-        raise ValueError(f"the longest example has {longest} tokens, too many for {room}: lower prompt.max_length")
+    gpt.check_length(max(len(e.ids) for e in run.train_examples + run.val_examples))
 
     header = (method, method_options, fingerprint_of(options.checkpoint_dir))
     n_trained = sum(p.numel() for p in gpt.parameters() if p.requires_grad)
@@ -141,11 +138,11 @@ def fit(
                     bar.write(f"step {number}: validation loss {val_loss:.4f}{_and(verdict)}")
                 sample(gpt, run)
                 log.write_settings()
-                save_method(options.out_dir / "last.safetensors", gpt, *header, run.task)
+                save_method(options.out_dir / "last.safetensors", gpt, *header, run.task, options.quantize)
                 stale += 1
                 if not saved or val_loss < best or not run.val_examples:
                     saved, best, best_verdict, stale = True, val_loss, verdict, 0
-                    save_method(options.out_dir / "lit_method.safetensors", gpt, *header, run.task)
+                    save_method(options.out_dir / "lit_method.safetensors", gpt, *header, run.task, options.quantize)
                 if last or (train.patience and stale >= train.patience):
                     break
                 meter.start()
@@ -155,11 +152,12 @@ def fit(
         print(f"before: {first_verdict}\nafter: {best_verdict}, see {options.out_dir}/confusion.png")
         best_verdict.draw(options.out_dir / "confusion.png")
     print(closing_line(gpt, meter, run.device))
-    words = ["--method_dir", str(options.out_dir), "--prompt", train.sample or Train.sample]
+    words = ["--method_dir", str(options.out_dir)]
+    words += ["--data", "test.csv"] if run.task else ["--prompt", train.sample or Train.sample]
     if options.checkpoint_dir.absolute() != hub.DEMO_CHECKPOINT:
         words = ["--checkpoint_dir", str(options.checkpoint_dir), *words]
     print(f"saved {options.out_dir}/: lit_method.safetensors, last.safetensors, hparams.yaml, metrics.csv, loss.png")
-    print(f"try:  python generate/base.py {shlex.join(words)}")
+    print(f"try:  python {'scripts/eval_data.py' if run.task else 'generate/base.py'} {shlex.join(words)}")
     return Summary(n_trained, n_total, meter.seconds(), meter.n_tokens, peak_memory(run.device), best)
 
 

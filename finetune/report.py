@@ -166,6 +166,7 @@ class Log:
         if (self.out_dir / "hparams.yaml").exists():  # a failed run, or one to overwrite; its tensors stay until ours
             for events in self.out_dir.glob("events.out.tfevents.*"):
                 events.unlink()
+            (self.out_dir / "confusion.png").unlink(missing_ok=True)
         if not any(self.out_dir.glob("*.safetensors")):
             self.write_settings()
         self.file = open(self.out_dir / "metrics.csv", "w", newline="")

@@ -162,6 +162,8 @@ def start(options: Options) -> Run:
         raise ValueError("train.patience needs validation rows, but prompt.val_fraction is 0")
     rows = read_rows(options.data)
     task = classify.task_of(rows, options.head, options.prompt.question) if rows and "label" in rows[0] else None
+    if task is None and options.head == "linear":
+        raise ValueError(f"--head linear wants rows of text and label; those of {options.data} have none")
     train_rows, val_rows = split_rows(rows, options.prompt.val_fraction, options.train.seed)
 
     def tokenized(rows: list[dict], name: str) -> list[Example]:
@@ -225,9 +227,15 @@ def build(run: Run, method: ModuleType, **method_options: Any) -> GPT:
         gpt = method.GPT(method.Config.load(checkpoint_dir, **method_options))
         if run.task and run.task.head == "linear":
             classify.install(gpt, len(run.task.classes))
-    keep = {name for name in gpt.state_dict() if method.trainable(name, gpt.config)}
+
+    def trainable(name: str, config: Config) -> bool:  # a head of its own takes the place of lm_head
+        return name.startswith("heads.") or (
+            method.trainable(name, config) and not (gpt.heads and name.startswith("lm_head."))
+        )
+
+    keep = {name for name in gpt.state_dict() if trainable(name, gpt.config)}
     load_base(gpt, checkpoint_dir, run.dtype, run.device, run.options.quantize, keep)
-    freeze(gpt, lambda name, config: name.startswith("heads.") or method.trainable(name, config))
+    freeze(gpt, trainable)
     return gpt
 
 

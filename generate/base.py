@@ -18,7 +18,7 @@ import yaml
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from lit_model import hub, load
-from lit_model.checkpoint import method_file, method_header
+from lit_model.checkpoint import method_file, method_header, task_in
 from lit_model.cli import choose_device, choose_dtype, cli
 from lit_model.data import check_style, render
 from lit_model.generate import generate, stream_text
@@ -66,7 +66,8 @@ def main(options: Options) -> None:
         hub.fetch_demo_model()
     Config.load(options.checkpoint_dir)  # says what is wrong with the folder before anything else is done
     if options.method_dir is not None:
-        method_header(options.method_dir)  # the same
+        if (task := task_in(method_header(options.method_dir))) and task.head == "linear":
+            raise ValueError(f"{options.method_dir} tells classes apart, by scripts/eval_data.py, and writes no text")
     tokenizer = Tokenizer(options.checkpoint_dir)
     style = prompt_style(options)
     check_style(style, tokenizer)

@@ -82,6 +82,7 @@ def load(
         raise ValueError(f"two of {', '.join(map(str, folders))} are a {twice[0]}, and a network has room for one")
     added = [_install(gpt, folder, checkpoint_dir) for folder in folders]
     trained = [read_tensors(method_file(folder), device) for folder in folders]
+    _check_together(gpt, folders, trained)
     load_base(gpt, checkpoint_dir, dtype, device, quantize, keep={name for tensors in trained for name in tensors})
     for folder, own, tensors in zip(folders, added, trained, strict=True):
         tensors = {name: t.to(dtype) if is_base(name) else t for name, t in tensors.items()}
@@ -92,6 +93,20 @@ def load(
     return gpt.requires_grad_(False).eval()
 
 
+def _check_together(gpt: model.GPT, folders: Sequence[Path | str], trained: Sequence[Collection[str]]) -> None:
+    """Raises ValueError where one method would undo another."""
+    for i, folder in enumerate(folders):
+        for j in range(i):
+            if same := sorted(set(trained[i]) & set(trained[j])):
+                raise ValueError(f"{folders[j]} and {folder} both hold {same[0]}: they do not go together")
+    for name, linear in gpt.named_modules():
+        if isinstance(linear, model.Linear):
+            for method, delta in list(linear.deltas.items())[1:]:
+                if getattr(delta, "first", False):
+                    before = next(iter(linear.deltas))
+                    raise ValueError(f"on {name} {method} has to act before {before}: name its folder first")
+
+
 def _side_by_side(
     checkpoint_dir: Path | str, folders: Mapping[str, Path | str], device: Any, dtype: torch.dtype, quantize: Kind
 ) -> several.GPT:
@@ -99,6 +114,8 @@ def _side_by_side(
         gpt = several.GPT(model.Config.load(checkpoint_dir))
     load_base(gpt, checkpoint_dir, dtype, device, quantize)
     for name, folder in folders.items():
+        if not isinstance(name, str) or not name or "." in name or hasattr(nn.ModuleDict, name):
+            raise ValueError(f"{name!r} cannot be the name of {folder}: take letters, digits and '-'")
         with torch.device("meta"):
             donor = model.GPT(model.Config.load(checkpoint_dir))
         own, tensors = _install(donor, folder, checkpoint_dir), read_tensors(method_file(folder), device)
@@ -180,14 +197,20 @@ def freeze(gpt: model.GPT, trainable: Callable[[str, model.Config], bool]) -> No
 
 
 def save_method(
-    path: Path, gpt: nn.Module, method: str, options: Any, fingerprint: str, task: classify.Task | None = None
+    path: Path,
+    gpt: nn.Module,
+    method: str,
+    options: Any,
+    fingerprint: str,
+    task: classify.Task | None = None,
+    quantize: Kind = "none",
 ) -> None:
     """Writes the trained tensors of `gpt`, and only those, with all that `load` needs to know in the header."""
     tensors = {name: p.detach().contiguous() for name, p in gpt.named_parameters() if p.requires_grad}
     module, _ = METHODS[method]
     if hasattr(module, "finish"):
         tensors, options = module.finish(gpt, tensors, options)
-    save_tensors(path, tensors, method, options, fingerprint, task)
+    save_tensors(path, tensors, method, options, fingerprint, task, quantize)
 
 
 def save_tensors(
@@ -197,10 +220,12 @@ def save_tensors(
     options: Any,
     fingerprint: str,
     task: classify.Task | None = None,
+    quantize: Kind = "none",
 ) -> None:
-    """Writes a method file."""
+    """Writes a method file. quantize: what the base was in training."""
     options, task = (json.dumps(asdict(value) if value else {}) for value in (options, task))
-    write_tensors(path, tensors, {"method": method, "options": options, "task": task, "fingerprint": fingerprint})
+    header = dict(method=method, options=options, task=task, fingerprint=fingerprint, quantize=quantize)
+    write_tensors(path, tensors, header)
 
 
 def task_in(header: Mapping[str, str]) -> classify.Task | None:

@@ -1,6 +1,7 @@
 """Classification with a language model: which of a few labels does a text have?
 
-    head labels   the label is the words that follow the text and a question; that with the highest log-probability wins
+    head labels   the label is the words that follow the text and a question, and that with the highest log-probability
+                  wins; it is a sum over tokens, so that labels of like length compare best
     head linear   a layer of its own, trained beside the method, reads the last token (it begins at zero)
 
 A linear head needs nothing new below it: an example is the text's tokens and then the number of its class, which the
@@ -43,7 +44,8 @@ def task_of(rows: Sequence[dict[str, str]], head: str, question: str) -> Task:
 
 
 def install(gpt: GPT, n_classes: int) -> None:
-    """Puts a linear head in the place of the output layer."""
+    """Puts a linear head in the place of the output layer, with what a method has added to that."""
+    gpt.lm_head.deltas.clear()
     gpt.heads["linear"] = LinearHead(gpt.config.n_embd, n_classes, bias=True)
 
 
@@ -57,7 +59,7 @@ def label_ids(task: Task, tokenizer: Tokenizer) -> list[list[int]]:
     """What stands for each class after a prompt. Raises ValueError if two begin alike to the end of one of them."""
     if task.head == "linear":
         return [[i] for i in range(len(task.classes))]
-    ids = [tokenizer.encode(f" {name}") for name in task.classes]
+    ids = [tokenizer.encode_within(f" {name}") for name in task.classes]
     for i, a in enumerate(ids):
         for j, b in enumerate(ids):
             if i != j and a == b[: len(a)]:
@@ -65,25 +67,31 @@ def label_ids(task: Task, tokenizer: Tokenizer) -> list[list[int]]:
     return ids
 
 
-def examples(rows: Sequence[dict[str, str]], tokenizer: Tokenizer, options: PromptOptions, task: Task) -> list[Example]:
-    """Token examples of rows with text and label, in order. A text that is too long loses its end.
+def examples(
+    rows: Sequence[dict[str, str]], tokenizer: Tokenizer, options: PromptOptions, task: Task, bos: bool = True
+) -> list[Example]:
+    """Token examples of rows with text and label, in order. A text that is too long loses its end. With `bos` each
+    begins with the token that texts of this family begin with.
 
     Raises ValueError for a label that is not in `task`.
     """
-    bos = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
-    question, labels = tokenizer.encode(f"\n{task.question}"), label_ids(task, tokenizer)
-    room = options.max_length - len(bos) - len(question) - max(map(len, labels))
+    begin = [tokenizer.bos_id] if bos and tokenizer.bos_id is not None else []
+    question, labels = tokenizer.encode_within(f"\n{task.question}"), label_ids(task, tokenizer)
+    room = options.max_length - len(begin) - len(question) - max(map(len, labels))
     if room < 1:
         raise ValueError(f"prompt.max_length {options.max_length} leaves no room for a text beside the question")
     number = {name: i for i, name in enumerate(task.classes)}
-    made = []
+    made, cut = [], 0
     for start in range(0, len(rows), 1024):
         batch = rows[start : start + 1024]
         for row, text in zip(batch, tokenizer.encode_batch([row["text"].strip() for row in batch]), strict=True):
             if row["label"] not in number:
                 raise ValueError(f"the label {row['label']!r} was never seen; there are {', '.join(task.classes)}")
-            prompt = bos + text[:room] + question
+            cut += len(text) > room
+            prompt = begin + text[:room] + question
             made.append(Example(np.array(prompt + labels[number[row["label"]]], dtype=np.int32), len(prompt)))
+    if cut:
+        print(f"{cut} of {len(rows)} texts cut to prompt.max_length {options.max_length}")
     return made
 
 
@@ -100,8 +108,13 @@ def scores(
     Args:
         labels: token ids; with a linear head the number of each class.
         before: tokens that stand before every prompt, such as demonstrations. They are computed once.
+    Raises:
+        ValueError: it is longer than the model's context, or there is no prompt.
     """
+    if row_tokens < 1 or not len(prompts):
+        raise ValueError(f"row_tokens is {row_tokens}, and there are {len(prompts)} texts; both must be at least 1")
     c, device = gpt.config, gpt.wte.weight.device
+    gpt.check_length(len(before) + max(map(len, prompts)) + max(map(len, labels)) - 1)
     costs = np.array([len(prompt) for prompt in prompts]) + sum(len(label) - 1 for label in labels)
     slots = gpt.n_virtual_tokens + len(before) + row_tokens + int(costs.max())
     cache = KVCache(c.n_layer, slots, c.n_kv_head, c.head_size, gpt.dtype or gpt.wte.weight.dtype, device)

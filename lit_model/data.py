@@ -84,7 +84,8 @@ def read_rows(path: Path | str) -> list[dict[str, str]]:
     except UnicodeDecodeError as e:
         raise ValueError(f"{path} is not text in UTF-8 ({e.reason} at byte {e.start})") from None
     rows, where = _parsed(path, text)
-    labelled = bool(rows) and isinstance(rows[0][1], dict) and "label" in rows[0][1]
+    first = rows[0][1].keys() if rows and isinstance(rows[0][1], dict) else set()
+    labelled = {"text", "label"} <= first or (bool({"text", "label"} & first) and "instruction" not in first)
     keys, needed = (("text", "label"),) * 2 if labelled else (KEYS, ("instruction", "output"))
     for number, row in rows:
         if not isinstance(row, dict) or not set(needed) <= row.keys():
@@ -95,17 +96,24 @@ def read_rows(path: Path | str) -> list[dict[str, str]]:
         for key in keys:
             if not isinstance(row.get(key, ""), str | int | float | None):
                 raise ValueError(f"{path}, {where} {number}: {key} is no text but {json.dumps(row[key])[:40]}")
-    return [{key: "" if row.get(key) is None else str(row[key]) for key in keys} for _, row in rows]
+        if labelled and not str(row["label"] or "").strip():
+            raise ValueError(f"{path}, {where} {number}: the label is empty")
+    texts = [{key: "" if row.get(key) is None else str(row[key]) for key in keys} for _, row in rows]
+    return [row | {"label": row["label"].strip()} for row in texts] if labelled else texts
 
 
 def _parsed(path: Path, text: str) -> tuple[list[tuple[int, Any]], str]:
     """(the rows of a file with their numbers, what these count)"""
-    if path.suffix == ".csv":
+    if path.suffix.lower() == ".csv":
+        csv.field_size_limit(2**31 - 1)  # a text may be long
         reader = csv.DictReader(io.StringIO(text, newline=""))
-        return [(reader.line_num, {k: v for k, v in row.items() if v is not None}) for row in reader], "line"
+        try:
+            return [(reader.line_num, {k: v for k, v in row.items() if v is not None}) for row in reader], "line"
+        except csv.Error as e:
+            raise ValueError(f"{path}, line {reader.line_num}: not CSV ({e})") from None
     rows, where = [], "row"
     try:
-        if path.suffix == ".jsonl":
+        if path.suffix.lower() == ".jsonl":
             where = "line"
             for number, line in enumerate(text.split("\n"), 1):
                 if line.strip():
@@ -125,6 +133,8 @@ def split_rows(rows: Sequence[dict], val_fraction: float, seed: int) -> tuple[li
     unique = list({row.get("text", tuple(row.values())): row for row in rows}.values())
     if len(unique) < len(rows):
         print(f"{len(rows) - len(unique)} of {len(rows)} rows left out: they repeat another one")
+    if other := len({tuple(row.values()) for row in rows}) - len(unique):
+        print(f"{other} of these repeat a text with another label: the last one counts")
     if not rows:
         raise ValueError("the data hold no row")
     order = np.random.default_rng(seed).permutation(len(unique))

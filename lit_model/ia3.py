@@ -43,6 +43,8 @@ class OutputScale(nn.Module):
 
 
 class InputScale(OutputScale):
+    first = True  # makes y anew: what other methods have added to it would be lost
+
     def forward(self, linear: model.Linear, x: Tensor, y: Tensor) -> Tensor:
         return linear.matmul(x * self.scale.to(x.dtype)) + (0 if linear.bias is None else linear.bias.to(y.dtype))
 

@@ -17,7 +17,8 @@ computed for each of them again (packing.py). Its relatives are options:
     lr_ratio LoRA+ (https://arxiv.org/abs/2402.12354): B learns so many times as fast as A
     init     pissa (https://arxiv.org/abs/2404.02948): A and B begin as the r largest singular values of W; olora
              (https://arxiv.org/abs/2406.01775): as the first r columns of Q and rows of R of W = Q R. The papers take
-             that part out of W; here it is subtracted beside W, which is the same: W x + s (B A - B0 A0) x.
+             that part out of W; here it is subtracted beside W, which is the same: W x + s (B A - B0 A0) x. Over a
+             quantized W it is not: the papers quantize what is left of W, here it is W.
 """
 
 import math
@@ -63,6 +64,7 @@ class Config(model.Config):
 class LoRADelta(nn.Module):
     def __init__(self, linear: model.Linear, r: int, alpha: float, options: LoRA):
         super().__init__()
+        self.first = options.dora  # DoRA takes y for W x + b
         self.scale = alpha / (math.sqrt(r) if options.rslora else r)
         self.dropout = options.dropout
         self.A = nn.Parameter(torch.empty(r, linear.in_features))
@@ -135,6 +137,8 @@ def sizes(names: list[str], options: LoRA) -> dict[str, tuple[int, float]]:
     for pattern, r, alpha in _parsed(options):
         if r < 1:
             raise ValueError(f"lora.r is {r}; it must be at least 1")
+        if not alpha > 0:
+            raise ValueError(f"lora.alpha is {alpha}; it must be above 0")
         try:
             hit = [name for name in names if name.split(".")[-1] == pattern or re.fullmatch(pattern, name)]
         except re.error:
@@ -150,7 +154,8 @@ def sizes(names: list[str], options: LoRA) -> dict[str, tuple[int, float]]:
 def _parsed(options: LoRA) -> list[tuple[str, int, float]]:
     """The targets, each with its rank and alpha."""
     targets = [t.strip() for t in re.split(r",(?![^{]*})", options.targets) if t.strip()]  # not at the comma of {1,3}
-    parts = [re.fullmatch(r"(.*?)(?::(\d+))?(?::([\d.]+))?", target).groups() for target in targets]
+    number = r"\d+\.?\d*(?:e[+-]?\d+)?"
+    parts = [re.fullmatch(rf"(.*?)(?::(\d+))?(?::({number}))?", target).groups() for target in targets]
     return [(name, int(r or options.r), float(alpha or options.alpha)) for name, r, alpha in parts]
 
 
@@ -171,12 +176,17 @@ def lr_scale(name: str, config: Config) -> float:
 
 @torch.no_grad()
 def start(gpt: model.GPT, options: LoRA) -> None:
-    """Gives A and B their values by PiSSA or OLoRA, once the base weights are there."""
+    """Gives A and B their values by PiSSA or OLoRA, once the base weights are there.
+
+    Raises ValueError if a layer is too small for the rank.
+    """
     if options.init == "zero":
         return
     for linear in (m for m in gpt.modules() if isinstance(m, model.Linear) and "lora" in m.deltas):
         delta = linear.deltas["lora"]
         weight, r = linear.dense(), len(delta.A)
+        if r > min(weight.shape):
+            raise ValueError(f"lora.r is {r}, too much for {options.init} of a layer of {tuple(weight.shape)}")
         if options.init == "pissa":
             u, s, v = torch.linalg.svd(weight, full_matrices=False)
             root = (s[:r] / delta.scale).sqrt()

@@ -93,7 +93,12 @@ def trainable(name: str, config: model.Config | None = None) -> bool:
 
 @torch.no_grad()
 def start(gpt: model.GPT, ids: Sequence[int]) -> None:
-    """Makes the prefix what the base model has for the tokens `ids`, repeated or cut to its length."""
+    """Makes the prefix what the base model has for the tokens `ids`, repeated or cut to its length.
+
+    Raises ValueError if there are none.
+    """
+    if not ids:
+        raise ValueError("prefix.text is empty: give it a text, or --prefix.init zero")
     prefix = gpt.virtual_keys.pop("prefix")
     c, device = gpt.config, gpt.wte.weight.device
     cache = KVCache(c.n_layer, prefix.length, c.n_kv_head, c.head_size, gpt.dtype or gpt.wte.weight.dtype, device)
@@ -105,5 +110,6 @@ def start(gpt: model.GPT, ids: Sequence[int]) -> None:
 
 def finish(gpt: model.GPT, tensors: dict[str, Tensor], options: Prefix) -> tuple[dict[str, Tensor], Prefix]:
     """What a method file holds: the prefix itself, without the network that made it in training."""
+    rest = {name: t for name, t in tensors.items() if not trainable(name)}  # such as a linear head
     kv = gpt.virtual_keys["prefix"]().detach().contiguous()
-    return {"virtual_keys.prefix.kv": kv}, replace(options, mlp=0)
+    return {**rest, "virtual_keys.prefix.kv": kv}, replace(options, mlp=0)

@@ -182,7 +182,8 @@ class FP8MLP(MLP):
 
     def forward(self, x: Tensor) -> Tensor:
         linears = self.gate_proj, self.up_proj, self.down_proj
-        if any(linear.deltas for linear in linears) or not (x.is_cuda and HAS_TRITON):
+        plain = all(not linear.deltas and linear.bias is None for linear in linears)
+        if not (plain and x.is_cuda and HAS_TRITON):
             return super().forward(x)
         weights = [(m.codes, m.scale, m.codes_t, m.scale_t) for m in linears]
         return _FP8SwiGLU.apply(x.bfloat16(), *(t for group in weights for t in group)).to(x.dtype)

@@ -7,8 +7,8 @@
     norms         the norms
     regex         what a regular expression finds in the parameters' names
 
-Below the first block that is trained nothing is kept for a backward pass. An output layer that is the embedding matrix
-becomes a copy of it, so that training the one leaves the other alone.
+Below the first block that is trained nothing is kept for a backward pass. If the output layer is the embedding matrix
+and is trained alone, it becomes a copy of it; a regex that names the embedding trains both as one.
 
 On LLaMA-7B: head 131,072,000; last_blocks 1 333,459,456; bitfit 1,359,872; norms 266,240.
 """
@@ -52,8 +52,8 @@ class AddedBias(nn.Module):
     def forward(self, linear: model.Linear, x: Tensor, y: Tensor) -> Tensor:  # y (T, n_out)
         return y + self.bias.to(y.dtype)
 
-    def merged(self, weight: Tensor, bias: None) -> tuple[Tensor, Tensor]:
-        return weight, self.bias.detach()
+    def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+        return weight, self.bias + (0 if bias is None else bias)
 
 
 def install(gpt: model.GPT, options: Selective) -> None:
@@ -66,6 +66,8 @@ def install(gpt: model.GPT, options: Selective) -> None:
     if options.what == "bitfit":
         for linear in (m for m in gpt.blocks.modules() if isinstance(m, model.Linear) and m.bias is None):
             linear.deltas["bitfit"] = AddedBias(linear.out_features)
+    if options.regex and options.what != "regex":
+        raise ValueError(f"selective.regex goes with selective.what regex, not with {options.what}")
     names = [name for name, _ in gpt.named_parameters(remove_duplicate=False)]
     try:
         chosen = {name for name in names if _chosen(name, options, gpt.config.n_layer)}

@@ -106,11 +106,17 @@ class GPT(model.GPT):
 
         Raises ValueError, with the names that there are, if there is none of that name.
         """
-        if name not in (None, *self.names):
-            raise ValueError(f"there is no method {name!r} here; there are {', '.join(self.names)}")
+        self._check(name)
         self.route.everywhere(name)
         self.virtual_tokens = self.tokens_of[name] if name else nn.ModuleDict()
         self.virtual_keys = self.keys_of[name] if name else nn.ModuleDict()
+
+    def _check(self, name: str | None) -> None:
+        if name not in (None, *self.names):
+            raise ValueError(f"there is no method {name!r} here; there are {', '.join(self.names)}")
+
+    def merge(self) -> None:
+        raise ValueError("methods that lie side by side cannot all be merged: load one of them alone")
 
     def forward(
         self,
@@ -135,7 +141,7 @@ class GPT(model.GPT):
         if len(methods) != len(idx):
             raise ValueError(f"{len(methods)} methods for {len(idx)} examples")
         for name in methods:
-            self.switch(name)  # says if there is none
+            self._check(name)
         before, T = self.route.spans[0][0], idx.shape[1]
         order = sorted(range(len(idx)), key=lambda i: methods[i] or "")
         used = sorted({name for name in methods if name})

@@ -56,6 +56,11 @@ class Tokenizer:
     def encode(self, text: str) -> list[int]:
         return self.encode_batch([text])[0]
 
+    def encode_within(self, text: str) -> list[int]:
+        """Ids of a text as it stands behind another one: LLaMA's tokenizers put a space in front of what begins."""
+        before, whole = self.encode_batch(["a", "a" + text])
+        return whole[len(before) :] if whole[: len(before)] == before else self.encode(text)
+
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         if self._sp is not None:
             return self._sp.encode(list(texts))

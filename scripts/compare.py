@@ -8,17 +8,20 @@ the label words as completion; its checkpoint of least validation loss is judged
 seen.
 Each finished cell (a method, a learning rate, a seed) is kept in cells.jsonl: what was cut off goes on from there.
 With --search each method first looks for its learning rate, with the first seed on the validation rows. --peers trains
-peft's methods, too, on the same rows in the same order with the same learning rates.
+peft's methods, too, on the same rows in the same order, with a learning rate found in the same way. They begin as peft
+begins them: prefixes and soft prompts at random.
 """
 
 import csv
 import gc
+import hashlib
 import json
 import math
 import shutil
 import sys
 import time
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -46,13 +49,17 @@ from finetune import (
 )
 from finetune.report import peak_memory
 from lit_model import classify, generate, hub, load
+from lit_model.checkpoint import fingerprint_of
 from lit_model.cli import cli
 from lit_model.data import PromptOptions, read_rows
+from lit_model.files import write_text
+from lit_model.model import GPT, Config
+from lit_model.packing import Example
 from lit_model.tokenizer import Tokenizer
 from scripts.compare_report import report
 from scripts.eval_data import demonstration_ids, demonstrations
 
-ALL_LINEARS = "q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj"
+ALL_LINEARS = "blocks.*"
 
 
 RATES = [float(f"{digit}e{power}") for power in range(-6, 1) for digit in (1, 3)]  # what --search tries
@@ -91,7 +98,7 @@ METHODS = {
     "prefix": Method(prefix, {}, 1e-2),
     "prompt": Method(prompt, {}, 3e-2),
 }
-PEERS = ("lora", "dora", "adapter", "ia3", "prefix", "prompt")
+PEERS = {"lora": 1e-3, "dora": 1e-3, "adapter": 1e-2, "ia3": 3e-2, "prefix": 1e-2, "prompt": 3e-2}  # rates, as above
 UNTRAINED = ("zero-shot", "few-shot", "features")
 QUICK = "zero-shot,features,head,lora,adapter"
 
@@ -143,15 +150,19 @@ class Bench:
     """What all cells share."""
 
     options: Options
+    settings: dict[str, Any]
+    """what cells must have in common to be compared"""
+    kept: dict[str, dict[str, Any]]
+    """finished cells by their name"""
     tokenizer: Tokenizer
     prompt: PromptOptions
     task: classify.Task
     train: list[dict[str, str]]
-    test: list[Any]
+    test_rows: list[dict[str, str]]
+    test: list[Example]
     device: torch.device
     dtype: torch.dtype
     base_seconds: float = math.nan
-    kept: dict[str, dict] = field(default_factory=dict)
 
 
 def main(options: Options) -> None:
@@ -160,7 +171,7 @@ def main(options: Options) -> None:
     if unknown := [name for name in names if name not in known]:
         raise ValueError(f"there is no method {unknown[0]!r}; there are {', '.join(known)}")
     try:
-        seeds = [int(seed) for seed in options.seeds.split(",")]
+        seeds = list(dict.fromkeys(int(seed) for seed in options.seeds.split(",")))
     except ValueError:
         raise ValueError(f"--seeds {options.seeds} is no list of numbers such as 0,1,2") from None
     if options.peers and not (find_spec("transformers") and find_spec("peft")):
@@ -170,45 +181,72 @@ def main(options: Options) -> None:
         lr = rate(bench, name, seeds[0]) if name in METHODS else None
         cells[name] = [cell(bench, name, seed, lr) for seed in (seeds if name != "zero-shot" else seeds[:1])]
         if options.peers and name in PEERS:
+            lr = rate(bench, f"peft-{name}", seeds[0])
             cells[f"peft-{name}"] = [cell(bench, f"peft-{name}", seed, lr) for seed in seeds]
     report(cells, options)
 
 
 def prepare(options: Options) -> Bench:
-    """Splits the rows, the same way whatever is compared, and reads the cells that are there."""
+    """Splits the rows, the same way whatever is compared, and reads the cells that are there.
+
+    Raises ValueError for options that make no sense, or an out_dir that holds anything else.
+    """
+    for name in ("max_steps", "batch_size", "n_test", "n_val", "shots"):
+        if getattr(options, name) < 1:
+            raise ValueError(f"{name} is {getattr(options, name)}; it must be at least 1")
+    on_gpu = options.devices == "auto" and torch.cuda.is_available()
+    if options.max_memory_gb is not None and not on_gpu:
+        raise ValueError("max_memory_gb is about the memory of a GPU, and none is used here")
     if options.checkpoint_dir.absolute() == hub.DEMO_CHECKPOINT:
         hub.fetch_demo_model()
+    if options.peers and Config.load(options.checkpoint_dir).arch != "llama":
+        raise ValueError("--peers needs a network of LLaMA's family")
     path = hub.fetch_reviews(options.data) if options.data in ("rotten_tomatoes", "imdb") else Path(options.data)
     rows = list({row["text"]: row for row in read_rows(path) if "label" in row}.values())
     if len(rows) < options.n_test + options.n_val + 2:
         raise ValueError(f"{path} has {len(rows)} different rows with text and label, too few for --n_test and --n_val")
+    task = classify.task_of(rows, "labels", options.question)
     rows = [rows[i] for i in np.random.default_rng(0).permutation(len(rows))]
     test, train = rows[: options.n_test], rows[options.n_test :]
-    options.out_dir.mkdir(parents=True, exist_ok=True)
+
+    decisive = ("max_steps", "max_time", "batch_size", "n_test", "n_val", "shots", "question", "max_length")
+    settings = {name: getattr(options, name) for name in decisive}
+    settings |= {"data": hashlib.sha256(path.read_bytes()).hexdigest(), "base": fingerprint_of(options.checkpoint_dir)}
+    kept = read_cells(options.out_dir, settings)
     with open(options.out_dir / "train.csv", "w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows([("text", "label"), *((row["text"], row["label"]) for row in train)])
     tokenizer = Tokenizer(options.checkpoint_dir)
     shape = PromptOptions(max_length=options.max_length, question=options.question)
-    task = classify.task_of(rows, "labels", options.question)
-    device = torch.device("cuda" if options.devices == "auto" and torch.cuda.is_available() else "cpu")
+    device = torch.device("cuda" if on_gpu else "cpu")
     dtype = setup.training_dtype("auto", device)
     examples = classify.examples(test, tokenizer, shape, task)
-    bench = Bench(options, tokenizer, shape, task, train, examples, device, dtype)
-    decisive = ("data", "max_steps", "max_time", "batch_size", "n_test", "n_val", "shots", "question", "max_length")
-    settings = {name: getattr(options, name) for name in decisive} | {"checkpoint": options.checkpoint_dir.name}
-    if (path := options.out_dir / "cells.jsonl").is_file():
-        for line in path.read_text().splitlines():
+    return Bench(options, settings, kept, tokenizer, shape, task, train, test, examples, device, dtype)
+
+
+def read_cells(out_dir: Path, settings: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """name -> what is kept of a cell in out_dir/cells.jsonl, which is made if it is not there."""
+    path, found = out_dir / "cells.jsonl", {}
+    if not path.is_file():
+        if out_dir.is_dir() and any(out_dir.iterdir()):
+            raise ValueError(f"{out_dir} holds other things: name another --out_dir")
+        out_dir.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    for number, line in enumerate(path.read_text().splitlines(), 1):
+        try:
             made = json.loads(line)
-            if made["settings"] != settings:
-                raise ValueError(f"{path} has cells of other settings, {made['settings']}: name another --out_dir")
-            bench.kept[made["cell"]] = made
-    bench.kept["settings"] = settings
-    return bench
+        except ValueError:
+            print(f"{path}, line {number} was cut off: its cell is made again")
+            continue
+        if other := [name for name in settings if made["settings"].get(name) != settings[name]]:
+            raise ValueError(f"{path} has cells with another {', '.join(other)}: name another --out_dir")
+        found[made["cell"]] = made
+    write_text(path, "".join(json.dumps(made) + "\n" for made in found.values()))
+    return found
 
 
 def rate(bench: Bench, name: str, seed: int) -> float:
-    """The learning rate of METHODS; searched, the one of RATES from there on with the least validation loss."""
-    at = RATES.index(METHODS[name].lr)
+    """That of METHODS or PEERS; searched, the one of RATES from there on with the least validation loss."""
+    at = RATES.index(METHODS[name].lr if name in METHODS else PEERS[name.removeprefix("peft-")])
     if not bench.options.search:
         return RATES[at]
     losses = {}
@@ -240,7 +278,7 @@ def cell(bench: Bench, name: str, seed: int, lr: float | None) -> dict[str, Any]
         if bench.device.type == "cuda":
             where = torch.cuda.get_device_name()
         on = f"{where}, torch {torch.__version__}"
-        made = dict(cell=key, method=name, seed=seed, lr=lr, on=on, settings=bench.kept["settings"], **made)
+        made = dict(cell=key, method=name, seed=seed, lr=lr, on=on, settings=bench.settings, **made)
         bench.kept[key] = made
         with open(bench.options.out_dir / "cells.jsonl", "a") as file:
             file.write(json.dumps(made) + "\n")
@@ -268,7 +306,7 @@ def trained(bench: Bench, name: str, seed: int, lr: float) -> dict[str, Any]:
     summary = METHODS[name].script.main(options)
     gpt = load(options.checkpoint_dir, options.out_dir, bench.device, bench.dtype, options.quantize)
     found = dict(
-        accuracy=judged(bench, gpt).accuracy,
+        accuracy=judged(bench, gpt, bench.test).accuracy,
         val_loss=summary.val_loss,
         trained=summary.n_trained,
         total=summary.n_total,
@@ -316,13 +354,14 @@ def untrained(bench: Bench, name: str, seed: int) -> dict[str, Any]:
         features.main(
             features.Options(
                 data=options.out_dir / "train.csv", checkpoint_dir=options.checkpoint_dir, out_dir=folder,
-                max_examples=n, seed=seed, dtype=str(bench.dtype).removeprefix("torch."),
+                max_examples=n, seed=seed, overwrite=True, dtype=str(bench.dtype).removeprefix("torch."),
                 prompt=replace(bench.prompt, val_fraction=options.n_val / len(bench.train)), device=options.devices,
             )
         )  # fmt: skip
         kept, classifier = np.load(folder / "features.npz"), features.read_classifier(folder)
         gpt = load(options.checkpoint_dir, None, bench.device, bench.dtype)
-        seen = features.features(gpt, bench.test, "last", 4096, "test")
+        asked = [replace(e, ids=e.ids[: e.first_target + 1]) for e in bench.test]  # a label may be several tokens
+        seen = features.features(gpt, asked, "last", 4096, "test")
         labels = classify.label_ids(bench.task, bench.tokenizer)
         truth = [bench.task.classes[i] for i in classify.numbers(bench.test, labels)]
         verdict = classify.verdict(truth, classifier.predict(seen).tolist())
@@ -330,22 +369,23 @@ def untrained(bench: Bench, name: str, seed: int) -> dict[str, Any]:
         shutil.rmtree(folder)
     else:
         gpt = load(options.checkpoint_dir, None, bench.device, bench.dtype)
-        before = []
+        before, asked = [], bench.test
         if name == "few-shot":
             shown = demonstrations(bench.train, options.shots, seed)
             before = demonstration_ids(shown, bench.tokenizer, bench.prompt, bench.task)
-        verdict, size, count = judged(bench, gpt, before), 0, 0
+            asked = classify.examples(bench.test_rows, bench.tokenizer, bench.prompt, bench.task, bos=False)
+        verdict, size, count = judged(bench, gpt, asked, before), 0, 0
     total = sum(p.numel() for p in gpt.parameters())
     seconds = time.perf_counter() - start
     return dict(accuracy=verdict.accuracy, trained=count, total=total, seconds=seconds, stored_bytes=size)
 
 
-def judged(bench: Bench, gpt: Any, before: tuple | list = ()) -> classify.Verdict:
+def judged(bench: Bench, gpt: GPT, asked: list[Example], before: Sequence[int] = ()) -> classify.Verdict:
     labels = classify.label_ids(bench.task, bench.tokenizer)
-    return classify.judge(gpt, bench.test, bench.task, labels, 4096, before)
+    return classify.judge(gpt, asked, bench.task, labels, 4096, before)
 
 
-def decode_seconds(bench: Bench, gpt: Any) -> float:
+def decode_seconds(bench: Bench, gpt: GPT) -> float:
     """Of 24 tokens after a text of the test rows, the fastest of three."""
     ids, times = bench.test[0].ids.tolist(), []
     for _ in range(3):

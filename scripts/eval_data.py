@@ -20,6 +20,7 @@ from lit_model import classify, hub, load
 from lit_model.checkpoint import method_header, task_in
 from lit_model.cli import choose_device, choose_dtype, cli
 from lit_model.data import PromptOptions, read_rows
+from lit_model.quantize import Kind
 from lit_model.tokenizer import Tokenizer
 
 
@@ -48,6 +49,8 @@ class Options:
     """PNG file for the confusion matrix"""
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
     """auto: bfloat16 on a GPU, float32 on a CPU"""
+    quantize: Kind = "none"
+    """keep the base weights in fewer bits, as in training"""
     device: Literal["auto", "cpu"] = "auto"
     """auto: the GPU if there is one"""
 
@@ -57,27 +60,37 @@ def main(options: Options) -> None:
         raise ValueError("--shots and --shots_from go together: how many demonstrations, and from which rows")
     if options.checkpoint_dir.absolute() == hub.DEMO_CHECKPOINT:
         hub.fetch_demo_model()
+    if options.max_examples is not None and options.max_examples < 1:
+        raise ValueError(f"max_examples is {options.max_examples}; it must be at least 1")
     tokenizer = Tokenizer(options.checkpoint_dir)
-    rows = labelled(options.data)[: options.max_examples]
+    rows = labelled(options.data)
     task = task_in(method_header(options.method_dir)) if options.method_dir else None
     if options.method_dir and task is None:
         raise ValueError(f"{options.method_dir} was not trained on rows of text and label")
-    shown = demonstrations(labelled(options.shots_from), options.shots, options.seed) if options.shots_from else []
+    if options.shots and task and task.head == "linear":
+        raise ValueError(f"{options.method_dir} has a linear head, which learns nothing from --shots")
+    shown = demonstrations(shots_from(options, rows), options.shots, options.seed) if options.shots else []
     task = task or classify.task_of(rows + shown, "labels", options.prompt.question)
+    rows = rows[: options.max_examples]
     device = choose_device(options.device)
-    examples = classify.examples(rows, tokenizer, options.prompt, task)
+    examples = classify.examples(rows, tokenizer, options.prompt, task, bos=not shown)
     before = demonstration_ids(shown, tokenizer, options.prompt, task)
-    gpt = load(options.checkpoint_dir, options.method_dir, device, choose_dtype(options.dtype, device))
-    longest = gpt.n_virtual_tokens + gpt.n_virtual_keys + len(before) + max(len(e.ids) for e in examples)
-    if longest > gpt.config.block_size:
-        room = f"the model's context of {gpt.config.block_size}"
-        raise ValueError(
-            f"demonstrations and text have up to {longest} tokens, too many for {room}: take fewer --shots"
-        )
+    dtype = choose_dtype(options.dtype, device)
+    gpt = load(options.checkpoint_dir, options.method_dir, device, dtype, options.quantize)
     verdict = classify.judge(gpt, examples, task, classify.label_ids(task, tokenizer), options.row_tokens, before)
     print(f"{verdict}, {options.shots} demonstrations of {len(before)} tokens")
     if options.draw:
         verdict.draw(options.draw)
+
+
+def shots_from(options: Options, rows: list[dict[str, str]]) -> list[dict[str, str]]:
+    """Rows to take demonstrations from: none that is judged."""
+    asked = {row["text"] for row in rows}
+    all_rows = labelled(options.shots_from)
+    others = [row for row in all_rows if row["text"] not in asked]
+    if len(others) < len(all_rows):
+        print(f"{len(all_rows) - len(others)} rows of {options.shots_from} are judged, too: they are not shown")
+    return others
 
 
 def labelled(path: Path) -> list[dict[str, str]]:
@@ -88,7 +101,9 @@ def labelled(path: Path) -> list[dict[str, str]]:
 
 
 def demonstrations(rows: list[dict[str, str]], n: int, seed: int) -> list[dict[str, str]]:
-    """`n` rows in random order, of each label as many, give or take one."""
+    """`n` rows in random order, of each label as many, give or take one. Raises ValueError if there are fewer."""
+    if not 0 <= n <= len(rows):
+        raise ValueError(f"--shots {n}: there are {len(rows)} rows to show")
     rng = np.random.default_rng(seed)
     shuffled = [rows[i] for i in rng.permutation(len(rows))]
     seen: dict[str, int] = {}
@@ -103,10 +118,11 @@ def demonstrations(rows: list[dict[str, str]], n: int, seed: int) -> list[dict[s
 def demonstration_ids(
     rows: list[dict[str, str]], tokenizer: Tokenizer, prompt: PromptOptions, task: classify.Task
 ) -> list[int]:
-    """The demonstrations one after the other, an empty line between; without a beginning-of-text token."""
-    gap, ids = tokenizer.encode("\n\n"), []
-    for e in classify.examples(rows, tokenizer, prompt, task):
-        ids += [*e.ids[tokenizer.bos_id is not None :].tolist(), *gap]
+    """The demonstrations one after the other, an empty line behind each, as a text begins; of none: nothing."""
+    gap = tokenizer.encode_within("\n\n")
+    ids = [] if tokenizer.bos_id is None or not rows else [tokenizer.bos_id]
+    for e in classify.examples(rows, tokenizer, prompt, task, bos=False):
+        ids += [*e.ids.tolist(), *gap]
     return ids
 
 

@@ -26,6 +26,7 @@ from lit_model.checkpoint import (
     read_tensors,
     save_checkpoint,
     save_tensors,
+    task_in,
 )
 from lit_model.cli import cli
 from lit_model.convert import tokenizer_files
@@ -54,7 +55,8 @@ def main(options: Options) -> None:
     gpt.merge()
     exact = gpt.state_dict()
     rest = {name: exact.pop(name) for name in list(exact) if not is_base(name)}
-    if rest and not hasattr(method, "unmerged"):
+    task, only_head = task_in(header), all(name.startswith("heads.") for name in rest)
+    if rest and not only_head and not hasattr(method, "unmerged"):
         raise ValueError(
             f"{header['method']} cannot be merged into the base weights; generate with --method_dir instead"
         )
@@ -66,12 +68,14 @@ def main(options: Options) -> None:
     }
     save_checkpoint(options.out_dir, gpt.config, stored, tokenizer_files(options.checkpoint_dir))
     print(f"storing the sum loses {100 * rounding_error(exact, stored, base):.3g} % of what was trained")
+    if (kind := header.get("quantize", "none")) != "none":
+        print(f"it was trained over {kind}, and is merged into the full weights: look at what it answers now")
     print(f"checkpoint: {options.out_dir}; give generate/base.py the --style that it was trained with")
     if rest:
-        name, left = method.unmerged(method_options(**json.loads(header["options"])))
+        name, left = ("full", None) if only_head else method.unmerged(method_options(**json.loads(header["options"])))
         folder = options.out_dir / name
         folder.mkdir()
-        save_tensors(folder / "lit_method.safetensors", rest, name, left, fingerprint_of(options.out_dir))
+        save_tensors(folder / "lit_method.safetensors", rest, name, left, fingerprint_of(options.out_dir), task)
         print(f"the rest of it does not merge: give generate/base.py --method_dir {folder}, too")
 
 

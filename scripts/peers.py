@@ -54,7 +54,9 @@ def build(method: str, precision: str, config: model.Config, device: torch.devic
 
 
 def base(config: model.Config, dtype: torch.dtype, device: torch.device) -> torch.nn.Module:
-    """Random weights."""
+    """Random weights. Raises ValueError for a shape that is no LLaMA's."""
+    if config.arch != "llama" or config.bias:
+        raise ValueError("transformers' LLaMA is the only peer here, and it has no biases")
     shape = LlamaConfig(
         vocab_size=config.vocab_size,
         hidden_size=config.n_embd,
@@ -123,7 +125,7 @@ def fit(network: torch.nn.Module, run: setup.Run) -> tuple[float, float, int]:
         for group in optimizer.param_groups:
             group["lr"] = loop.learning_rate(number, n_steps, n_steps // 10, train)
         loss_of(network, batch, sum(e.n_targets for e in batch), run).backward()
-        torch.nn.utils.clip_grad_norm_(trained, train.grad_clip)
+        torch.nn.utils.clip_grad_norm_(trained, train.grad_clip or math.inf)
         optimizer.step()
         optimizer.zero_grad()
         n_tokens += sum(len(e.ids) for e in batch)

@@ -1,7 +1,10 @@
+import csv
 import json
 import os
 import random
+import sys
 
+import numpy as np
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -11,6 +14,7 @@ if not torch.cuda.is_available():  # before Triton is imported
 
 from lit_model import model
 from lit_model.checkpoint import save_checkpoint
+from lit_model.cli import cli
 from lit_model.convert import tokenizer_files
 
 
@@ -72,6 +76,36 @@ def tiny(tmp_path_factory, rows):
     gpt = model.GPT(model.Config(**{**LLAMA, "vocab_size": 400, "block_size": 512}))
     save_checkpoint(base, gpt.config, gpt.state_dict(), tokenizer_files(base))
     return folder
+
+
+@pytest.fixture
+def labelled(tmp_path):
+    """Rows whose label is in the text."""
+    rng = np.random.default_rng(0)
+    with open(tmp_path / "labelled.csv", "w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["text", "label"])
+        for i in range(120):
+            label = ("apple", "river", "stone")[i % 3]
+            writer.writerow([f"{i}, {' '.join(rng.choice(WORDS[3:], 4))} {label}\n", label])
+    return tmp_path / "labelled.csv"
+
+
+def say(module, capsys, monkeypatch, args: str) -> str:
+    """What a script prints."""
+    monkeypatch.setattr(sys, "argv", ["script", *args.split()])
+    cli(module.main, module.Options, module.__doc__)
+    return capsys.readouterr().out
+
+
+def fail(module, capsys, monkeypatch, args: str) -> str:
+    """The one line that a script ends with, exit code 2."""
+    monkeypatch.setattr(sys, "argv", ["script", *args.split()])
+    with pytest.raises(SystemExit) as stop:
+        cli(module.main, module.Options, module.__doc__)
+    last = capsys.readouterr().err.rsplit("\r", 1)[-1].strip()
+    assert stop.value.code == 2 and last.splitlines()[-1].startswith("error: "), last
+    return last.splitlines()[-1]
 
 
 def save_tokenizer(folder, rows) -> None:

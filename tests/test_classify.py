@@ -3,23 +3,28 @@
 import csv
 import json
 import sys
+from importlib import import_module
 
 import numpy as np
 import pytest
 import torch
-from conftest import FAMILIES, WORDS, randomize
+from conftest import FAMILIES, fail, randomize, say
+from safetensors.torch import load_file
+from sentencepiece import SentencePieceTrainer
 
+import generate.base as generate_base
 from finetune import features as finetune_features
-from finetune import ia3 as finetune_ia3
-from finetune import lora as finetune_lora
-from finetune import selective as finetune_selective
-from finetune import setup
-from lit_model import classify, ia3, load, model, prefix, prompt
+from lit_model import classify, load, model, prefix, prompt
 from lit_model.checkpoint import fingerprint_of, freeze, load_base, method_header, save_method, task_in
 from lit_model.cli import cli
 from lit_model.data import PromptOptions, read_rows, split_rows
+from lit_model.packing import Example
 from lit_model.tokenizer import Tokenizer
-from scripts import compare, eval_data, inspect_prompt, peers
+from scripts import eval_data, inspect_prompt, merge
+
+CLASSES = ("apple", "river", "stone")
+NAMES = ("adapter", "adapter_v2", "bottleneck", "full", "ia3", "lora", "prefix", "prompt", "selective")
+SCRIPTS = {name: import_module(f"finetune.{name}") for name in NAMES}
 
 
 @pytest.mark.parametrize("virtual", ["none", "prefix", "prompt"])
@@ -55,25 +60,12 @@ def test_a_linear_head_reads_the_last_token():
     torch.testing.assert_close(got[0], gpt(idx[None])[0, -1].log_softmax(-1), rtol=1e-5, atol=1e-5)
 
 
-@pytest.fixture
-def labelled(tmp_path):
-    """Rows whose label is in the text."""
-    rng = np.random.default_rng(0)
-    with open(tmp_path / "labelled.csv", "w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["text", "label"])
-        for i in range(120):
-            label = ("apple", "river", "stone")[i % 3]
-            writer.writerow([f"{i}, {' '.join(rng.choice(WORDS[3:], 4))} {label}\n", label])
-    return tmp_path / "labelled.csv"
-
-
 @pytest.mark.parametrize("head", ["labels", "linear"])
 def test_labels_are_learned_saved_and_loaded(head, labelled, tiny, tmp_path, capsys, monkeypatch):
     args = f"--checkpoint_dir {tiny}/base --data {labelled} --out_dir {tmp_path}/run --head {head} --devices cpu"
     more = "--train.epochs 12 --prompt.val_fraction 0.2 --dtype float32 --selective.what last_blocks --selective.n 3"
     monkeypatch.setattr(sys, "argv", f"x {args} {more} --train.lr 3e-3".split())
-    cli(finetune_selective.main, finetune_selective.Options, "")
+    cli(SCRIPTS["selective"].main, SCRIPTS["selective"].Options, "")
     said = capsys.readouterr().out
     assert (tmp_path / "run/confusion.png").stat().st_size > 5000
     accuracy = float(said.split("after: accuracy ")[1].split(",")[0])
@@ -103,9 +95,111 @@ def test_labels_that_make_no_sense(pairs, says, tiny, tmp_path, capsys, monkeypa
     args = f"--checkpoint_dir {tiny}/base --data {tmp_path}/rows.csv --out_dir {tmp_path}/run --devices cpu"
     monkeypatch.setattr(sys, "argv", f"x {args} --prompt.val_fraction 0".split())
     with pytest.raises(SystemExit):
-        cli(finetune_lora.main, finetune_lora.Options, "")
+        cli(SCRIPTS["lora"].main, SCRIPTS["lora"].Options, "")
     err = capsys.readouterr().err
     assert says in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_a_linear_head_is_kept_whatever_the_method(name, labelled, tiny, tmp_path, capsys, monkeypatch):
+    """And lm_head, in whose place it stands, is neither trained nor counted."""
+    args = f"--checkpoint_dir {tiny}/base --data {labelled} --out_dir {tmp_path}/run --head linear --devices cpu"
+    args += " --train.max_steps 3 --dtype float32 --prompt.val_fraction 0.2 --train.lr 1e-2"
+    summary = say(SCRIPTS[name], capsys, monkeypatch, args)
+    tensors = load_file(tmp_path / "run/lit_method.safetensors")
+    assert "heads.linear.weight" in tensors and not any(n.startswith("lm_head") for n in tensors)
+    gpt, tokenizer = load(tiny / "base", tmp_path / "run"), Tokenizer(tiny / "base")
+    task = task_in(method_header(tmp_path / "run"))
+    _, rows = split_rows(read_rows(labelled), 0.2, seed=0)
+    asked = classify.examples(rows, tokenizer, PromptOptions(), task)
+    scores = classify.scores(gpt, [e.ids[: e.first_target] for e in asked], [[0], [1], [2]], 4096)
+    loss = -scores[range(len(rows)), [e.ids[-1] for e in asked]].mean()
+    assert f"before, {loss:.4f} after (best)" in summary and "try:  python scripts/eval_data.py" in summary
+    assert "by scripts/eval_data.py, and writes no text" in fail(
+        generate_base, capsys, monkeypatch, f"--checkpoint_dir {tiny}/base --method_dir {tmp_path}/run --prompt a"
+    )
+
+
+@pytest.mark.parametrize("name, rest", [("lora", "full"), ("adapter_v2", "adapter")])
+def test_what_is_merged_still_tells_apart(name, rest, labelled, tiny, tmp_path, capsys, monkeypatch):
+    args = f"--checkpoint_dir {tiny}/base --data {labelled} --out_dir {tmp_path}/run --head linear --devices cpu"
+    say(SCRIPTS[name], capsys, monkeypatch, f"{args} --train.max_steps 3 --dtype float32 --train.lr 1e-2")
+    args = f"--checkpoint_dir {tiny}/base --method_dir {tmp_path}/run --out_dir {tmp_path}/merged"
+    assert f"--method_dir {tmp_path}/merged/{rest}, too" in say(merge, capsys, monkeypatch, args)
+    idx = torch.randint(0, 400, (2, 9))
+    merged = load(tmp_path / "merged", tmp_path / f"merged/{rest}")
+    torch.testing.assert_close(merged(idx), load(tiny / "base", tmp_path / "run")(idx), rtol=1e-4, atol=1e-5)
+    assert task_in(method_header(tmp_path / f"merged/{rest}")).classes == ["apple", "river", "stone"]
+
+
+def test_label_words_have_no_space_of_their_own_in_llama_tokenizers(tmp_path):
+    """Their tokenizers begin every text with a space; behind another text the word alone follows."""
+    text = "a good film\nbad plot indeed\nSentiment: good\nSentiment: bad\n" * 50
+    SentencePieceTrainer.train(
+        sentence_iterator=iter(text.splitlines()), model_prefix=str(tmp_path / "tokenizer"), vocab_size=300,
+        model_type="bpe", byte_fallback=True, remove_extra_whitespaces=False, normalization_rule_name="identity",
+        hard_vocab_limit=False,
+    )  # fmt: skip
+    tokenizer, task = Tokenizer(tmp_path), classify.Task(["bad", "good"], "labels", "Sentiment:")
+    (row,) = classify.examples([dict(text="a good film", label="good")], tokenizer, PromptOptions(), task)
+    assert row.ids.tolist() == [tokenizer.bos_id, *tokenizer.encode("a good film\nSentiment: good")]
+    assert [len(label) for label in classify.label_ids(task, tokenizer)] == [1, 1]
+
+
+def test_demonstrations_begin_as_a_text_begins(labelled, tiny):
+    tokenizer, rows = Tokenizer(tiny / "base"), read_rows(labelled)
+    task = classify.task_of(rows, "labels", "Label:")
+    before = eval_data.demonstration_ids(rows[:3], tokenizer, PromptOptions(), task)
+    (asked,) = classify.examples(rows[3:4], tokenizer, PromptOptions(), task, bos=False)
+    assert [*before, *asked.ids].count(tokenizer.bos_id) == 1 and before[0] == tokenizer.bos_id
+    assert eval_data.demonstration_ids([], tokenizer, PromptOptions(), task) == []
+
+
+def test_what_is_longer_than_the_context_is_refused(labelled, tiny):
+    gpt = load(tiny / "base")
+    with pytest.raises(ValueError, match="600 tokens, and the model's context of 512 has room for 512"):
+        classify.scores(gpt, [np.zeros(300, dtype=np.int32)], [[1], [2]], 4096, before=[3] * 300)
+    with pytest.raises(ValueError, match="600 tokens"):
+        finetune_features.features(gpt, [Example(np.zeros(600, dtype=np.int32), 599)], "last", 4096, "")
+
+
+@pytest.mark.parametrize(
+    "script, args, says",
+    [
+        (eval_data, "--shots 500 --shots_from {more}", "--shots 500: there are 9 rows to show"),
+        (eval_data, "--shots 2", "--shots and --shots_from go together"),
+        (eval_data, "--max_examples 0", "max_examples is 0"),
+        (eval_data, "--row_tokens 0", "row_tokens is 0"),
+        (finetune_features, "--row_tokens 0", "row_tokens and max_examples must be at least 1"),
+        (finetune_features, "--prompt.val_fraction 0", "val_fraction is 0.0; it must be above 0"),
+        (finetune_features, "--classifier sklearn.linear_model.Ridge", "sklearn.linear_model.Ridge with {}: it is no"),
+        (finetune_features, "--classifier sklearn.nothing", "--classifier sklearn.nothing"),
+        (finetune_features, "--out_dir {used}", "is not empty; name another --out_dir"),
+        (SCRIPTS["selective"], "--selective.regex attn", "selective.regex goes with selective.what regex"),
+        (SCRIPTS["prefix"], "--prefix.text=", "prefix.text is empty"),
+        (SCRIPTS["lora"], "--lora.init pissa --lora.r 65", "lora.r is 65, too much for pissa of a layer of (64, 64)"),
+        (SCRIPTS["lora"], "--lora.alpha 0", "lora.alpha is 0.0"),
+        (SCRIPTS["lora"], "--head linear --data {instructions}", "--head linear wants rows of text and label"),
+        (SCRIPTS["lora"], "--data {empty}", "line 2: the label is empty"),
+    ],
+)
+def test_mistakes_end_in_one_line(script, args, says, labelled, tiny, tmp_path, capsys, monkeypatch):
+    (tmp_path / "used").mkdir()
+    (tmp_path / "used/mine.txt").write_text("mine")
+    (tmp_path / "empty.csv").write_text("text,label\na,\nb,x\n")
+    (tmp_path / "more.csv").write_text("text,label\n" + "".join(f"{i},{'xy'[i % 2]}\n" for i in range(9)))
+    paths = dict(used=tmp_path / "used", empty=tmp_path / "empty.csv", more=tmp_path / "more.csv")
+    given = {"--checkpoint_dir": f"{tiny}/base", "--data": labelled}
+    if "--out_dir" not in args and script is not eval_data:
+        given["--out_dir"] = tmp_path / "run"
+    words = args.format(**paths, instructions=tiny / "data.json") if "{}" not in args else args
+    said = fail(script, capsys, monkeypatch, " ".join(f"{k} {v}" for k, v in given.items()) + " " + words)
+    assert says in said
+
+
+def test_demonstrations_are_not_those_that_are_judged(labelled, tiny, capsys, monkeypatch):
+    args = f"--checkpoint_dir {tiny}/base --data {labelled} --shots 2 --shots_from {labelled}"
+    assert "there are 0 rows to show" in fail(eval_data, capsys, monkeypatch, args)
 
 
 def test_a_label_that_was_never_seen_is_named(tiny):
@@ -119,24 +213,21 @@ def test_rows_of_json_may_have_labels_too(tmp_path):
     assert read_rows(tmp_path / "x.json") == [dict(text="a", label="1"), dict(text="b", label="two")]
 
 
-def say(module, capsys, monkeypatch, args: str) -> str:
-    monkeypatch.setattr(sys, "argv", ["script", *args.split()])
-    cli(module.main, module.Options, module.__doc__)
-    return capsys.readouterr().out
-
-
 def test_zero_shot_few_shot_and_features(labelled, tiny, tmp_path, capsys, monkeypatch):
     args = f"--checkpoint_dir {tiny}/base --data {labelled} --device cpu"
     assert "on 120 rows, 0 demonstrations of 0 tokens" in say(eval_data, capsys, monkeypatch, args)
-    said = say(eval_data, capsys, monkeypatch, f"{args} --shots 4 --shots_from {labelled} --draw {tmp_path}/x.png")
+    with open(tmp_path / "others.csv", "w") as file:
+        file.write("text,label\n" + "".join(f"{word} number {i},{word}\n" for i in range(3) for word in CLASSES))
+    more = f"{args} --shots 4 --shots_from {tmp_path}/others.csv --draw {tmp_path}/x.png"
+    said = say(eval_data, capsys, monkeypatch, more)
     assert "on 120 rows, 4 demonstrations of" in said and (tmp_path / "x.png").stat().st_size > 5000
     shown = eval_data.demonstrations(read_rows(labelled), 7, seed=0)
-    counts = [[row["label"] for row in shown].count(name) for name in ("apple", "river", "stone")]
+    counts = [[row["label"] for row in shown].count(name) for name in CLASSES]
     assert sorted(counts) == [2, 2, 3]
 
     args += f" --out_dir {tmp_path}/features --prompt.val_fraction 0.25"
     for pool, classifier in (("mean", ""), ("last", "--classifier sklearn.neighbors.KNeighborsClassifier")):
-        more = f"{args} --pool {pool} {classifier}" + (" --classifier_options {}" if classifier else "")
+        more = f"{args} --pool {pool} {classifier} --overwrite true"
         said = say(finetune_features, capsys, monkeypatch, more)
         assert float(said.split("val: accuracy ")[1].split(",")[0]) > 0.4
     kept = np.load(tmp_path / "features/features.npz")
@@ -171,72 +262,3 @@ def test_a_prompt_made_of_words_is_nearest_to_them(tiny, tmp_path, capsys, monke
         said = say(inspect_prompt, capsys, monkeypatch, args).splitlines()
         for i, line in zip(ids, said):
             assert f"{repr(repr(tokenizer.decode([i]))[1:-1])} 1.00" in line
-
-
-def test_peft_in_the_comparison_is_the_same_network_trained_by_the_same_rule(tiny, labelled, tmp_path):
-    """IA3 begins with ones in both: after some steps its vectors are those of peft, and so are the labels."""
-    settings = dict(
-        checkpoint_dir=tiny / "base", data=labelled, devices="cpu", dtype="float32",
-        prompt=PromptOptions(val_fraction=0.2),
-        train=setup.Train(lr=1e-2, batch_size=8, max_steps=6, epochs=9, eval_interval=3, sample="", weight_decay=0.5),
-    )  # fmt: skip
-    finetune_ia3.main(finetune_ia3.Options(**settings, out_dir=tmp_path / "ours"))
-    run = setup.start(setup.Options(**settings, out_dir=tmp_path / "theirs"))
-    config = ia3.Config.load(tiny / "base")
-    network = peers.base(config, torch.float32, run.device)
-    peers.copy_weights(network, tiny / "base")
-    idx = torch.randint(0, 400, (2, 20))
-    with torch.no_grad():
-        torch.testing.assert_close(network(idx).logits, load(tiny / "base")(idx), rtol=1e-4, atol=1e-5)
-    network = peers.attach(network, "ia3", config)
-    val_loss, _, n_tokens = peers.fit(network, run)
-    kept = list(csv.DictReader(open(tmp_path / "ours" / "metrics.csv")))
-    assert n_tokens == max(int(r["tokens"] or 0) for r in kept)
-    assert val_loss == pytest.approx(min(float(r["val_loss"]) for r in kept if r["val_loss"]), rel=1e-5)
-    gpt = load(tiny / "base", tmp_path / "ours")
-    moved, places = 0.0, {"self_attn.k_proj": "attn.k_proj", "self_attn.v_proj": "attn.v_proj"}
-    for layer, block in zip(network.base_model.model.model.layers, gpt.blocks):
-        for name, mine in {**places, "mlp.down_proj": "mlp.up_proj"}.items():
-            theirs = layer.get_submodule(name).ia3_l["default"].detach().flatten()
-            ours = block.get_submodule(mine).deltas["ia3"].scale.detach()
-            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
-            moved = max(moved, (theirs - 1).abs().max().item())
-    assert moved > 1e-2
-    labels = classify.label_ids(run.task, run.tokenizer)
-    ours = classify.judge(gpt, run.val_examples, run.task, labels, 400)
-    assert peers.judge(network, run.val_examples, run.task, labels, run) == ours
-
-
-def test_rates_to_search_hold_those_to_begin_with():
-    assert {method.lr for method in compare.METHODS.values()} <= set(compare.RATES)
-
-
-def test_a_comparison_goes_on_where_it_ended_and_says_what_to_take(labelled, tiny, tmp_path, capsys, monkeypatch):
-    out = tmp_path / "compare"
-    args = f"--data {labelled} --checkpoint_dir {tiny}/base --out_dir {out} --devices cpu --n_test 30 --n_val 15"
-    args += " --max_steps 4 --shots 2"
-    say(compare, capsys, monkeypatch, f"{args} --methods zero-shot,lora --seeds 0,1")
-    first = (out / "cells.jsonl").read_text()
-    said = say(
-        compare, capsys, monkeypatch, f"{args} --methods lora,few-shot,features,head --seeds 0,1 --search --peers"
-    )
-    assert (out / "cells.jsonl").read_text().startswith(first) and "==== lora, seed 0, lr 0.001" not in said
-    cells = {c["cell"]: c for c in map(json.loads, (out / "cells.jsonl").read_text().splitlines())}
-    losses = {c["lr"]: c["val_loss"] for c in cells.values() if c["method"] == "head" and c["seed"] == 0}
-    best = min(losses, key=losses.get)
-    tried = sorted(losses)
-    assert len(tried) >= 3 and tried[0] < best < tried[-1] and f"head, seed 1, lr {best:g}" in cells
-    table = (out / "table.md").read_text()
-    assert all(f"| {name} |" in table for name in ("lora", "peft-lora", "few-shot", "head")) and "Best: " in table
-    assert (out / "tradeoff.png").stat().st_size > 5000 and not (out / "run").exists()
-    lines = list(csv.DictReader(open(out / "table.csv")))
-    assert [float(r["accuracy"]) for r in lines] == sorted((float(r["accuracy"]) for r in lines), reverse=True)
-    head = next(r for r in lines if r["method"] == "head")
-    assert head["seeds"] == "2" and int(head["trained"]) == 400 * 64
-
-    said = say(compare, capsys, monkeypatch, f"{args} --methods lora,head --max_store_mb 0.05")
-    assert "Best within 0.05 MB on disk: lora" in said  # the head is larger
-    monkeypatch.setattr(sys, "argv", f"x {args} --methods lora --max_steps 5".split())
-    with pytest.raises(SystemExit):
-        cli(compare.main, compare.Options, "")
-    assert "cells of other settings" in capsys.readouterr().err

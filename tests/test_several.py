@@ -47,6 +47,26 @@ def test_methods_are_switched_without_loading(checkpoint, folders):
         gpt.switch(None)
 
 
+def test_a_mixed_batch_leaves_the_method_of_other_calls_alone(checkpoint, folders):
+    gpt = load(checkpoint, folders)
+    idx = torch.randint(0, 97, (2, 11))
+    gpt.switch("lora")
+    expected = gpt(idx)
+    gpt(idx, method=["prefix", "prompt"])
+    assert torch.equal(gpt(idx), expected)
+    with pytest.raises(ValueError, match="there is no method 'x' here"):
+        gpt(idx, method=["dora", "x"])
+    assert torch.equal(gpt(idx), expected)
+    with pytest.raises(ValueError, match="cannot all be merged"):
+        gpt.merge()
+
+
+@pytest.mark.parametrize("name", ["a.b", "", "keys", 3])
+def test_names_that_cannot_be_are_refused(name, checkpoint, folders):
+    with pytest.raises(ValueError, match="cannot be the name of"):
+        load(checkpoint, {name: folders["lora"]})
+
+
 def test_what_does_not_go_side_by_side_is_refused(checkpoint, folders, tmp_path):
     gpt = build(checkpoint, METHODS["norms"])
     options = METHODS["norms"][1]["selective"]
