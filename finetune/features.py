@@ -95,9 +95,8 @@ def main(options: Options) -> None:
     classifier.fit(kept["train_features"], kept["train_labels"])
     (options.out_dir / "classifier.pickle").write_bytes(pickle.dumps(classifier))
     for part in parts:
-        verdict = classify.verdict(
-            kept[f"{part}_labels"].tolist(), classifier.predict(kept[f"{part}_features"]).tolist()
-        )
+        predicted = classifier.predict(kept[f"{part}_features"]).tolist()
+        verdict = classify.verdict(kept[f"{part}_labels"].tolist(), predicted, task.classes)
         print(f"{part}: {verdict}")
     verdict.draw(options.out_dir / "confusion.png")
     print(f"saved {options.out_dir}/: features.npz, classifier.pickle, confusion.png")

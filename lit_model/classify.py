@@ -164,8 +164,9 @@ class Verdict:
 
     accuracy: float
     macro_f1: float
-    truth: list[str]
-    predicted: list[str]
+    truth: Sequence[str]
+    predicted: Sequence[str]
+    classes: Sequence[str]
 
     def __str__(self) -> str:
         return f"accuracy {self.accuracy:.4f}, macro F1 {self.macro_f1:.4f} on {len(self.truth)} rows"
@@ -175,20 +176,19 @@ class Verdict:
         from matplotlib.figure import Figure
         from sklearn.metrics import ConfusionMatrixDisplay, confusion_matrix
 
-        classes = sorted({*self.truth, *self.predicted})
-        counts = confusion_matrix(self.truth, self.predicted, labels=classes)
-        figure = Figure(figsize=(2 + 0.8 * len(classes), 2 + 0.7 * len(classes)), layout="constrained")
-        rotation = "vertical" if len(classes) > 4 else "horizontal"
-        display = ConfusionMatrixDisplay(counts, display_labels=classes)
+        counts, n = confusion_matrix(self.truth, self.predicted, labels=self.classes), len(self.classes)
+        figure = Figure(figsize=(2 + 0.8 * n, 2 + 0.7 * n), layout="constrained")
+        rotation = "vertical" if n > 4 else "horizontal"
+        display = ConfusionMatrixDisplay(counts, display_labels=self.classes)
         display.plot(ax=figure.subplots(), colorbar=False, xticks_rotation=rotation)
         figure.savefig(path, dpi=120)
 
 
-def verdict(truth: Sequence[str], predicted: Sequence[str]) -> Verdict:
+def verdict(truth: Sequence[str], predicted: Sequence[str], classes: Sequence[str]) -> Verdict:
     from sklearn.metrics import accuracy_score, f1_score  # whose import takes a second
 
     macro_f1 = f1_score(truth, predicted, average="macro", zero_division=0)
-    return Verdict(float(accuracy_score(truth, predicted)), float(macro_f1), list(truth), list(predicted))
+    return Verdict(float(accuracy_score(truth, predicted)), float(macro_f1), truth, predicted, classes)
 
 
 def judge(
@@ -202,7 +202,8 @@ def judge(
     """Predicts the label of each example, and compares."""
     prompts = [e.ids[: e.first_target] for e in rows]
     best = scores(gpt, prompts, labels, row_tokens, before).argmax(-1).tolist()
-    return verdict(*([task.classes[i] for i in which] for which in (numbers(rows, labels), best)))
+    truth, predicted = ([task.classes[i] for i in which] for which in (numbers(rows, labels), best))
+    return verdict(truth, predicted, task.classes)
 
 
 def numbers(rows: Sequence[Example], labels: Sequence[Sequence[int]]) -> list[int]:

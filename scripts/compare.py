@@ -364,7 +364,7 @@ def untrained(bench: Bench, name: str, seed: int) -> dict[str, Any]:
         seen = features.features(gpt, asked, "last", 4096, "test")
         labels = classify.label_ids(bench.task, bench.tokenizer)
         truth = [bench.task.classes[i] for i in classify.numbers(bench.test, labels)]
-        verdict = classify.verdict(truth, classifier.predict(seen).tolist())
+        verdict = classify.verdict(truth, classifier.predict(seen).tolist(), bench.task.classes)
         size, count = (folder / "classifier.pickle").stat().st_size, kept["train_features"].shape[1] + 1
         shutil.rmtree(folder)
     else:

@@ -175,4 +175,4 @@ def judge(
             cost = torch.nn.functional.cross_entropy(logits.mT.float(), targets, reduction="none")
             scores[k, i : i + 16] = -cost.sum(1).cpu()
     truth = [task.classes[i] for i in classify.numbers(rows, labels)]
-    return classify.verdict(truth, [task.classes[i] for i in scores.argmax(0).tolist()])
+    return classify.verdict(truth, [task.classes[i] for i in scores.argmax(0).tolist()], task.classes)
