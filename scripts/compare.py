@@ -1,7 +1,8 @@
 """Which method should I use? All of them on one data set under one budget, and a report that says what came out.
 
-    python scripts/compare.py --out_dir out/compare                       the quick setting, on a CPU about 10 minutes
-    python scripts/compare.py --methods all --seeds 0,1,2 --max_steps 400 --out_dir out/compare-all
+    python scripts/compare.py --out_dir out/quick                          on two cores of a CPU some six minutes
+    python scripts/compare.py --methods all --max_steps 200 --search --out_dir out/search
+    python scripts/compare.py --methods all --max_steps 300 --seeds 0,1,2 --data imdb --rates out/search
 
 Rows of text and label are split into training, validation and test rows, each text once. A method is trained with
 the label words as completion; its checkpoint of least validation loss is judged on the test rows, which no run has
@@ -60,8 +61,6 @@ from scripts.compare_report import report
 from scripts.eval_data import demonstration_ids, demonstrations
 
 ALL_LINEARS = "blocks.*"
-
-
 RATES = [float(f"{digit}e{power}") for power in range(-6, 1) for digit in (1, 3)]  # what --search tries
 
 
@@ -131,6 +130,8 @@ class Options:
     """demonstrations of few-shot"""
     search: bool = False
     """look for the learning rate of each method first"""
+    rates: Path | None = None
+    """out_dir of a --search, such as one on smaller data, whose learning rates are taken"""
     peers: bool = False
     """also peft's LoRA, DoRA, AdaptionPrompt, IA3, prefix and prompt tuning, where ours are asked for"""
     question: str = "Sentiment:"
@@ -212,7 +213,7 @@ def prepare(options: Options) -> Bench:
     decisive = ("max_steps", "max_time", "batch_size", "n_test", "n_val", "shots", "question", "max_length")
     settings = {name: getattr(options, name) for name in decisive}
     settings |= {"data": hashlib.sha256(path.read_bytes()).hexdigest(), "base": fingerprint_of(options.checkpoint_dir)}
-    kept = read_cells(options.out_dir, settings)
+    kept = kept_cells(options.out_dir, settings)
     with open(options.out_dir / "train.csv", "w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows([("text", "label"), *((row["text"], row["label"]) for row in train)])
     tokenizer = Tokenizer(options.checkpoint_dir)
@@ -223,29 +224,45 @@ def prepare(options: Options) -> Bench:
     return Bench(options, settings, kept, tokenizer, shape, task, train, test, examples, device, dtype)
 
 
-def read_cells(out_dir: Path, settings: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """name -> what is kept of a cell in out_dir/cells.jsonl, which is made if it is not there."""
-    path, found = out_dir / "cells.jsonl", {}
+def kept_cells(out_dir: Path, settings: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """name -> what is kept of a cell in out_dir/cells.jsonl, which is made if it is not there.
+
+    Raises ValueError if out_dir holds other things, or cells with other settings.
+    """
+    path = out_dir / "cells.jsonl"
     if not path.is_file():
         if out_dir.is_dir() and any(out_dir.iterdir()):
             raise ValueError(f"{out_dir} holds other things: name another --out_dir")
         out_dir.mkdir(parents=True, exist_ok=True)
         path.touch()
-    for number, line in enumerate(path.read_text().splitlines(), 1):
-        try:
-            made = json.loads(line)
-        except ValueError:
-            print(f"{path}, line {number} was cut off: its cell is made again")
-            continue
+    cells = read_cells(out_dir)
+    for made in cells:
         if other := [name for name in settings if made["settings"].get(name) != settings[name]]:
             raise ValueError(f"{path} has cells with another {', '.join(other)}: name another --out_dir")
-        found[made["cell"]] = made
-    write_text(path, "".join(json.dumps(made) + "\n" for made in found.values()))
-    return found
+    write_text(path, "".join(json.dumps(made) + "\n" for made in cells))
+    return {made["cell"]: made for made in cells}
+
+
+def read_cells(out_dir: Path) -> list[dict[str, Any]]:
+    """Raises ValueError if there are none to read."""
+    path, cells = out_dir / "cells.jsonl", []
+    if not path.is_file():
+        raise ValueError(f"{path} is not there: name the --out_dir of a comparison")
+    for number, line in enumerate(path.read_text().splitlines(), 1):
+        try:
+            cells.append(json.loads(line))
+        except ValueError:
+            print(f"{path}, line {number} was cut off: its cell is made again")
+    return cells
 
 
 def rate(bench: Bench, name: str, seed: int) -> float:
     """That of METHODS or PEERS; searched, the one of RATES from there on with the least validation loss."""
+    if folder := bench.options.rates:
+        cells = [made for made in read_cells(folder) if made["method"] == name]
+        if not cells:
+            raise ValueError(f"{folder}/cells.jsonl has no cell of {name}: search its learning rate there first")
+        return min(cells, key=lambda made: made["val_loss"])["lr"]
     at = RATES.index(METHODS[name].lr if name in METHODS else PEERS[name.removeprefix("peft-")])
     if not bench.options.search:
         return RATES[at]

@@ -111,7 +111,7 @@ def fit(network: torch.nn.Module, run: setup.Run) -> tuple[float, float, int]:
     """Trains what requires gradients as loop.fit does with ours: the same batches, learning rates, optimizer and loss.
     Keeps the state of least validation loss.
 
-    Returns (validation loss, seconds of training, tokens).
+    Returns (validation loss, seconds of training, tokens). Raises Diverged.
     """
     train, trained = run.options.train, [p for p in network.parameters() if p.requires_grad]
     matrices = [p for p in trained if p.squeeze().ndim > 1]  # peft's vectors are matrices of one row
@@ -140,6 +140,8 @@ def fit(network: torch.nn.Module, run: setup.Run) -> tuple[float, float, int]:
                 targets = sum(e.n_targets for e in run.val_examples)
                 val_loss = sum(loss_of(network, part, targets, run).item() for part in parts)
             network.train()
+            if not math.isfinite(val_loss):
+                raise loop.Diverged(f"validation loss {val_loss} at step {number}: try a lower learning rate")
             if val_loss < best:
                 best, kept = val_loss, [p.detach().clone() for p in trained]
             if late:

@@ -69,6 +69,9 @@ def test_a_comparison_goes_on_where_it_ended_and_says_what_to_take(labelled, tin
     best = min(losses, key=losses.get)
     tried = sorted(losses)
     assert len(tried) >= 3 and tried[0] < best < tried[-1] and f"head, seed 1, lr {best:g}" in cells
+    other = f"{args.replace(str(out), str(tmp_path / 'other'))} --methods head --rates {out}"
+    assert f"==== head, seed 0, lr {best:g}\n" in say(compare, capsys, monkeypatch, other)
+    assert "has no cell of dora" in fail(compare, capsys, monkeypatch, other.replace("head", "dora"))
     table = (out / "table.md").read_text()
     assert all(f"| {name} |" in table for name in ("lora", "peft-lora", "few-shot", "head")) and "Best: " in table
     assert (out / "tradeoff.png").stat().st_size > 5000 and not (out / "run").exists()
