@@ -61,7 +61,7 @@ class Options:
 
 def main(options: Options) -> None:
     rows = read_rows(options.data)
-    if not rows or "label" not in rows[0]:
+    if "label" not in rows[0]:
         raise ValueError(f"{options.data} has no rows with text and label")
     if options.row_tokens < 1 or (options.max_examples is not None and options.max_examples < 1):
         raise ValueError("row_tokens and max_examples must be at least 1")

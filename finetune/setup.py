@@ -161,7 +161,7 @@ def start(options: Options) -> Run:
     if options.train.patience and not options.prompt.val_fraction:
         raise ValueError("train.patience needs validation rows, but prompt.val_fraction is 0")
     rows = read_rows(options.data)
-    task = classify.task_of(rows, options.head, options.prompt.question) if rows and "label" in rows[0] else None
+    task = classify.task_of(rows, options.head, options.prompt.question) if "label" in rows[0] else None
     if task is None and options.head == "linear":
         raise ValueError(f"--head linear wants rows of text and label; those of {options.data} have none")
     train_rows, val_rows = split_rows(rows, options.prompt.val_fraction, options.train.seed)

@@ -84,7 +84,9 @@ def read_rows(path: Path | str) -> list[dict[str, str]]:
     except UnicodeDecodeError as e:
         raise ValueError(f"{path} is not text in UTF-8 ({e.reason} at byte {e.start})") from None
     rows, where = _parsed(path, text)
-    first = rows[0][1].keys() if rows and isinstance(rows[0][1], dict) else set()
+    if not rows:
+        raise ValueError(f"{path} holds no row")
+    first = rows[0][1].keys() if isinstance(rows[0][1], dict) else set()
     labelled = {"text", "label"} <= first or (bool({"text", "label"} & first) and "instruction" not in first)
     keys, needed = (("text", "label"),) * 2 if labelled else (KEYS, ("instruction", "output"))
     for number, row in rows:
@@ -96,7 +98,7 @@ def read_rows(path: Path | str) -> list[dict[str, str]]:
         for key in keys:
             if not isinstance(row.get(key, ""), str | int | float | None):
                 raise ValueError(f"{path}, {where} {number}: {key} is no text but {json.dumps(row[key])[:40]}")
-        if labelled and not str(row["label"] or "").strip():
+        if labelled and (row["label"] is None or not str(row["label"]).strip()):
             raise ValueError(f"{path}, {where} {number}: the label is empty")
     texts = [{key: "" if row.get(key) is None else str(row[key]) for key in keys} for _, row in rows]
     return [row | {"label": row["label"].strip()} for row in texts] if labelled else texts
@@ -135,8 +137,6 @@ def split_rows(rows: Sequence[dict], val_fraction: float, seed: int) -> tuple[li
         print(f"{len(rows) - len(unique)} of {len(rows)} rows left out: they repeat another one")
     if other := len({tuple(row.values()) for row in rows}) - len(unique):
         print(f"{other} of these repeat a text with another label: the last one counts")
-    if not rows:
-        raise ValueError("the data hold no row")
     order = np.random.default_rng(seed).permutation(len(unique))
     n_val = max(1, round(val_fraction * len(unique))) if val_fraction else 0
     if n_val >= len(unique):

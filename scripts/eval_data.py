@@ -95,7 +95,7 @@ def shots_from(options: Options, rows: list[dict[str, str]]) -> list[dict[str, s
 
 def labelled(path: Path) -> list[dict[str, str]]:
     rows = read_rows(path)
-    if not rows or "label" not in rows[0]:
+    if "label" not in rows[0]:
         raise ValueError(f"{path} has no rows with text and label")
     return rows
 

@@ -209,8 +209,13 @@ def test_a_label_that_was_never_seen_is_named(tiny):
 
 
 def test_rows_of_json_may_have_labels_too(tmp_path):
-    (tmp_path / "x.json").write_text(json.dumps([dict(text="a", label=1), dict(text="b", label="two")]))
-    assert read_rows(tmp_path / "x.json") == [dict(text="a", label="1"), dict(text="b", label="two")]
+    (tmp_path / "x.json").write_text(json.dumps([dict(text="a", label=0), dict(text="b", label=" two ")]))
+    assert read_rows(tmp_path / "x.json") == [dict(text="a", label="0"), dict(text="b", label="two")]
+
+
+def test_a_label_among_other_columns_does_not_make_a_classifier(tmp_path):
+    (tmp_path / "x.json").write_text(json.dumps([dict(instruction="a", output="b", label=1)]))
+    assert read_rows(tmp_path / "x.json") == [dict(instruction="a", input="", output="b")]
 
 
 def test_zero_shot_few_shot_and_features(labelled, tiny, tmp_path, capsys, monkeypatch):

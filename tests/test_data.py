@@ -70,6 +70,8 @@ def test_json_and_jsonl_are_read_alike(tmp_path, rows):
         ("a.json", "[{]", "a.json, line 1: not JSON"),
         ("a.json", '{"a": 1}', "a.json, row 1: a row needs instruction and output; it is "),
         ("a.json", "5", "a.json holds no list of rows"),
+        ("a.json", "[]", "a.json holds no row"),
+        ("a.csv", "text,label\n", "a.csv holds no row"),
         ("a.jsonl", '{"instruction": "a", "output": "b"}\n\n{"instr', "a.jsonl, line 3: not JSON"),
         (
             "a.jsonl",
