@@ -17,7 +17,7 @@ from finetune.report import Step
 from lit_model import adapter, generate, lora, model
 from lit_model.checkpoint import freeze
 from lit_model.packing import Example, pack
-from lit_model.quantize import quantize
+from lit_model.quantize import FP8MLP, quantize
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
@@ -159,6 +159,25 @@ def test_a_step_never_waits_for_the_gpu():
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert all(np.isfinite(step.receive()))
+
+
+@pytest.mark.parametrize("bias", [None, "gate_proj", "up_proj", "down_proj"])
+def test_an_fp8_mlp_equals_its_layers(bias):
+    """A bias, as selective finetuning trains one, is added in whichever of the three layers it is."""
+    torch.manual_seed(0)
+    mlp = model.MLP(model.Config(n_head=2, n_embd=64, n_hidden=160)).cuda()
+    quantize(mlp, "fp8")
+    assert type(mlp) is FP8MLP
+    if bias:
+        linear = getattr(mlp, bias)
+        linear.bias = torch.nn.Parameter(torch.randn(linear.out_features, device="cuda"))
+    x = torch.randn(48, 64, device="cuda", requires_grad=True)
+    got, expected = mlp(x), model.MLP.forward(mlp, x)
+    towards = torch.randn_like(expected)
+    for a, b in zip(
+        (got, *torch.autograd.grad(got, x, towards)), (expected, *torch.autograd.grad(expected, x, towards))
+    ):
+        assert (a - b).norm() < 0.05 * b.norm()
 
 
 @pytest.mark.parametrize("kind", ["none", "fp8", "nf4"])
