@@ -1,6 +1,7 @@
 """Promises about the code itself. Run with -s to see what they count."""
 
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -72,6 +73,13 @@ def test_every_file_is_in_the_readme_tree():
         ):
             folder = readme.split(f"\n{os.path.dirname(path)}/")[1].split("\ntests/")[0]
             assert os.path.basename(path) in folder, f"README's tree lacks {path}"
+
+
+def test_the_readme_counts_the_lines_of_the_methods():
+    counted = re.findall(r"^\| .*? \| (\w+\.py) \| (\d+) \|", (ROOT / "README.md").read_text(), re.MULTILINE)
+    assert len(counted) >= 9
+    for name, n in counted:
+        assert len((ROOT / "lit_model" / name).read_text().splitlines()) == int(n), name
 
 
 def test_bfloat16_cannot_hold_a_small_step():
