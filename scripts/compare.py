@@ -309,7 +309,8 @@ def settings_of(bench: Bench, name: str, seed: int, lr: float) -> setup.Options:
     options, method = bench.options, METHODS[name]
     train = setup.Train(
         lr=lr, batch_size=options.batch_size, epochs=10**6, max_steps=options.max_steps, max_time=options.max_time,
-        eval_interval=max(1, options.max_steps // 4), seed=seed, sample="",
+        max_examples=options.max_steps * options.batch_size, eval_interval=max(1, options.max_steps // 4), seed=seed,
+        sample="",
     )  # fmt: skip
     return method.script.Options(
         checkpoint_dir=options.checkpoint_dir, data=options.out_dir / "train.csv", out_dir=options.out_dir / "run",
