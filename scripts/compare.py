@@ -81,23 +81,23 @@ def _lora(**options: Any) -> dict[str, Any]:
 
 
 METHODS = {
-    "full": Method(full, {}, 3e-5),
-    "last_blocks": Method(selective, _selective(what="last_blocks", n=2), 1e-4),
-    "head": Method(selective, _selective(what="head"), 1e-3),
-    "bitfit": Method(selective, _selective(what="bitfit"), 3e-3),
+    "full": Method(full, {}, 1e-4),
+    "last_blocks": Method(selective, _selective(what="last_blocks", n=2), 1e-3),
+    "head": Method(selective, _selective(what="head"), 3e-3),
+    "bitfit": Method(selective, _selective(what="bitfit"), 1e-3),
     "norms": Method(selective, _selective(what="norms"), 3e-3),
-    "lora": Method(lora, {}, 1e-3),
+    "lora": Method(lora, {}, 3e-3),
     "lora-all": Method(lora, _lora(r=16, targets=ALL_LINEARS), 1e-3),
-    "dora": Method(lora, _lora(dora=True), 1e-3),
+    "dora": Method(lora, _lora(dora=True), 3e-3),
     "qlora": Method(lora, _lora(r=16, targets=ALL_LINEARS) | dict(quantize="nf4"), 1e-3),
     "adapter": Method(adapter, {}, 1e-2),
-    "adapter_v2": Method(adapter_v2, {}, 3e-3),
-    "bottleneck": Method(bottleneck, {}, 3e-3),
-    "ia3": Method(ia3, {}, 3e-2),
+    "adapter_v2": Method(adapter_v2, {}, 1e-3),
+    "bottleneck": Method(bottleneck, {}, 1e-3),
+    "ia3": Method(ia3, {}, 1e-2),
     "prefix": Method(prefix, {}, 1e-2),
     "prompt": Method(prompt, {}, 3e-2),
 }
-PEERS = {"lora": 1e-3, "dora": 1e-3, "adapter": 1e-2, "ia3": 3e-2, "prefix": 1e-2, "prompt": 3e-2}  # rates, as above
+PEERS = {"lora": 3e-3, "dora": 1e-3, "adapter": 3e-2, "ia3": 1e-2, "prefix": 1e-2, "prompt": 1e-1}  # rates, as above
 UNTRAINED = ("zero-shot", "few-shot", "features")
 QUICK = "zero-shot,features,head,lora,adapter"
 

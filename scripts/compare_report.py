@@ -8,7 +8,6 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from matplotlib.figure import Figure
 
 
@@ -76,11 +75,12 @@ def markdown(lines: list[dict[str, Any]]) -> str:
 
 
 def recommendation(lines: list[dict[str, Any]], options: Any) -> str:
-    """The best that fits the limits, and what is as good within the noise for less."""
+    """The best of ours that fits the limits, and what is as good within the noise for less."""
     fits = [
         r
         for r in lines
-        if (options.max_memory_gb is None or (r["peak_gib"] or 0) <= options.max_memory_gb)
+        if not r["method"].startswith("peft-")
+        and (options.max_memory_gb is None or (r["peak_gib"] or 0) <= options.max_memory_gb)
         and (options.max_store_mb is None or r["stored_mb"] <= options.max_store_mb)
     ]
     limits = [f"{options.max_memory_gb:g} GiB of memory"] if options.max_memory_gb else []
@@ -102,19 +102,26 @@ def recommendation(lines: list[dict[str, Any]], options: Any) -> str:
 
 
 def draw(lines: list[dict[str, Any]], path: Path) -> None:
-    """Accuracy against what a method takes: trained parameters, memory, time."""
+    """Accuracy against what a method takes: trained parameters, memory, time. What trains nothing is not in it, and
+    peft's methods are hollow."""
     panels = [("trained", "trained parameters"), ("peak_gib", "peak memory, GiB"), ("seconds", "training, s")]
     panels = [(key, title) for key, title in panels if any(r[key] for r in lines)]
-    figure = Figure(figsize=(5 * len(panels), 4.2), layout="constrained")
-    for axes, (key, title) in zip(np.atleast_1d(figure.subplots(1, len(panels), sharey=True)), panels):
-        for i, r in enumerate(lines):
-            if r[key]:
-                at, spread = (r[key], 100 * r["accuracy"]), 100 * (r["std"] or 0)
-                mark = "x" if r["method"].startswith("peft-") else "o"
-                axes.errorbar(*at, yerr=spread, fmt=mark, capsize=3, color=f"C{i % 10}")
-                axes.annotate(r["method"], at, xytext=(5, 4), textcoords="offset points", size=8)
-        axes.margins(x=0.15)
+    figure = Figure(figsize=(4.2 * len(panels) + 2, 5), layout="constrained")
+    grid = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+    names = sorted({r["method"].removeprefix("peft-") for r in lines})
+    for axes, (key, title) in zip(grid, panels):
+        for r in lines:
+            if r[key] and r["trained"]:
+                name = r["method"].removeprefix("peft-")
+                i, face = names.index(name), {} if name == r["method"] else dict(markerfacecolor="none")
+                look = dict(color=f"C{i % 10}", marker="osD"[i // 10 % 3], linestyle="", capsize=3, **face)
+                axes.errorbar(r[key], 100 * r["accuracy"], yerr=100 * (r["std"] or 0), label=r["method"], **look)
         axes.set(xlabel=title, xscale="log")
+        if key != "trained":
+            axes.xaxis.set_major_formatter("{x:g}")
+            axes.xaxis.set_minor_formatter("{x:g}")
         axes.grid(alpha=0.3)
-    np.atleast_1d(figure.axes)[0].set_ylabel("test accuracy, %")
+    grid[0].set_ylabel("test accuracy, %")
+    if shown := grid[0].get_legend_handles_labels()[0]:
+        figure.legend(handles=shown, loc="outside right center", fontsize=8)
     figure.savefig(path, dpi=120)

@@ -14,6 +14,7 @@ from lit_model.checkpoint import save_checkpoint
 from lit_model.convert import tokenizer_files
 from lit_model.data import PromptOptions
 from scripts import compare, peers
+from scripts.compare_report import recommendation
 
 
 def test_peft_in_the_comparison_is_the_same_network_trained_by_the_same_rule(tiny, labelled, tmp_path):
@@ -94,6 +95,21 @@ def test_labels_of_several_tokens(tiny, tmp_path, capsys, monkeypatch):
     args = f"{QUICK} --data {tmp_path}/rows.csv --checkpoint_dir {tiny}/base --out_dir {tmp_path}/out --shots 2"
     said = say(compare, capsys, monkeypatch, f"{args} --methods zero-shot,few-shot,features --seeds 3,3")
     assert all(f"| {name} |" in said for name in ("zero-shot", "few-shot", "features")) and "+-" not in said
+
+
+def test_what_to_take_is_ours_fits_and_is_the_smallest_within_the_noise():
+    line = dict(std=0.004, peak_gib=3.0, stored_mb=2.0)
+    lines = [
+        dict(line, method="peft-big", accuracy=0.95, trained=1),
+        dict(line, method="big", accuracy=0.94, trained=1000, stored_mb=20.0),
+        dict(line, method="small", accuracy=0.938, trained=10),
+        dict(line, method="tiny", accuracy=0.90, trained=1),
+    ]
+    said = recommendation(lines, compare.Options(n_test=10_000))
+    assert said.startswith("Best: big, 94.0 %. small is within the noise of 0.4 points and trains 10 ")
+    said = recommendation(lines, compare.Options(n_test=10_000, max_store_mb=10))
+    assert said == "Best within 10 MB on disk: small, 93.8 %."
+    assert recommendation(lines, compare.Options(max_store_mb=1)) == "Nothing that was tried stays within 1 MB on disk."
 
 
 def test_nothing_of_a_user_is_replaced(labelled, tiny, tmp_path, capsys, monkeypatch):
