@@ -1,6 +1,6 @@
 """Which method should I use? All of them on one data set under one budget, and a report that says what came out.
 
-    python scripts/compare.py --out_dir out/quick                          on two cores of a CPU some six minutes
+    python scripts/compare.py --out_dir out/quick                          on two cores of a CPU six to nine minutes
     python scripts/compare.py --methods all --max_steps 200 --search --out_dir out/search
     python scripts/compare.py --methods all --max_steps 300 --seeds 0,1,2 --data imdb --rates out/search
 
