@@ -52,7 +52,7 @@ class AdapterDelta(nn.Module):
 
     def forward(self, attn: model.CausalSelfAttention, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
         prompt = self.prompt.to(dtype)
-        k, v = attn.heads(attn.k_proj(prompt)), attn.heads(attn.v_proj(prompt))  # (K, nkv, hs)
+        k, v = attn.keys_and_values(prompt)  # (K, nkv, hs)
         return k, v, self.gate if self.linear_gate else self.gate.tanh()
 
 

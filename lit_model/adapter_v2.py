@@ -60,7 +60,7 @@ class GPT(model.GPT):
 
 
 def trainable(name: str, config: model.Config | None = None) -> bool:
-    return adapter.trainable(name) or ".deltas.adapter_v2." in name or "norm_" in name
+    return adapter.trainable(name) or ".deltas.adapter_v2." in name or "norm" in name
 
 
 def unmerged(options: AdapterV2) -> tuple[str, adapter.Adapter]:

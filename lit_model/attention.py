@@ -56,7 +56,13 @@ def take_rows(x: Tensor, index: Tensor) -> Tensor:
 
 
 def attend(
-    q: Tensor, k: Tensor, v: Tensor, packed: Packed, rope: Rope | None = None, prompts: Sequence[Prompt] = ()
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    packed: Packed,
+    rope: Rope | None = None,
+    prompts: Sequence[Prompt] = (),
+    window: int | None = None,
 ) -> Tensor:
     """Softmax attention of every segment's queries over the keys that it may see.
 
@@ -64,29 +70,31 @@ def attend(
         q: (T, nh, hs).  k, v: (n, nkv, hs), the source of keys and of their values.
         rope: of q and k, which are of the same tokens then; None: they are rotated already.
         prompts: keys and values that every query sees in a softmax of their own; times a gate, that is added.
+        window: so many keys are seen at most, the query's own and those before it; None: all before it.
     Returns: (T, nh, hs).
     """
-    if packed.blocks is not None and _has_kernels(q):
+    if packed.blocks is not None and window is None and _has_kernels(q):
         y = _kernels().packed_attention(q, k, v, packed.blocks, rope, prompts[0] if prompts else None)
         prompts = prompts[1:]
     else:
         q, k = (q, k) if rope is None else (rotate(q, rope), rotate(k, rope))
-        y = _attend_gathered(q, k, v, packed)
+        y = _attend_gathered(q, k, v, packed, window)
     for pk, pv, gate in prompts:
         y = y + gate.to(y.dtype)[..., None] * plain_attention(q, pk, pv)
     return y
 
 
-def _attend_gathered(q: Tensor, k: Tensor, v: Tensor, packed: Packed) -> Tensor:
+def _attend_gathered(q: Tensor, k: Tensor, v: Tensor, packed: Packed, window: int | None) -> Tensor:
     if packed.kv_index is not None:
         k, v = k.index_select(0, packed.kv_index), v.index_select(0, packed.kv_index)  # (S, nkv, hs)
     if varlen_attn is not None and _fast_16_bit(q):
         if not _VARLEN_GQA:
             k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], dim=1) for t in (k, v))
         options = {"enable_gqa": True} if _VARLEN_GQA else {}
-        options["window_size"] = (-1, 0)  # causal, aligned at the last query and the last key
+        before = -1 if window is None else window - 1
+        options["window_size"] = (before, 0)  # causal, aligned at the last query and the last key
         return varlen_attn(q, k, v, packed.cu_q, packed.cu_k, packed.max_q, packed.max_k, **options)
-    return _attend_each(q, k, v, packed.lengths)
+    return _attend_each(q, k, v, packed.lengths, window)
 
 
 def _fast_16_bit(q: Tensor) -> bool:
@@ -108,17 +116,22 @@ def _kernels() -> ModuleType:
 
 
 @torch.compiler.disable  # every row has other segments: it would be compiled anew for each
-def _attend_each(q: Tensor, k: Tensor, v: Tensor, lengths: list[tuple[int, int]]) -> Tensor:
-    if can_take(q, lengths):
+def _attend_each(q: Tensor, k: Tensor, v: Tensor, lengths: list[tuple[int, int]], window: int | None = None) -> Tensor:
+    if window is None and can_take(q, lengths):
         return SegmentsAttention.apply(q, k, v, lengths)
     n_q, n_k = zip(*lengths, strict=True)
-    return torch.cat([_attend_one(*qkv) for qkv in zip(q.split(n_q), k.split(n_k), v.split(n_k), strict=True)])
+    parts = zip(q.split(n_q), k.split(n_k), v.split(n_k), strict=True)
+    return torch.cat([_attend_one(*qkv, window) for qkv in parts])
 
 
-def _attend_one(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """One segment: (lq, nh, hs) over (lk, nkv, hs). The last query sees all keys, the one before it one fewer, ..."""
+def _attend_one(q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
+    """One segment: (lq, nh, hs) over (lk, nkv, hs). The last query sees all keys, or the last `window`, the one before
+    it those up to one key earlier, ..."""
     lq, lk = len(q), len(k)
-    mask = None if lq in (1, lk) else torch.ones(lq, lk, dtype=torch.bool, device=q.device).tril(lk - lq)
+    if window is not None and window < lk:
+        mask = torch.ones(lq, lk, dtype=torch.bool, device=q.device).tril(lk - lq).triu(lk - lq - window + 1)
+    else:
+        mask = None if lq in (1, lk) else torch.ones(lq, lk, dtype=torch.bool, device=q.device).tril(lk - lq)
     q, k, v = (t.transpose(0, 1)[None] for t in (q, k, v))  # (1, n, l, hs)
     y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and lq > 1, enable_gqa=True)
     return y[0].transpose(0, 1)

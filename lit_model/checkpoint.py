@@ -14,10 +14,10 @@ the keys that are missing afterwards are exactly the method's own.
 import hashlib
 import json
 import re
-from collections.abc import Callable, Collection, Container, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -37,7 +37,7 @@ from lit_model import (
     selective,
     several,
 )
-from lit_model.files import read_json, write_tensors, write_text
+from lit_model.files import read_json, stream_tensors, write_tensors, write_text
 from lit_model.quantize import Kind
 from lit_model.quantize import quantize as quantize_block
 
@@ -159,7 +159,7 @@ def load_base(
     """
     path = Path(checkpoint_dir) / "lit_model.safetensors"
     wanted = _shapes(gpt.state_dict())
-    with _open(path, device) as file:
+    with open_tensors(path, device) as file:
         names = set(file.keys())
         for block in (None, *range(gpt.config.n_layer)):  # None: what is in no block
             part = sorted(name for name in names if _block(name) == block)
@@ -241,7 +241,7 @@ def method_file(method_dir: Path | str) -> Path:
 
 def method_header(method_dir: Path | str) -> dict[str, str]:
     """What a method folder says of itself: `method`, `options` (JSON) and `fingerprint` of its base."""
-    with _open(method_file(method_dir)) as file:
+    with open_tensors(method_file(method_dir)) as file:
         header = file.metadata() or {}
     if header.get("method") not in METHODS or not {"options", "fingerprint"} <= header.keys():
         raise ValueError(
@@ -251,44 +251,78 @@ def method_header(method_dir: Path | str) -> dict[str, str]:
 
 
 def save_checkpoint(
-    out_dir: Path, config: model.Config, tensors: Mapping[str, Tensor], tokenizer_files: Mapping[str, bytes]
+    out_dir: Path,
+    config: model.Config,
+    tensors: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]],
+    tokenizer_files: Mapping[str, bytes],
 ) -> None:
     """Writes a checkpoint folder. lit_config.json comes last: where it stands, the folder is complete.
 
     Args:
+        tensors: name -> tensor, or pairs of them in any order, of which one at a time is held in memory.
         tokenizer_files: name -> content, from convert.py.
 
-    Raises ValueError, and writes nothing, if the tensors are not exactly those of a network of this shape.
+    Raises ValueError, and leaves nothing, if the tensors are not exactly those of a network of this shape.
     """
     with torch.device("meta"):
-        shapes = {name: t.shape for name, t in model.GPT(config).state_dict().items()}
-    tensors = {name: t.contiguous() for name, t in sorted(tensors.items())}
+        shapes = {name: tuple(t.shape) for name, t in model.GPT(config).state_dict().items()}
     if config.tie:
-        shapes.pop("lm_head.weight")
-        tensors.pop("lm_head.weight", None)
-    for name in shapes.keys() | tensors.keys():
-        wanted, got = (None if of.get(name) is None else tuple(of[name]) for of in (shapes, _shapes(tensors)))
-        if wanted != got:
-            raise ValueError(f"these weights do not make the network: {name} has the shape {got} instead of {wanted}")
+        del shapes["lm_head.weight"]
+    digests: dict[str, str] = {}
+
+    def checked() -> Iterator[tuple[str, Tensor]]:
+        for name, t in tensors.items() if isinstance(tensors, Mapping) else tensors:
+            if config.tie and name == "lm_head.weight":
+                continue
+            if name in digests:
+                raise ValueError(f"these weights do not make the network: {name} is there twice")
+            if shapes.get(name) != tuple(t.shape):
+                _wrong_shape(name, tuple(t.shape), shapes.get(name))
+            digests[name] = digest(name, t := t.detach().cpu().contiguous())
+            yield name, t
+        for name in shapes.keys() - digests.keys():
+            _wrong_shape(name, None, shapes[name])
+
+    new = not out_dir.exists()
     out_dir.mkdir(parents=True, exist_ok=True)
-    write_tensors(out_dir / "lit_model.safetensors", tensors, {})
+    try:
+        stream_tensors(out_dir / "lit_model.safetensors", checked(), shapes)
+    except BaseException:
+        if new:
+            out_dir.rmdir()
+        raise
     for name, content in tokenizer_files.items():
         (out_dir / name).write_bytes(content)
-    shape = {f.name: getattr(config, f.name) for f in fields(model.Config)}
-    write_text(out_dir / "lit_config.json", json.dumps(shape | {"fingerprint": fingerprint(tensors)}, indent=2) + "\n")
+    shape = {name: value for name, value in asdict(config).items() if name in _CONFIG_FIELDS}
+    content = shape | {"fingerprint": combined(digests)}
+    write_text(out_dir / "lit_config.json", json.dumps(content, indent=2) + "\n")
+
+
+_CONFIG_FIELDS = {f.name for f in fields(model.Config)}  # without those of a method
+
+
+def _wrong_shape(name: str, got: tuple | None, wanted: tuple | None) -> NoReturn:
+    raise ValueError(f"these weights do not make the network: {name} has the shape {got} instead of {wanted}")
 
 
 def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, torch.Size]:
     return {name: t.shape for name, t in tensors.items()}
 
 
+def digest(name: str, t: Tensor) -> str:
+    """One line that tells a tensor from any other."""
+    content = hashlib.sha256(memoryview(t.flatten().view(torch.uint8).numpy())).hexdigest()
+    return f"{name} {t.dtype} {tuple(t.shape)} {content}\n"
+
+
+def combined(digests: Mapping[str, str]) -> str:
+    """The fingerprint of a network: sha256 over the `digest` of each tensor, sorted by name."""
+    return hashlib.sha256("".join(digests[name] for name in sorted(digests)).encode()).hexdigest()
+
+
 def fingerprint(tensors: Mapping[str, Tensor]) -> str:
     """sha256 over the names, dtypes, shapes and bytes of all tensors. Made once, at conversion; loading compares it."""
-    total = hashlib.sha256()
-    for name, t in sorted(tensors.items()):
-        content = hashlib.sha256(t.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()).hexdigest()
-        total.update(f"{name} {t.dtype} {tuple(t.shape)} {content}\n".encode())
-    return total.hexdigest()
+    return combined({name: digest(name, t.detach().cpu().contiguous()) for name, t in tensors.items()})
 
 
 def fingerprint_of(checkpoint_dir: Path | str) -> str:
@@ -297,11 +331,12 @@ def fingerprint_of(checkpoint_dir: Path | str) -> str:
 
 def read_tensors(path: Path, device: torch.device | str = "cpu") -> dict[str, Tensor]:
     """All tensors of a safetensors file; on the CPU they are views of the mapped file and cost no memory until read."""
-    with _open(path, device) as file:
+    with open_tensors(path, device) as file:
         return {name: file.get_tensor(name) for name in file.keys()}
 
 
-def _open(path: Path, device: torch.device | str = "cpu") -> Any:
+def open_tensors(path: Path, device: torch.device | str = "cpu") -> Any:
+    """A safetensors file. Raises FileNotFoundError, or ValueError if it is broken."""
     if not path.is_file():
         raise FileNotFoundError(f"{path} is not there")
     try:

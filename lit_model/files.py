@@ -2,9 +2,11 @@
 
 import json
 import os
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
@@ -43,6 +45,42 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, st
     os.umask(umask)
     aside.chmod(0o666 & ~umask)  # safetensors makes files that only their owner can read
     os.replace(aside, path)
+
+
+def stream_tensors(path: Path, tensors: Iterable[tuple[str, Tensor]], shapes: Mapping[str, Sequence[int]]) -> None:
+    """Writes a safetensors file in one step, one tensor after the other as they come, so that no two need be in memory.
+
+    The header stands first and is known last: room is kept for it, for tensors of these `shapes`, and what it does not
+    need is filled with spaces, as the format allows.
+    """
+    room = sum(len(name) + 24 * len(shape) + 120 for name, shape in shapes.items()) // 8 * 8 + 64
+    aside, header, end, uneven = path.with_name(path.name + ".partial"), {}, 0, []
+
+    def write(name: str, t: Tensor) -> None:
+        nonlocal end
+        header[name] = dict(dtype=_DTYPES[t.dtype], shape=list(t.shape), data_offsets=[end, end + t.nbytes])
+        file.write(memoryview(t.contiguous().flatten().view(torch.uint8).numpy()))
+        end += t.nbytes
+
+    try:
+        with open(aside, "wb") as file:
+            file.seek(8 + room)
+            for name, t in tensors:
+                if t.nbytes % 8:
+                    uneven.append((name, t))  # small ones; behind them, wider numbers would not be aligned
+                else:
+                    write(name, t)
+            for name, t in sorted(uneven, key=lambda named: -named[1].itemsize):
+                write(name, t)
+            file.seek(0)
+            file.write(room.to_bytes(8, "little") + json.dumps(header, separators=(",", ":")).encode().ljust(room))
+        os.replace(aside, path)
+    except BaseException:
+        aside.unlink(missing_ok=True)
+        raise
+
+
+_DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 
 
 def refuse_used(folder: Path) -> None:

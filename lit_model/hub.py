@@ -16,7 +16,7 @@ import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from lit_model.convert import convert_gguf
+from lit_model.convert_gguf import convert_gguf
 
 ROOT = Path(__file__).resolve().parents[1]
 DEMO_CHECKPOINT = ROOT / "checkpoints" / "smollm2-135m-instruct"

@@ -31,7 +31,18 @@ from lit_model.attention import KVCache, Rope, attend, rotate, take_rows
 from lit_model.files import read_json
 from lit_model.loss import chunk_loss, linear_cross_entropy
 from lit_model.packing import Packed, equal_examples
+from lit_model.presets import PRESETS
 from lit_model.recompute import Offload, recomputed
+
+
+@dataclass
+class RopeScaling:
+    """LLaMA 3.1's way to a longer context: rotations that are slow in the original context get slower by `factor`."""
+
+    factor: float
+    low_freq_factor: float  # up to so many rotations in the original context: slower by all of `factor`
+    high_freq_factor: float  # from so many on: as they are
+    original_block_size: int
 
 
 @dataclass
@@ -48,9 +59,14 @@ class Config:
     n_hidden: int | None = None  # width of the MLP; None: the family's rule
     head_size: int | None = None  # None: n_embd / n_head
     rope_base: float = 10000.0
+    rope_scaling: RopeScaling | None = None
+    no_rope_every: int | None = None  # every so many layers one has no rotary positions (SmolLM3)
+    window: int | None = None  # a token sees itself and the window - 1 tokens before it (Mistral); None: all
     norm_eps: float = 1e-5
     bias: bool | None = None  # of the linear layers of a block; None: the family's rule
+    qkv_bias: bool | None = None  # of q, k and v (Qwen 2); None: as `bias`
     head_bias: bool = False
+    qk_norm: bool = False  # RMSNorm of each head of q and k (Qwen 3)
     tie: bool = False  # the output head is the embedding matrix
 
     def __post_init__(self):
@@ -62,6 +78,10 @@ class Config:
             self.n_hidden = 4 * self.n_embd if self.arch == "gpt2" else 256 * math.ceil(8 * self.n_embd / 3 / 256)
         if self.bias is None:
             self.bias = self.arch == "gpt2"
+        if self.qkv_bias is None:
+            self.qkv_bias = self.bias
+        if isinstance(self.rope_scaling, dict):  # from a preset or a file
+            self.rope_scaling = RopeScaling(**self.rope_scaling)
         if self.n_head % self.n_kv_head:
             raise ValueError(f"n_head {self.n_head} is not a multiple of n_kv_head {self.n_kv_head}")
 
@@ -88,38 +108,8 @@ class Config:
         return cls(**{name: stored[name] for name in names if name in stored} | changes)
 
 
-NEWER = ("bias", "head_bias")  # fields that a checkpoint may lack: it was made before there were any
-
-
-def _gpt2(n_layer: int, n_head: int, n_embd: int) -> dict:
-    return dict(arch="gpt2", vocab_size=50257, block_size=1024, n_layer=n_layer, n_head=n_head, n_embd=n_embd, tie=True)
-
-
-def _llama(n_layer: int, n_head: int, n_embd: int, **more: Any) -> dict:
-    return dict(n_layer=n_layer, n_head=n_head, n_embd=n_embd, **more)
-
-
-def _smollm2(n_layer: int, n_head: int, n_embd: int, **more: Any) -> dict:
-    return _llama(n_layer, n_head, n_embd, vocab_size=49152, block_size=8192, tie=True, **more)
-
-
-PRESETS = {
-    "gpt2": _gpt2(12, 12, 768),
-    "gpt2-medium": _gpt2(24, 16, 1024),
-    "gpt2-large": _gpt2(36, 20, 1280),
-    "gpt2-xl": _gpt2(48, 25, 1600),
-    "llama-7b": _llama(32, 32, 4096, norm_eps=1e-6),
-    "llama-13b": _llama(40, 40, 5120, norm_eps=1e-6),
-    "llama-30b": _llama(60, 52, 6656, norm_eps=1e-6),
-    "llama-65b": _llama(80, 64, 8192, norm_eps=1e-5),
-    "llama-2-7b": _llama(32, 32, 4096, block_size=4096),
-    "llama-2-13b": _llama(40, 40, 5120, block_size=4096),
-    "llama-2-70b": _llama(80, 64, 8192, block_size=4096, n_kv_head=8, n_hidden=28672),
-    "tinyllama-1.1b": _llama(22, 32, 2048, n_kv_head=4, n_hidden=5632),
-    "smollm2-135m": _smollm2(30, 9, 576, n_kv_head=3, n_hidden=1536, rope_base=100000.0),
-    "smollm2-360m": _smollm2(32, 15, 960, n_kv_head=5, n_hidden=2560, rope_base=100000.0),
-    "smollm2-1.7b": _smollm2(24, 32, 2048, n_hidden=8192, rope_base=130000.0),
-}
+NEWER = ("bias", "qkv_bias", "head_bias", "rope_scaling", "no_rope_every", "window", "qk_norm")
+# fields that a checkpoint may lack: it was made before there were any
 
 
 class Linear(nn.Linear):
@@ -205,12 +195,23 @@ def norm(config: Config) -> nn.Module:
     return (LayerNorm if config.arch == "gpt2" else RMSNorm)(config.n_embd, eps=config.norm_eps)
 
 
+def rope_frequencies(config: Config, dtype: torch.dtype = torch.float64, device: Any = None) -> Tensor:
+    """(hs / 2,) radians that each pair of a head's numbers turns from one position to the next."""
+    steps = torch.arange(0, config.head_size, 2, device=device).to(dtype)
+    frequencies = config.rope_base ** (-steps / config.head_size)
+    if (scaling := config.rope_scaling) is not None:
+        rotations = scaling.original_block_size * frequencies / (2 * math.pi)
+        low, high = scaling.low_freq_factor, scaling.high_freq_factor
+        kept = ((rotations - low) / (high - low)).clamp(0, 1)
+        frequencies = frequencies * (kept + (1 - kept) / scaling.factor)
+    return frequencies
+
+
 def rope_angles(pos: Tensor, config: Config, dtype: torch.dtype) -> Rope:
     """Of tokens at the positions (T,). Made again in every forward: a buffer would need care on the meta device and
     under changes of dtype, and the cost is negligible."""
-    hs, wide = config.head_size, torch.promote_types(dtype, torch.float32)
-    inverse = config.rope_base ** (-torch.arange(0, hs, 2, device=pos.device).to(wide) / hs)
-    angles = (pos[:, None] * inverse)[:, None, None]
+    frequencies = rope_frequencies(config, torch.promote_types(dtype, torch.float32), pos.device)
+    angles = (pos[:, None] * frequencies)[:, None, None]
     return angles.cos().to(dtype), torch.cat((-angles.sin(), angles.sin()), dim=2).to(dtype)
 
 
@@ -224,23 +225,31 @@ class Row:
     cache: KVCache | None
     virtual_keys: Tensor | None = None  # (2, P, nkv, hs) of this layer
     only: Tensor | None = None  # (M,) the tokens that go on from here, in the last layer; None: all
+    window: int | None = None  # see Config; None also where no segment is longer
 
 
 class CausalSelfAttention(nn.Module):
     def __init__(self, config: Config):
         super().__init__()
         self.head_size = config.head_size
-        self.q_proj = Linear(config.n_embd, config.n_head * config.head_size, config.bias)
-        self.k_proj = Linear(config.n_embd, config.n_kv_head * config.head_size, config.bias)
-        self.v_proj = Linear(config.n_embd, config.n_kv_head * config.head_size, config.bias)
+        self.q_proj = Linear(config.n_embd, config.n_head * config.head_size, config.qkv_bias)
+        self.k_proj = Linear(config.n_embd, config.n_kv_head * config.head_size, config.qkv_bias)
+        self.v_proj = Linear(config.n_embd, config.n_kv_head * config.head_size, config.qkv_bias)
+        self.q_norm, self.k_norm = (
+            RMSNorm(config.head_size, eps=config.norm_eps) if config.qk_norm else nn.Identity() for _ in "qk"
+        )
         self.o_proj = Linear(config.n_head * config.head_size, config.n_embd, config.bias)
         self.deltas = nn.ModuleDict()
 
     def heads(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (-1, self.head_size))  # (T, n * hs) -> (T, n, hs)
 
+    def keys_and_values(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Without positions, (T, nkv, hs) each."""
+        return self.k_norm(self.heads(self.k_proj(x))), self.heads(self.v_proj(x))
+
     def forward(self, x: Tensor, row: Row) -> Tensor:
-        q, k, v = self.heads(self.q_proj(x)), self.heads(self.k_proj(x)), self.heads(self.v_proj(x))
+        q, (k, v) = self.q_norm(self.heads(self.q_proj(x))), self.keys_and_values(x)
         rope = row.rope
         if rope is not None and not (row.cache is None and row.virtual_keys is None and row.only is None):
             q, k, rope = rotate(q, rope), rotate(k, rope), None  # otherwise `attend` does it, in fewer passes
@@ -252,7 +261,7 @@ class CausalSelfAttention(nn.Module):
             q = take_rows(q, row.only)
         prompts = [delta(self, x.dtype) for delta in self.deltas.values()]
         prompts = [prompt for prompt in prompts if prompt is not None]
-        y = attend(q, k, v, row.packed, rope, prompts)  # (T, nh, hs)
+        y = attend(q, k, v, row.packed, rope, prompts, row.window)  # (T, nh, hs)
         return self.o_proj(y.flatten(1))
 
 
@@ -329,7 +338,8 @@ class GPT(nn.Module):
             linear.merge()
         self.config = replace(
             self.config,
-            bias=self.blocks[0].attn.q_proj.bias is not None,
+            bias=self.blocks[0].attn.o_proj.bias is not None,
+            qkv_bias=self.blocks[0].attn.q_proj.bias is not None,
             head_bias=self.lm_head.bias is not None,
             tie=self.lm_head.weight is self.wte.weight,
         )
@@ -391,8 +401,11 @@ class GPT(nn.Module):
         offload = Offload(x.device) if recompute and self.recompute == "offload" else None
         prefixes = [virtual().to(x.dtype) for virtual in self.virtual_keys.values()]
         prefix = torch.cat(prefixes, dim=2).unbind() if prefixes else [None] * len(self.blocks)
+        window, no_rope_every = self.config.window, self.config.no_rope_every or len(self.blocks) + 1
+        window = None if window is None or packed.max_k <= window else window
         for layer in range(packed.first_block, len(self.blocks)):
-            block, row = self.blocks[layer], Row(packed, layer, rope, cache, prefix[layer])
+            angles = None if (layer + 1) % no_rope_every == 0 else rope
+            block, row = self.blocks[layer], Row(packed, layer, angles, cache, prefix[layer], window=window)
             if packed.last is not None and layer == len(self.blocks) - 1:
                 row = replace(row, packed=packed.last, only=packed.wanted)
             x = recomputed(block, x, row, offload) if recompute else block(x, row)

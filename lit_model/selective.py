@@ -96,7 +96,7 @@ def _chosen(name: str, options: Selective, n_layer: int) -> bool:
     if options.what == "bitfit":
         return name.endswith(".bias")
     if options.what == "norms":
-        return "norm_" in name
+        return "norm" in name
     return re.search(options.regex, name) is not None
 
 

@@ -13,7 +13,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from lit_model.cli import cli
-from lit_model.convert import convert_gguf
+from lit_model.convert_gguf import convert_gguf
 
 
 @dataclass

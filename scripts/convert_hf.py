@@ -1,4 +1,4 @@
-"""Convert a Hugging Face folder (config.json, *.safetensors, tokenizer) of a LLaMA or GPT-2 network.
+"""Convert a Hugging Face folder (config.json, *.safetensors or *.bin, tokenizer): LLaMA and its kin, or GPT-2.
 
 python scripts/convert_hf.py path/to/hf-folder checkpoints/my-model
 """
@@ -21,7 +21,7 @@ class Options:
     """Options."""
 
     src_dir: Path
-    """folder with config.json and *.safetensors"""
+    """folder with config.json and *.safetensors or *.bin"""
     out_dir: Path
     """folder for the checkpoint"""
     dtype: Literal["same", "bfloat16", "float16", "float32"] = "same"

@@ -79,7 +79,7 @@ def copy_weights(network: torch.nn.Module, checkpoint_dir: Path) -> None:
     """Puts the weights of a checkpoint of ours into a network of theirs of that shape."""
     ours = read_tensors(checkpoint_dir / "lit_model.safetensors")
     with torch.no_grad():
-        for name, t in convert.hf_llama_tensors(network.state_dict()):
+        for name, t in convert.hf_llama_tensors(network.state_dict().items()):
             t.copy_(ours.get(name, ours["wte.weight"]))  # a tied head is not in the file
 
 

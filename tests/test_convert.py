@@ -13,7 +13,8 @@ from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
 
 from lit_model import load, model
 from lit_model.checkpoint import fingerprint, fingerprint_of, save_checkpoint
-from lit_model.convert import _GGUF_LLAMA, convert_gguf, convert_hf
+from lit_model.convert import convert_hf
+from lit_model.convert_gguf import _GGUF_NAMES, convert_gguf
 from lit_model.generate import stream_text
 from lit_model.tokenizer import Tokenizer
 
@@ -37,7 +38,7 @@ def write_gguf(path, gpt: model.GPT, kind: QUANTS, tokenizer: dict) -> None:
     for name, value in tokenizer.items():
         add = {str: writer.add_string, int: writer.add_uint32, bool: writer.add_bool, list: writer.add_array}
         add[type(value)](f"tokenizer.{name}", value)
-    back = {ours: theirs for theirs, ours in _GGUF_LLAMA.items()}
+    back = {ours: theirs for theirs, ours in _GGUF_NAMES.items()}
     for name, t in gpt.state_dict().items():
         stem, prefix = name.removesuffix(".weight"), ""
         if stem.startswith("blocks."):
@@ -144,7 +145,7 @@ def test_an_interrupted_conversion_does_not_look_complete(tmp_path):
 
 def test_unknown_architectures_are_refused_with_the_field(tmp_path):
     for config, says in (
-        ({"model_type": "mamba"}, "model_type is 'mamba'; known are 'llama' and 'gpt2'"),
+        ({"model_type": "mamba"}, "model_type is 'mamba'; known are gpt2, llama, mistral, qwen2, qwen3, smollm3"),
         ({"model_type": "llama", "vocab_size": 8}, "config.json lacks hidden_size, intermediate_size"),
         ({**WHOLE, "rope_scaling": {"type": "yarn"}}, "rope scaling of type 'yarn'"),
         ({"model_type": "gpt2", "activation_function": "relu"}, "activation_function is 'relu'"),

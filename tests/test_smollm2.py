@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lit_model import generate, hub, load
-from lit_model.convert import convert_gguf
+from lit_model.convert_gguf import convert_gguf
 from lit_model.tokenizer import Tokenizer
 
 TEXT = hub.Asset(
