@@ -81,7 +81,7 @@ def load(
     if twice := [name for name in methods if methods.count(name) > 1]:
         raise ValueError(f"two of {', '.join(map(str, folders))} are a {twice[0]}, and a network has room for one")
     added = [_install(gpt, folder, checkpoint_dir) for folder in folders]
-    trained = [read_tensors(method_file(folder), device) for folder in folders]
+    trained = [_trained(folder, device) for folder in folders]
     _check_together(gpt, folders, trained)
     load_base(gpt, checkpoint_dir, dtype, device, quantize, keep={name for tensors in trained for name in tensors})
     for folder, own, tensors in zip(folders, added, trained, strict=True):
@@ -118,7 +118,7 @@ def _side_by_side(
             raise ValueError(f"{name!r} cannot be the name of {folder}: take letters, digits and '-'")
         with torch.device("meta"):
             donor = model.GPT(model.Config.load(checkpoint_dir))
-        own, tensors = _install(donor, folder, checkpoint_dir), read_tensors(method_file(folder), device)
+        own, tensors = _install(donor, folder, checkpoint_dir), _trained(folder, device)
         if replaced := sorted(n for n in tensors if is_base(n) or n.startswith("heads.")):
             what = f"{len(replaced)} tensors of the base, such as {replaced[0]}"
             raise ValueError(f"{folder} replaces {what}; side by side go methods that only add to it")
@@ -333,6 +333,12 @@ def read_tensors(path: Path, device: torch.device | str = "cpu") -> dict[str, Te
     """All tensors of a safetensors file; on the CPU they are views of the mapped file and cost no memory until read."""
     with open_tensors(path, device) as file:
         return {name: file.get_tensor(name) for name in file.keys()}
+
+
+def _trained(method_dir: Path | str, device: torch.device | str) -> dict[str, Tensor]:
+    """In memory of their own: products depend in the last bit on how tensors are aligned, and those of a mapped file
+    lie anyhow."""
+    return {name: t.clone() for name, t in read_tensors(method_file(method_dir), device).items()}
 
 
 def open_tensors(path: Path, device: torch.device | str = "cpu") -> Any:

@@ -53,7 +53,7 @@ def stream_tensors(path: Path, tensors: Iterable[tuple[str, Tensor]], shapes: Ma
     The header stands first and is known last: room is kept for it, for tensors of these `shapes`, and what it does not
     need is filled with spaces, as the format allows.
     """
-    room = sum(len(name) + 24 * len(shape) + 120 for name, shape in shapes.items()) // 8 * 8 + 64
+    room = sum(len(name) + 24 * len(shape) + 120 for name, shape in shapes.items()) // 64 * 64 + 64 - 8
     aside, header, end, uneven = path.with_name(path.name + ".partial"), {}, 0, []
 
     def write(name: str, t: Tensor) -> None:
@@ -66,8 +66,8 @@ def stream_tensors(path: Path, tensors: Iterable[tuple[str, Tensor]], shapes: Ma
         with open(aside, "wb") as file:
             file.seek(8 + room)
             for name, t in tensors:
-                if t.nbytes % 8:
-                    uneven.append((name, t))  # small ones; behind them, wider numbers would not be aligned
+                if t.nbytes % 64:
+                    uneven.append((name, t))  # small ones; what stands behind them would not be aligned
                 else:
                     write(name, t)
             for name, t in sorted(uneven, key=lambda named: -named[1].itemsize):

@@ -25,12 +25,16 @@ def seeded():
 
 LLAMA = dict(arch="llama", vocab_size=97, block_size=128, n_layer=3, n_head=4, n_kv_head=2, n_embd=64, n_hidden=112)
 GPT2 = dict(arch="gpt2", vocab_size=97, block_size=128, n_layer=3, n_head=4, n_embd=64, tie=True)
-FAMILIES = {"llama": LLAMA, "gpt2": GPT2}
+NEWER = dict(  # what came after LLaMA 2, all at once
+    LLAMA, tie=True, head_size=24, qkv_bias=True, qk_norm=True, no_rope_every=2, window=11,
+    rope_scaling=dict(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_block_size=32),
+)  # fmt: skip
+FAMILIES = {"llama": LLAMA, "gpt2": GPT2, "newer": NEWER}
 
 
 @pytest.fixture(params=FAMILIES)
 def family(request) -> dict:
-    """Config fields of a tiny model: LLaMA with grouped-query attention, and GPT-2."""
+    """Config fields of a tiny model: LLaMA with grouped-query attention, GPT-2, and what Mistral, Qwen & co. added."""
     return FAMILIES[request.param]
 
 

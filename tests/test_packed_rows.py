@@ -29,7 +29,14 @@ def naive(gpt: model.GPT, ids: torch.Tensor) -> torch.Tensor:
 
     def rotated(x, pos):  # one vector (hs,): pair (i, i + hs/2) as a complex number times e^(i angle)
         half = len(x) // 2
-        angle = pos * c.rope_base ** (-torch.arange(half).double() / half)
+        inverse = c.rope_base ** (-torch.arange(half).double() / half)
+        if c.rope_scaling:  # https://github.com/meta-llama/llama-models, in words of wavelengths
+            r, length = c.rope_scaling, 2 * torch.pi / inverse
+            long, short = r.original_block_size / r.low_freq_factor, r.original_block_size / r.high_freq_factor
+            part = (r.original_block_size / length - r.low_freq_factor) / (r.high_freq_factor - r.low_freq_factor)
+            between = (1 - part) * inverse / r.factor + part * inverse
+            inverse = torch.where(length > long, inverse / r.factor, torch.where(length < short, inverse, between))
+        angle = pos * inverse
         z = torch.complex(x[:half], x[half:]) * torch.polar(torch.ones(half).double(), angle)
         return torch.cat((z.real, z.imag))
 
@@ -46,7 +53,9 @@ def naive(gpt: model.GPT, ids: torch.Tensor) -> torch.Tensor:
         name = f"blocks.{i}.attn"
         h = normed(f"blocks.{i}.norm_1", x)
         q, k, v = (linear(f"{name}.{p}_proj", h).unflatten(-1, (-1, c.head_size)) for p in "qkv")
-        if c.arch == "llama":
+        if c.qk_norm:
+            q, k = normed(f"{name}.q_norm", q), normed(f"{name}.k_norm", k)
+        if c.arch == "llama" and not (c.no_rope_every and (i + 1) % c.no_rope_every == 0):
             q, k = (
                 torch.stack([rotated(h, start + t) for t, row in enumerate(z) for h in row]).view_as(z) for z in (q, k)
             )
@@ -57,10 +66,12 @@ def naive(gpt: model.GPT, ids: torch.Tensor) -> torch.Tensor:
             heads = []
             for head in range(c.n_head):
                 group = head * c.n_kv_head // c.n_head
-                y = softmax_sum(q[t, head], k[: start + t + 1, group], v[: start + t + 1, group])
+                seen = slice(max(0, start + t + 1 - c.window) if c.window else 0, start + t + 1)
+                y = softmax_sum(q[t, head], k[seen, group], v[seen, group])
                 if f"{name}.deltas.adapter.gate" in w:
                     prompt = w[f"{name}.deltas.adapter.prompt"]
                     pk, pv = (linear(f"{name}.{p}_proj", prompt).unflatten(-1, (-1, c.head_size)) for p in "kv")
+                    pk = normed(f"{name}.k_norm", pk) if c.qk_norm else pk
                     pk, pv = pk[:, group], pv[:, group]
                     y = y + w[f"{name}.deltas.adapter.gate"][head].tanh() * softmax_sum(q[t, head], pk, pv)
                 heads.append(y)
