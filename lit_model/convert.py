@@ -171,9 +171,7 @@ def _hf_tensors(src_dir: Path) -> Iterator[tuple[str, Tensor]]:
             if strange := [shard for shard in shards if Path(shard).name != shard]:
                 raise ValueError(f"{index} names a shard outside its folder: {strange[0]}")
             if missing := [shard for shard in shards if not (src_dir / shard).is_file()]:
-                raise FileNotFoundError(
-                    f"{src_dir / missing[0]} is not there, but {index.name} names it: fetch it again"
-                )
+                raise FileNotFoundError(f"{src_dir / missing[0]} is missing, though {index.name} names it: fetch it")
             break
         if (src_dir / name).is_file():
             shards = [name]
@@ -212,7 +210,7 @@ def unpickled(path: Path) -> dict[str, Tensor]:
 
 def renamed(name: str, names: dict[str, str]) -> str:
     """`prefix.7.rest.weight` -> `blocks.7.<names[rest]>.weight`. Raises ValueError for a name that has no place."""
-    match = re.fullmatch(r"(?:(?:model\.layers|h|blk)\.(\d+)\.)?(.*?)\.?(weight|bias)", name)
+    match = re.fullmatch(r"(?:(?:model\.layers|layers|h|blk)\.(\d+)\.)?(.*?)\.?(weight|bias)", name)
     layer, rest, kind = match.groups() if match else (None, None, None)
     if rest not in names:
         raise ValueError(f"the tensor {name} has no place in the model")

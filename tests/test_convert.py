@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 
 import gguf
 import numpy as np
@@ -24,33 +25,50 @@ WHOLE = dict(model_type="llama", vocab_size=8, max_position_embeddings=8, num_hi
 QUANTS = gguf.GGMLQuantizationType
 
 
-def write_gguf(path, gpt: model.GPT, kind: QUANTS, tokenizer: dict) -> None:
-    """Writes `gpt` as llama.cpp does: q and k in Meta's rope order, matrices of the given kind, norms in float32."""
-    c, writer = gpt.config, gguf.GGUFWriter(path, "llama")
+def write_gguf(path, gpt: model.GPT, kind: QUANTS, tokenizer: dict, arch: str = "llama", quantize=None) -> None:
+    """Writes `gpt` as llama.cpp does: of llama q and k in Meta's rope order, of gpt2 q, k and v in one; matrices of the
+    given kind, as `quantize(name, data)` makes them, vectors in float32."""
+    quantize = quantize or (lambda name, data: gguf.quantize(data, kind))
+    c, writer = gpt.config, gguf.GGUFWriter(path, arch)
     writer.add_context_length(c.block_size)
     writer.add_embedding_length(c.n_embd)
     writer.add_block_count(c.n_layer)
     writer.add_feed_forward_length(c.n_hidden)
     writer.add_head_count(c.n_head)
-    writer.add_head_count_kv(c.n_kv_head)
-    writer.add_rope_freq_base(c.rope_base)
-    writer.add_layer_norm_rms_eps(c.norm_eps)
+    if arch == "gpt2":
+        writer.add_layer_norm_eps(c.norm_eps)
+    else:
+        writer.add_head_count_kv(c.n_kv_head)
+        writer.add_rope_freq_base(c.rope_base)
+        writer.add_layer_norm_rms_eps(c.norm_eps)
     for name, value in tokenizer.items():
         add = {str: writer.add_string, int: writer.add_uint32, bool: writer.add_bool, list: writer.add_array}
         add[type(value)](f"tokenizer.{name}", value)
-    back = {ours: theirs for theirs, ours in _GGUF_NAMES.items()}
-    for name, t in gpt.state_dict().items():
-        stem, prefix = name.removesuffix(".weight"), ""
+    back = {ours: theirs for theirs, ours in _GGUF_NAMES.items()} | {"attn_qkv": "attn_qkv"}
+    tensors = gpt.state_dict()
+    if c.rope_scaling:
+        plain = model.rope_frequencies(replace(c, rope_scaling=None))
+        writer.add_tensor("rope_freqs.weight", (plain / model.rope_frequencies(c)).float().numpy())
+    if c.tie:
+        del tensors["lm_head.weight"]
+    for name, t in list(tensors.items()):
+        stem, _, ending = name.rpartition(".")
+        prefix = ""
         if stem.startswith("blocks."):
             _, layer, stem = stem.split(".", 2)
             prefix = f"blk.{layer}."
-        if stem in ("attn.q_proj", "attn.k_proj"):  # from (i, i + hs/2) to (2i, 2i + 1)
+        if arch == "gpt2" and stem in ("attn.k_proj", "attn.v_proj"):
+            continue
+        if arch == "gpt2" and stem == "attn.q_proj":
+            t = torch.cat([tensors[name.replace("q_proj", f"{p}_proj")] for p in "qkv"])
+            stem = "attn_qkv"
+        if arch == "llama" and stem in ("attn.q_proj", "attn.k_proj"):  # from (i, i + hs/2) to (2i, 2i + 1)
             t = torch.cat([torch.stack(head.chunk(2), 1).flatten(0, 1) for head in t.split(c.head_size)])
-        data = t.float().numpy()
+        data, name = t.float().numpy(), f"{prefix}{back[stem]}.{ending}"
         if t.ndim == 2:
-            writer.add_tensor(f"{prefix}{back[stem]}.weight", gguf.quantize(data, kind), raw_dtype=kind)
+            writer.add_tensor(name, quantize(name, data), raw_dtype=kind)
         else:
-            writer.add_tensor(f"{prefix}{back[stem]}.weight", data)
+            writer.add_tensor(name, data)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
