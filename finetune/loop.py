@@ -24,7 +24,7 @@ from finetune.report import Log, Meter, Step, closing_line, n_parameters, peak_m
 from finetune.setup import Run, Train, compiles
 from lit_model import classify, hub
 from lit_model.checkpoint import fingerprint_of, is_base, save_method
-from lit_model.data import render
+from lit_model.examples import render
 from lit_model.generate import generate
 from lit_model.model import GPT, Config
 from lit_model.packing import Example, Packed, pack
@@ -80,7 +80,7 @@ def fit(
     interval = train.eval_interval or math.ceil(n_steps / 2)
     if warmup >= n_steps:
         raise ValueError(f"train.warmup_steps is {warmup}, but the run has {n_steps} steps")
-    gpt.check_length(max(len(e.ids) for e in run.train_examples + run.val_examples))
+    gpt.check_length(*(len(e.ids) for e in run.train_examples + run.val_examples))
 
     header = (method, method_options, fingerprint_of(options.checkpoint_dir))
     n_trained = sum(p.numel() for p in gpt.parameters() if p.requires_grad)
@@ -285,9 +285,9 @@ def sample(gpt: GPT, run: Run) -> None:
     if not instruction or run.task is not None:
         return
     bos = [] if run.tokenizer.bos_id is None else [run.tokenizer.bos_id]
-    ids = bos + run.tokenizer.encode(render(run.options.prompt.style, instruction))
+    ids = bos + run.tokenizer.encode(render(run.options.prompt.style, instruction, tokenizer=run.tokenizer))
     gpt.eval()
     with torch.compiler.set_stance("force_eager"):  # the shapes of decoding are not worth compiling for one answer
-        tokens = list(generate(gpt, ids, max_new_tokens=64, temperature=0, stop_ids=[run.tokenizer.eos_id]))
+        tokens = list(generate(gpt, ids, max_new_tokens=64, temperature=0, stop_ids=run.tokenizer.stop_ids))
     gpt.train()
     tqdm.write(f"  {instruction}\n  -> {' '.join(run.tokenizer.decode(tokens).split())}")

@@ -20,8 +20,9 @@ from finetune import memory
 from finetune.report import n_parameters
 from lit_model import classify, hub
 from lit_model.checkpoint import freeze, load_base
-from lit_model.data import PromptOptions, read_rows, split_rows, tokenize
-from lit_model.data import check as check_prompt
+from lit_model.data import PromptOptions
+from lit_model.dataset import read_dataset
+from lit_model.examples import check as check_prompt
 from lit_model.model import GPT, Config
 from lit_model.packing import Example, pack
 from lit_model.quantize import Kind
@@ -71,8 +72,11 @@ class Options:
 
     checkpoint_dir: Path = hub.DEMO_CHECKPOINT
     """folder of the base network; by default the demo's SmolLM2-135M-Instruct, fetched once"""
-    data: Path = hub.DEMO_DATA
-    """.json or .jsonl file of rows with instruction, input and output; by default 999 Alpaca rows, fetched once"""
+    data: str = str(hub.DEMO_DATA)
+    """.json, .jsonl or .csv file of rows with instruction, input and output, or of another kind (docs/finetune.md), or
+    a .txt file; several with weights: a.json,b.json:0.5; by default 999 Alpaca rows, fetched once"""
+    val_data: Path | None = None
+    """file of the validation rows; null: a share of the others, prompt.val_fraction"""
     out_dir: Path = Path("out/finetune")
     """folder for the trained tensors, the loss curve and the settings of the run"""
     prompt: PromptOptions = field(default_factory=PromptOptions)
@@ -138,7 +142,7 @@ def start(options: Options) -> Run:
     if options.checkpoint_dir.absolute() == hub.DEMO_CHECKPOINT:
         hub.fetch_demo_model()
     config = Config.load(options.checkpoint_dir)  # says what is wrong with the folder before anything else is done
-    if demo := options.data.absolute() == hub.DEMO_DATA:
+    if demo := Path(options.data).absolute() == hub.DEMO_DATA:
         hub.fetch_demo_data()
     on_gpu = options.devices == "auto" and torch.cuda.is_available()
     if not on_gpu:
@@ -158,35 +162,34 @@ def start(options: Options) -> Run:
     fabric.seed_everything(options.train.seed, verbose=False)
     tokenizer = Tokenizer(options.checkpoint_dir)
     check_prompt(options.prompt, tokenizer)
-    if options.train.patience and not options.prompt.val_fraction:
+    if options.train.patience and not (options.prompt.val_fraction or options.val_data):
         raise ValueError("train.patience needs validation rows, but prompt.val_fraction is 0")
-    rows = read_rows(options.data)
-    task = classify.task_of(rows, options.head, options.prompt.question) if "label" in rows[0] else None
-    if task is None and options.head == "linear":
-        raise ValueError(f"--head linear wants rows of text and label; those of {options.data} have none")
-    train_rows, val_rows = split_rows(rows, options.prompt.val_fraction, options.train.seed)
-
-    def tokenized(rows: list[dict], name: str) -> list[Example]:
-        if task is not None:
-            return classify.examples(rows, tokenizer, options.prompt, task)
-        return tokenize(rows, tokenizer, options.prompt, name)
-
     limit = options.train.max_examples
     if limit is None and demo and fabric.device.type == "cpu":
         limit = 480
-        print(f"the demo on a CPU: training on {limit} of {len(train_rows)} rows (--train.max_examples changes that)")
+        print(f"the demo on a CPU: training on {limit} of its rows (--train.max_examples changes that)")
     with ThreadPoolExecutor(1) as meanwhile:
         if compiles(options, config, fabric.device):
             meanwhile.submit(import_module, "torch._inductor.compile_fx")  # seconds that tokenizing leaves to Python
+        data = read_dataset(
+            options.data,
+            tokenizer,
+            options.prompt,
+            val_data=options.val_data,
+            head=options.head,
+            seed=options.train.seed,
+            limit=limit,
+            cache_dir=hub.DEMO_DATA.parent / "cache",
+        )
         return Run(
             options,
             fabric,
             training_dtype(options.dtype, fabric.device),
             tokenizer,
-            train_examples=tokenized(train_rows[:limit], "training rows"),
-            val_examples=tokenized(val_rows, "validation rows"),
+            train_examples=data.train,
+            val_examples=data.val,
             row_tokens=options.train.row_tokens or (16384 if on_gpu else 4096),
-            task=task,
+            task=data.task,
         )
 
 

@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from lit_model import hub, load
 from lit_model.checkpoint import method_file, method_header, task_in
 from lit_model.cli import choose_device, choose_dtype, cli
-from lit_model.data import check_style, render
+from lit_model.examples import check_style, render
 from lit_model.generate import generate, stream_text
 from lit_model.model import Config
 from lit_model.quantize import Kind
@@ -39,8 +39,9 @@ class Options:
     """folder of the base network; by default the demo's, fetched once"""
     method_dir: Path | None = None
     """out_dir of a finetuning run on that base"""
-    style: Literal["auto", "none", "alpaca", "chatml"] = "auto"
-    """text around the prompt; auto: that of the run in method_dir, or none"""
+    style: str = "auto"
+    """text around the prompt: none, alpaca, chatml, chat (the checkpoint's template) or your own with {instruction} in
+    it; auto: that of the run in method_dir, or none"""
     max_new_tokens: int = 100
     """most tokens to make"""
     temperature: float = 0.8
@@ -79,9 +80,9 @@ def main(options: Options) -> None:
     dtype = choose_dtype(options.dtype, device)
     gpt = load(options.checkpoint_dir, options.method_dir, device, dtype, options.quantize)
 
-    text = options.prompt if style == "none" else render(style, options.prompt, options.input)
+    text = options.prompt if style == "none" else render(style, options.prompt, options.input, tokenizer)
     ids = ([] if tokenizer.bos_id is None else [tokenizer.bos_id]) + tokenizer.encode(text)
-    sampling = (options.temperature, options.top_k, options.top_p, [tokenizer.eos_id], options.seed)
+    sampling = (options.temperature, options.top_k, options.top_p, tokenizer.stop_ids, options.seed)
     tokens = Counted(generate(gpt, ids, options.max_new_tokens, *sampling))
     print(text if style == "none" else "", end="", flush=True)
     began = time.perf_counter()
@@ -113,7 +114,7 @@ def prompt_style(options: Options) -> str:
         style = yaml.safe_load(path.read_text())["prompt"]["style"]
     except (OSError, KeyError, TypeError, yaml.YAMLError):
         style = None
-    if style not in ("alpaca", "chatml"):
+    if not isinstance(style, str):
         raise ValueError(f"{path} does not say which prompt style the run had; give --style")
     return style
 

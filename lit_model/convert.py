@@ -57,7 +57,7 @@ def convert_hf(src_dir: Path, out_dir: Path, dtype: torch.dtype | None = None) -
 
 def tokenizer_files(folder: Path) -> dict[str, bytes]:
     """The files of a folder's tokenizer: name -> content. Says so if there is none."""
-    names = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
+    names = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "chat_template.jinja")
     files = {name: (folder / name).read_bytes() for name in names if (folder / name).is_file()}
     if not files.keys() & {"tokenizer.json", "tokenizer.model"}:
         print(f"{folder} has neither tokenizer.json nor tokenizer.model: the checkpoint needs one beside its weights")

@@ -1,8 +1,11 @@
-"""Data: rows of `instruction`, `input` (may be empty or absent) and `output`, made into token examples; or rows of
-`text` and `label`, for classify.py.
+"""Data: files of rows. examples.py and classify.py make token examples of them. A row is one of
 
-Prompt and response are tokenized apart and joined as ids, so that no token spans the boundary and a prompt has the same
-ids in training and in generation. Only the response and the end-of-text token after it are trained on.
+instruction, input (may be empty or absent), output      an instruction and its answer
+prompt, completion                                        a text and what follows it, as they stand
+messages                                                  a conversation: a list of role and content; ShareGPT's
+                                                          conversations, lists of from and value, are read as such
+text, label                                               for classification
+text                                                      a text to learn as it is; a .txt file is some of them
 """
 
 import csv
@@ -11,23 +14,30 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
-from lit_model.packing import Example
-from lit_model.tokenizer import Tokenizer
-
-KEYS = ("instruction", "input", "output")
+KINDS = {  # what a row must have: what else it may have
+    ("text", "label"): (),
+    ("messages",): (),
+    ("conversations",): (),
+    ("instruction", "output"): ("input",),
+    ("prompt", "completion"): (),
+    ("text",): (),
+}
+ROLES = {"human": "user", "gpt": "assistant", "user": "user", "assistant": "assistant", "system": "system"}
+PIECE = 2000  # characters of a .txt file's rows, about: paragraphs stay whole
 
 
 @dataclass
 class PromptOptions:
     """How the data is read."""
 
-    style: Literal["alpaca", "chatml"] = "alpaca"
-    """text around instruction and input: Alpaca's, or chat turns between <|im_start|> and <|im_end|>"""
+    style: str = "alpaca"
+    """text around instruction and input: alpaca; chatml, turns between <|im_start|> and <|im_end|>; chat, the template
+    of the checkpoint; or a text of your own, such as 'Q: {instruction} {input}\\nA:'. Messages are always chatml or
+    chat: chat where it can be"""
     mask: bool = True
     """learn the response only; false: the prompt too"""
     max_length: int = 384
@@ -38,70 +48,93 @@ class PromptOptions:
     """for rows of text and label: what stands between the two"""
 
 
-def render(style: str, instruction: str, input: str = "") -> str:
-    """The prompt that a response follows. The alpaca text is that of https://github.com/tatsu-lab/stanford_alpaca."""
-    if style == "chatml":
-        question = f"{instruction}\n\n{input}" if input else instruction
-        return f"<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n"
-    if input:
-        return (
-            "Below is an instruction that describes a task, paired with an input that provides further context. "
-            "Write a response that appropriately completes the request.\n\n"
-            f"### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n"
-        )
-    return (
-        "Below is an instruction that describes a task. "
-        "Write a response that appropriately completes the request.\n\n"
-        f"### Instruction:\n{instruction}\n\n### Response:\n"
-    )
-
-
-def check(options: PromptOptions, tokenizer: Tokenizer) -> None:
-    """Raises ValueError for options that make no sense, or a style that this tokenizer does not know."""
-    if not 0 <= options.val_fraction < 1:
-        raise ValueError(f"prompt.val_fraction is {options.val_fraction}; it must be at least 0 and below 1")
-    if options.max_length < 2:
-        raise ValueError(f"prompt.max_length is {options.max_length}; it must be at least 2")
-    check_style(options.style, tokenizer)
-
-
-def check_style(style: str, tokenizer: Tokenizer) -> None:
-    if style == "chatml" and any(len(tokenizer.encode(token)) > 1 for token in ("<|im_start|>", "<|im_end|>")):
-        raise ValueError("the style chatml needs a tokenizer that knows <|im_start|> and <|im_end|>; try alpaca")
-
-
-def read_rows(path: Path | str) -> list[dict[str, str]]:
-    """Rows of a .json (one list), .jsonl (one object a line) or .csv file, each with instruction, input and output, or
-    all with text and label.
+def read_rows(path: Path | str) -> list[dict[str, Any]]:
+    """Rows of a .json (one list), .jsonl (one object a line), .csv or .txt file, all of one kind, see above.
 
     Raises ValueError with the file, and the line where there is one, that is no such row.
     """
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"{path} is not there; --data wants a .json, .jsonl or .csv file")
+        raise FileNotFoundError(f"{path} is not there; --data wants a .json, .jsonl, .csv or .txt file")
     try:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as e:
         raise ValueError(f"{path} is not text in UTF-8 ({e.reason} at byte {e.start})") from None
-    rows, where = _parsed(path, text)
+    if "\0" in text:
+        raise ValueError(f"{path} is no text: it holds zero bytes")
+    if path.suffix.lower() == ".txt":
+        rows, where = [(i, {"text": piece}) for i, piece in enumerate(_pieces(text), 1)], "piece"
+    else:
+        rows, where = _parsed(path, text)
     if not rows:
         raise ValueError(f"{path} holds no row")
-    first = rows[0][1].keys() if isinstance(rows[0][1], dict) else set()
-    labelled = {"text", "label"} <= first or (bool({"text", "label"} & first) and "instruction" not in first)
-    keys, needed = (("text", "label"),) * 2 if labelled else (KEYS, ("instruction", "output"))
-    for number, row in rows:
-        if not isinstance(row, dict) or not set(needed) <= row.keys():
-            has = f"it is {json.dumps(row)[:40]}"
-            if isinstance(row, dict):
-                has = f"it has {', '.join(map(str, row)) or 'nothing'}"
-            raise ValueError(f"{path}, {where} {number}: a row needs {' and '.join(needed)}; {has}")
-        for key in keys:
-            if not isinstance(row.get(key, ""), str | int | float | None):
-                raise ValueError(f"{path}, {where} {number}: {key} is no text but {json.dumps(row[key])[:40]}")
-        if labelled and (row["label"] is None or not str(row["label"]).strip()):
-            raise ValueError(f"{path}, {where} {number}: the label is empty")
-    texts = [{key: "" if row.get(key) is None else str(row[key]) for key in keys} for _, row in rows]
-    return [row | {"label": row["label"].strip()} for row in texts] if labelled else texts
+    needed = _kind(rows[0][1])
+    return [_checked(row, needed, f"{path}, {where} {number}") for number, row in rows]
+
+
+def _kind(row: Any) -> tuple[str, ...]:
+    """What rows of the kind of this one must have."""
+    keys = set(row) if isinstance(row, dict) else set()
+    if "label" in keys and "instruction" not in keys:
+        return ("text", "label")
+    fits = (needed for needed in KINDS if set(needed) <= keys and not (needed == ("text",) and len(keys & _KNOWN) > 1))
+    return next(fits, ("instruction", "output"))
+
+
+_KNOWN = {key for needed in KINDS for key in needed}
+
+
+def _checked(row: Any, needed: tuple[str, ...], where: str) -> dict[str, Any]:
+    """The row with the keys of its kind alone, texts as texts."""
+    if not isinstance(row, dict) or not set(needed) <= row.keys():
+        has = f"it is {json.dumps(row)[:40]}"
+        if isinstance(row, dict):
+            has = f"it has {', '.join(map(str, row)) or 'nothing'}"
+        others = " (docs/finetune.md has the other kinds of rows)" if needed == ("instruction", "output") else ""
+        raise ValueError(f"{where}: a row needs {' and '.join(needed)}; {has}{others}")
+    if needed[0] in ("messages", "conversations"):
+        return {"messages": _messages(row[needed[0]], where)}
+    made = {}
+    for key in (*needed, *KINDS[needed]):
+        value = row.get(key)
+        if not isinstance(value, str | int | float | None):
+            raise ValueError(f"{where}: {key} is no text but {json.dumps(value)[:40]}")
+        made[key] = "" if value is None else str(value)
+    if "label" in made:
+        made["label"] = made["label"].strip()
+        if not made["label"]:
+            raise ValueError(f"{where}: the label is empty")
+    if "instruction" in made:
+        made = {key: made[key] for key in ("instruction", "input", "output")}
+    return made
+
+
+def _messages(messages: Any, where: str) -> list[dict[str, str]]:
+    made = []
+    for message in messages if isinstance(messages, list) else [messages]:
+        if not isinstance(message, dict):
+            raise ValueError(f"{where}: a message is no object but {json.dumps(message)[:40]}")
+        role, content = message.get("role", message.get("from")), message.get("content", message.get("value"))
+        if role not in ROLES:
+            raise ValueError(f"{where}: a message's role is {role!r}; known are {', '.join(ROLES)}")
+        if not isinstance(content, str):
+            raise ValueError(f"{where}: a message's content is no text but {json.dumps(content)[:40]}")
+        made.append({"role": ROLES[role], "content": content})
+    if not any(m["role"] == "assistant" for m in made):
+        raise ValueError(f"{where}: the assistant says nothing in it")
+    return made
+
+
+def _pieces(text: str) -> list[str]:
+    """Paragraphs, as many together as make PIECE characters."""
+    pieces, size = [[]], 0
+    for paragraph in text.split("\n\n"):
+        if size >= PIECE:
+            pieces.append([])
+            size = 0
+        pieces[-1].append(paragraph)
+        size += len(paragraph)
+    return [piece for piece in ("\n\n".join(parts).strip("\n") for parts in pieces) if piece.strip()]
 
 
 def _parsed(path: Path, text: str) -> tuple[list[tuple[int, Any]], str]:
@@ -130,12 +163,35 @@ def _parsed(path: Path, text: str) -> tuple[list[tuple[int, Any]], str]:
     return rows, where
 
 
+def files_of(data: Path | str) -> list[tuple[Path, float]]:
+    """(file, weight) of `a.json`, or of several: `a.json,b.jsonl:0.5`. Raises ValueError for a weight that is none."""
+    if Path(data).exists():  # its name may have commas
+        return [(Path(data), 1.0)]
+    found = []
+    for part in str(data).split(","):
+        name, _, weight = part.strip().rpartition(":")
+        try:
+            found.append((Path(name), float(weight)) if name else (Path(weight), 1.0))
+        except ValueError:  # a colon of the name
+            found.append((Path(part.strip()), 1.0))
+        if not 0 < found[-1][1] < float("inf"):
+            raise ValueError(f"--data: the weight of {part} must be above 0")
+    return found
+
+
+def weighted(rows: Sequence[dict], weight: float, seed: int) -> list[dict]:
+    """Each row as often as `weight` says: of 2.5 each twice, and half of them, chosen by `seed`, once more."""
+    whole, part = divmod(weight, 1)
+    some = np.random.default_rng(seed).permutation(len(rows))[: round(part * len(rows))]
+    return [*rows] * int(whole) + [rows[i] for i in sorted(some)]
+
+
 def split_rows(rows: Sequence[dict], val_fraction: float, seed: int) -> tuple[list[dict], list[dict]]:
     """(training rows, validation rows), shuffled by `seed`. Repeated rows are dropped first: none is in both."""
-    unique = list({row.get("text", tuple(row.values())): row for row in rows}.values())
+    unique = list({row["text"] if "label" in row else repr(row): row for row in rows}.values())
     if len(unique) < len(rows):
         print(f"{len(rows) - len(unique)} of {len(rows)} rows left out: they repeat another one")
-    if other := len({tuple(row.values()) for row in rows}) - len(unique):
+    if other := len({repr(row) for row in rows}) - len(unique):
         print(f"{other} of these repeat a text with another label: the last one counts")
     order = np.random.default_rng(seed).permutation(len(unique))
     n_val = max(1, round(val_fraction * len(unique))) if val_fraction else 0
@@ -144,35 +200,3 @@ def split_rows(rows: Sequence[dict], val_fraction: float, seed: int) -> tuple[li
             f"{len(unique)} rows are too few to keep {n_val} for validation (prompt.val_fraction) and train on others"
         )
     return [unique[i] for i in order[n_val:]], [unique[i] for i in order[:n_val]]
-
-
-def tokenize(rows: Sequence[dict], tokenizer: Tokenizer, options: PromptOptions, name: str = "rows") -> list[Example]:
-    """Token examples of `rows`, in order. Rows with an empty output, and those whose prompt leaves no room for a
-    response within `max_length`, are left out, and a line says how many."""
-    bos = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
-    examples, empty, long, cut = [], 0, 0, 0
-    for start in tqdm(range(0, len(rows), 256), desc=f"tokenizing {len(rows)} {name}", unit_scale=256, leave=False):
-        batch = rows[start : start + 256]
-        prompts = tokenizer.encode_batch([render(options.style, row["instruction"], row["input"]) for row in batch])
-        responses = tokenizer.encode_batch([row["output"] for row in batch])
-        for row, prompt, response in zip(batch, prompts, responses, strict=True):
-            prompt = bos + prompt
-            room = options.max_length - len(prompt) - 1
-            if not row["output"].strip():
-                empty += 1
-            elif room < 1:
-                long += 1
-            else:
-                cut += len(response) > room
-                ids = np.array(prompt + response[:room] + [tokenizer.eos_id], dtype=np.int32)
-                examples.append(Example(ids, len(prompt) if options.mask else 1))
-    for count, what in (
-        (empty, "left out: their output is empty"),
-        (long, f"left out: their prompt alone fills prompt.max_length {options.max_length}"),
-        (cut, f"cut to prompt.max_length {options.max_length}"),
-    ):
-        if count:
-            print(f"{count} of {len(rows)} {name} {what}")
-    if rows and not examples:
-        raise ValueError(f"none of the {len(rows)} {name} is left to learn from")
-    return examples

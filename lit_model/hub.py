@@ -100,7 +100,7 @@ def download_from_hub(repo_id: str, folder: Path) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
-    wanted = ["*.safetensors", "*.safetensors.index.json", "config.json", "tokenizer*"]
+    wanted = ["*.safetensors", "*.safetensors.index.json", "config.json", "tokenizer*", "chat_template.jinja"]
     try:
         return Path(snapshot_download(repo_id, local_dir=folder, allow_patterns=wanted))
     except GatedRepoError:

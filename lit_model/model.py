@@ -349,13 +349,14 @@ class GPT(nn.Module):
         """The output layer, or what a method has put in its place."""
         return next(iter(self.heads.values()), self.lm_head)
 
-    def check_length(self, n: int) -> None:
-        """Raises ValueError if n tokens, with what methods put in front, are more than the model's context."""
+    def check_length(self, *lengths: int) -> None:
+        """Raises ValueError if so many tokens, with what methods put in front, are more than the model's context."""
         room = self.config.block_size - self.n_virtual_tokens - self.n_virtual_keys
-        if n > room:
+        if (longest := max(lengths)) > room:
             raise ValueError(
-                f"the longest example has {n} tokens, and the model's context of {self.config.block_size} has room for "
-                f"{room}: lower prompt.max_length or take fewer demonstrations"
+                f"the longest example has {longest} tokens, and the model's context of {self.config.block_size} has "
+                f"room for {room}: lower prompt.max_length or take fewer demonstrations "
+                f"({sum(n > room for n in lengths)} of {len(lengths)} examples are too long)"
             )
 
     @property

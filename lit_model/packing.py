@@ -214,10 +214,13 @@ class Example:
     first_target: int
     at: int | None = None
     """where its first token lies among those of all examples, for what is computed of each token once for all"""
+    learned: np.ndarray | None = None
+    """(n - first_target,) bool: which of the tokens from first_target on are to be predicted, such as an assistant's
+    turns; None: all"""
 
     @property
     def n_targets(self) -> int:
-        return len(self.ids) - self.first_target
+        return len(self.ids) - self.first_target if self.learned is None else int(self.learned.sum())
 
 
 def pack(
@@ -288,8 +291,9 @@ def _pack_row(
                 grow(group[low:high], end, add(e, start, end, parent))
             else:
                 zero = offset - start  # where the example's first token would stand if it were all its own
-                wanted.append(zero + np.arange(e.first_target - 1, len(e.ids) - 1))
-                targets.append(e.ids[e.first_target :])
+                learned = slice(None) if e.learned is None else e.learned
+                wanted.append((zero + np.arange(e.first_target - 1, len(e.ids) - 1))[learned])
+                targets.append(e.ids[e.first_target :][learned])
                 add(e, start, len(e.ids) - 1, parent)  # no one sees the last token, and it predicts nothing
 
     grow(examples, 0, root)
@@ -300,7 +304,7 @@ def _pack_row(
         targets=torch.from_numpy(np.concatenate(targets)).long(),
         has_virtual_tokens=root is not None,
         source=torch.from_numpy(np.concatenate(source)) if source else None,
-        last=_only(packed, segments, wanted),
+        last=_only(packed, segments, wanted) if all(e.learned is None for e in examples) else None,
     )
     return torch.from_numpy(np.concatenate(ids)).long(), packed
 

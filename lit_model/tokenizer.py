@@ -1,5 +1,6 @@
 """Text to token ids and back: sentencepiece (tokenizer.model) or Hugging Face tokenizers (tokenizer.json), one face."""
 
+import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -8,13 +9,15 @@ from tokenizers import Tokenizer as HFTokenizer
 
 from lit_model.files import read_json
 
+TURN_ENDS = ("<|im_end|>", "<|eot_id|>", "<end_of_turn>", "<|end|>")  # of ChatML, LLaMA 3, Gemma, Phi
+
 
 class Tokenizer:
     """The tokenizer of a checkpoint folder.
 
     bos_id is the token that every text of this family begins with, or None if there is none; `encode` never adds it,
     nor any other special token: whoever puts an example together does that, once.
-    eos_id ends a response.
+    eos_id ends a response; stop_ids are it and the tokens that end a turn of a chat, turn_ends their text.
 
     Raises FileNotFoundError if the folder has no tokenizer, ValueError if it does not say which token ends a text.
     """
@@ -23,7 +26,10 @@ class Tokenizer:
         folder = Path(checkpoint_dir)
         stated = folder / "tokenizer_config.json"
         config = read_json(stated) if stated.is_file() else {}
-        self.chat_template: str | None = config.get("chat_template")
+        self.chat_template = _chat_template(folder, config)
+        names = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "chat_template.jinja")
+        contents = [(folder / name).read_bytes() for name in names if (folder / name).is_file()]
+        self.fingerprint = hashlib.sha256(b"".join(contents)).hexdigest()
         self._hf = self._sp = None
         if (folder / "tokenizer.json").is_file():
             try:
@@ -47,11 +53,18 @@ class Tokenizer:
             raise ValueError(f"{stated} must name the eos_token, the token that ends a text")
         self.eos_id: int = eos
         self.bos_id: int | None = bos if adds_bos else None
+        self.eos_token = self._sp.id_to_piece(eos) if self._sp is not None else self._hf.id_to_token(eos)
+        ends = {self.eos_token: eos} | {token: self._id(token) for token in TURN_ENDS}
+        ends = {token: i for token, i in ends.items() if i is not None}
+        self.turn_ends, self.stop_ids = list(ends), list(dict.fromkeys(ends.values()))
 
     def _id(self, token: str | dict | None) -> int | None:
         if isinstance(token, dict):  # an AddedToken, written out
             token = token["content"]
-        return None if token is None else self._hf.token_to_id(token)
+        if token is None or self._sp is None:
+            return None if token is None else self._hf.token_to_id(token)
+        i = self._sp.piece_to_id(token)
+        return None if i == self._sp.unk_id() else i
 
     def encode(self, text: str) -> list[int]:
         return self.encode_batch([text])[0]
@@ -71,3 +84,12 @@ class Tokenizer:
         if self._sp is not None:
             return self._sp.decode(list(ids))
         return self._hf.decode(list(ids), skip_special_tokens=True)
+
+
+def _chat_template(folder: Path, config: dict) -> str | None:
+    path, stated = folder / "chat_template.jinja", config.get("chat_template")
+    if path.is_file():
+        return path.read_text(encoding="utf-8")
+    if isinstance(stated, list):  # several with names
+        return next((one["template"] for one in stated if one.get("name") == "default"), None)
+    return stated

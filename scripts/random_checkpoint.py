@@ -19,7 +19,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs 
 from lit_model import hub, model
 from lit_model.checkpoint import initialize, save_checkpoint
 from lit_model.cli import cli
-from lit_model.data import read_rows, render
+from lit_model.data import read_rows
+from lit_model.examples import render
 from lit_model.files import refuse_used, write_text
 from scripts.workload import lengths
 

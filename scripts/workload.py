@@ -3,7 +3,8 @@
 import numpy as np
 
 from lit_model import hub
-from lit_model.data import PromptOptions, read_rows, tokenize
+from lit_model.data import PromptOptions, read_rows
+from lit_model.examples import tokenize
 from lit_model.packing import Example
 from lit_model.tokenizer import Tokenizer
 

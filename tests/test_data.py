@@ -5,7 +5,10 @@ import json
 import numpy as np
 import pytest
 
-from lit_model.data import PromptOptions, read_rows, render, split_rows, tokenize
+from lit_model import dataset
+from lit_model.data import PromptOptions, read_rows, split_rows
+from lit_model.dataset import read_dataset
+from lit_model.examples import check_style, render, tokenize
 from lit_model.tokenizer import Tokenizer
 
 
@@ -105,3 +108,114 @@ def test_a_preamble_is_shared_in_real_prompts(tokenizer, rows):
     assert len(idx) < 0.6 * alone
     assert len(packed.targets) == sum(e.n_targets for e in examples)
     assert np.unique([q for q, _ in packed.lengths]).size > 2
+
+
+def test_prompt_and_completion_are_taken_as_they_stand(tokenizer, tmp_path):
+    (tmp_path / "a.csv").write_text('prompt,completion\n"apple river:"," stone"\n"",green\n')
+    rows = read_rows(tmp_path / "a.csv")
+    first, second = tokenize(rows, tokenizer, PromptOptions(max_length=50))
+    assert first.ids.tolist() == [tokenizer.bos_id, *tokenizer.encode("apple river:"), *tokenizer.encode(" stone"), 1]
+    assert tokenizer.decode(first.ids[first.first_target :]) == " stone" and second.first_target == 1
+
+
+def test_plain_text_is_learned_whole_in_pieces(tokenizer, tmp_path):
+    """Every token is learned once, and each but the first sees the one before it."""
+    paragraphs = [" ".join(["apple river stone"] * 40) + f" {i}" for i in range(9)]
+    (tmp_path / "a.txt").write_text("\n\n".join(paragraphs))
+    rows = read_rows(tmp_path / "a.txt")
+    assert 1 < len(rows) < 9 and "\n\n".join(row["text"] for row in rows) == "\n\n".join(paragraphs)
+    examples = tokenize(rows, tokenizer, PromptOptions(max_length=50))
+    assert all(e.first_target == 1 and len(e.ids) <= 50 for e in examples)
+    learned = np.concatenate([e.ids[1:] for e in examples]).tolist()
+    assert learned == [i for row in rows for i in [*tokenizer.encode(row["text"]), tokenizer.eos_id]]
+
+
+def test_a_template_of_ones_own(tokenizer, rows):
+    assert render("Q: {instruction}{input}\\nA:", "{input}", "b") == "Q: {input}b\nA:"  # what is put in stays as it is
+    check_style("Q: {instruction}", tokenizer)
+    with pytest.raises(ValueError, match="'alpacca' is none of alpaca, chatml and chat"):
+        check_style("alpacca", tokenizer)
+    with pytest.raises(ValueError, match="has no chat template"):
+        check_style("chat", tokenizer)
+
+
+@pytest.fixture
+def files(tmp_path, rows):
+    for name, part in (("a.json", rows[:40]), ("b.json", rows[40:])):
+        (tmp_path / name).write_text(json.dumps(part))
+    return tmp_path
+
+
+def test_files_are_mixed_by_weight(files, tokenizer):
+    make = lambda data, **more: read_dataset(data, tokenizer, PromptOptions(val_fraction=0.1), **more)  # noqa: E731
+    mixed = make(f"{files}/a.json:0.5,{files}/b.json:2")
+    assert (len(mixed.train), len(mixed.val)) == (18 + 36, 4 + 2)
+    seen = [e.ids.tobytes() for e in mixed.train]
+    assert len(set(seen)) == 18 + 18 and not {e.ids.tobytes() for e in mixed.val} & set(seen)
+    again = make(f"{files}/a.json:0.5,{files}/b.json:2")
+    assert [e.ids.tobytes() for e in again.train] == seen
+    given = make(files / "a.json", val_data=files / "b.json")
+    assert (len(given.train), len(given.val)) == (40, 20)
+    with pytest.raises(ValueError, match="the weight of .*b.json:-1 must be above 0"):
+        make(f"{files}/a.json,{files}/b.json:-1")
+    with pytest.raises(FileNotFoundError, match="c.json is not there"):
+        make(f"{files}/a.json,{files}/c.json")
+    (files / "l.csv").write_text("text,label\na,b\nc,d\n")
+    with pytest.raises(ValueError, match="rows to tell apart go with no others"):
+        make(f"{files}/a.json,{files}/l.csv")
+
+
+def test_validation_rows_are_not_trained_on(files, tokenizer, rows, capsys):
+    (files / "all.json").write_text(json.dumps(rows))
+    made = read_dataset(files / "all.json", tokenizer, PromptOptions(), val_data=files / "b.json")
+    assert (len(made.train), len(made.val)) == (40, 20)
+    assert "20 rows left out of training" in capsys.readouterr().out
+
+
+def test_examples_are_kept_until_anything_changes(files, tokenizer, monkeypatch, capsys):
+    """The second time they come from the cache, the same bit for bit, with the same words about what was left out."""
+    monkeypatch.setattr(dataset, "WORTH_KEEPING", 0.0)
+    rows = json.loads((files / "a.json").read_text()) + [dict(instruction="a", input="", output=" ")]
+    chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}] * 2
+    (files / "m.json").write_text(json.dumps([{"messages": chat[: 2 + 2 * (i % 2)]} for i in range(2)]))
+    (files / "a.json").write_text(json.dumps(rows))
+    options = PromptOptions(max_length=500)
+    monkeypatch.setattr(tokenizer, "chat_template", "{% for m in messages %}{{ m.content }}<eos>{% endfor %}")
+
+    def make(**more):
+        arguments = dict(val_data=files / "b.json", cache_dir=files / "cache") | more
+        made = read_dataset(f"{files}/a.json,{files}/m.json", tokenizer, **{"options": options, **arguments})
+        return made, capsys.readouterr().out
+
+    (first, said), (second, again) = make(), make()
+    assert again == said + f"examples taken from {next((files / 'cache').glob('*.npz'))}\n" and "is empty" in said
+    for a, b in zip(first.train + first.val, second.train + second.val, strict=True):
+        assert np.array_equal(a.ids, b.ids) and a.first_target == b.first_target and a.ids.dtype == b.ids.dtype
+        assert np.array_equal(a.learned, b.learned) if a.learned is not None else b.learned is None
+    assert any(e.learned is not None for e in second.train)
+    for change in (dict(seed=1), dict(limit=3), dict(options=PromptOptions(max_length=400)), dict(val_data=None)):
+        assert "examples taken from" not in make(**change)[1]
+    (files / "b.json").write_text((files / "b.json").read_text().replace("apple", "apples"))
+    assert "examples taken from" not in make()[1]
+    assert not list((files / "cache").glob("*.partial"))
+
+
+@pytest.mark.parametrize(
+    "name, content, says",
+    [
+        ("a.json", '[{"messages": []}]', "row 1: the assistant says nothing in it"),
+        (
+            "a.json",
+            '[{"messages": [{"role": "robot", "content": "a"}]}]',
+            "role is 'robot'; known are human",
+        ),
+        ("a.json", '[{"messages": [{"role": "assistant"}]}]', "a message's content is no text but null"),
+        ("a.json", '[{"messages": ["a"]}]', 'a message is no object but "a"'),
+        ("a.json", '[{"prompt": "a"}]', "row 1: a row needs instruction and output; it has prompt"),
+        ("a.txt", "a\0b", "a.txt is no text: it holds zero bytes"),
+        ("a.txt", "\n\n", "a.txt holds no row"),
+        ("a.csv", "a,b\n1,2\n", "a.csv, line 2: a row needs instruction and output; it has a, b"),
+    ],
+)
+def test_other_broken_files_are_named_with_the_place(tmp_path, name, content, says):
+    test_broken_files_are_named_with_the_place(tmp_path, name, content, says)

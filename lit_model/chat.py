@@ -1,0 +1,77 @@
+"""Conversations: the text that a checkpoint's own chat template makes of messages, and which parts of it the assistant
+says. Templates are programs that come with a checkpoint: they run in jinja2's sandbox."""
+
+import json
+from collections.abc import Sequence
+from datetime import datetime
+from functools import cache
+from typing import Any, NoReturn
+
+from jinja2 import Template, TemplateError
+from jinja2.exceptions import SecurityError
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from lit_model.tokenizer import Tokenizer
+
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+Message = dict[str, str]  # role and content
+
+
+def chat_text(tokenizer: Tokenizer, style: str, messages: Sequence[Message], asks: bool) -> str:
+    """The conversation as text. asks: it ends where the assistant is to answer.
+
+    Args:
+        style: chat, for the template of the checkpoint, or chatml.
+    Raises:
+        ValueError: the checkpoint has no template, or the template fails or refuses these messages.
+    """
+    template, eos = (CHATML, None) if style == "chatml" else (tokenizer.chat_template, tokenizer.eos_token)
+    if template is None:
+        raise ValueError("this checkpoint has no chat template in tokenizer_config.json: take --prompt.style chatml")
+    try:
+        # BOS is added once, where examples are made
+        values = dict(messages=messages, add_generation_prompt=asks, bos_token="", eos_token=eos)
+        return _compiled(template).render(values)
+    except SecurityError as e:
+        raise ValueError(f"the checkpoint's chat template does what a template must not: {e}") from None
+    except (TemplateError, TypeError, ValueError) as e:
+        raise ValueError(f"the checkpoint's chat template cannot take {json.dumps(messages)[:80]}: {e}") from None
+
+
+def turns(tokenizer: Tokenizer, style: str, messages: Sequence[Message]) -> list[tuple[str, bool]]:
+    """The conversation up to the assistant's last turn in pieces: (text, whether the assistant says it). A turn ends
+    with the token that ends it, as in generation; what the template writes behind that belongs to the next piece.
+
+    Raises ValueError if there is no such turn, or the template writes earlier turns in another way than the last.
+    """
+    pieces, done = [], ""
+    for i, message in enumerate(messages):
+        if message["role"] != "assistant":
+            continue
+        before = chat_text(tokenizer, style, messages[:i], asks=True)
+        after = chat_text(tokenizer, style, messages[: i + 1], asks=False)
+        if not (before.startswith(done) and after.startswith(before)):
+            raise ValueError("the checkpoint's chat template rewrites earlier turns: take --prompt.style chatml")
+        said = after[len(before) :]
+        ends = max((said.rfind(t) + len(t) for t in tokenizer.turn_ends if t in said), default=len(said))
+        pieces += [(before[len(done) :], False), (said[:ends], True)]
+        done = before + said[:ends]
+    if not pieces:
+        raise ValueError("the assistant says nothing in it")
+    return pieces
+
+
+@cache
+def _compiled(template: str) -> Template:
+    options = dict(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
+    environment = ImmutableSandboxedEnvironment(**options)
+    environment.filters["tojson"] = lambda value, **options: json.dumps(value, ensure_ascii=False, **options)
+    environment.globals |= dict(raise_exception=_refuse, strftime_now=lambda form: datetime.now().strftime(form))
+    return environment.from_string(template)
+
+
+def _refuse(message: Any) -> NoReturn:
+    raise TemplateError(message)

@@ -1,0 +1,126 @@
+"""Conversations: only what the assistant says is learned, in the words of the checkpoint's own template, which may do
+nothing else than write."""
+
+import json
+
+import pytest
+import torch
+from conftest import LLAMA, randomize, say
+from tokenizers import AddedToken
+from tokenizers import Tokenizer as HFTokenizer
+from transformers import PreTrainedTokenizerFast
+
+from finetune import lora
+from generate import base
+from lit_model import model
+from lit_model.chat import CHATML, chat_text, turns
+from lit_model.checkpoint import save_checkpoint
+from lit_model.convert import tokenizer_files
+from lit_model.data import PromptOptions, read_rows
+from lit_model.examples import render, tokenize
+from lit_model.packing import Example, pack
+from lit_model.tokenizer import Tokenizer
+
+LLAMA_3 = (
+    "{{ bos_token }}{% for m in messages %}<|start|>{{ m['role'] }}<|end_of|>\n\n{{ m['content'] | trim }}<|im_end|>"
+    "{% endfor %}{% if add_generation_prompt %}<|start|>assistant<|end_of|>\n\n{% endif %}"
+)
+CHAT = [
+    {"role": "system", "content": "makes stone"},
+    {"role": "user", "content": "apple river?"},
+    {"role": "assistant", "content": "seven green"},
+    {"role": "user", "content": "finds under?"},
+    {"role": "assistant", "content": "quiet above"},
+]
+
+
+@pytest.fixture
+def chatty(tiny, tmp_path):
+    """A checkpoint whose tokenizer knows ChatML's tokens; a call sets its template."""
+
+    def make(template: str | None) -> Tokenizer:
+        folder = tmp_path / "base"
+        folder.mkdir(exist_ok=True)
+        tokenizer = HFTokenizer.from_file(str(tiny / "base/tokenizer.json"))
+        tokenizer.add_special_tokens([AddedToken(t) for t in ("<|im_start|>", "<|im_end|>", "<|start|>", "<|end_of|>")])
+        tokenizer.save(str(folder / "tokenizer.json"))
+        stated = {"bos_token": "<bos>", "eos_token": "<eos>", "add_bos_token": True, "chat_template": template}
+        (folder / "tokenizer_config.json").write_text(json.dumps(stated))
+        return Tokenizer(folder)
+
+    return make
+
+
+@pytest.mark.parametrize("template", [CHATML, LLAMA_3, None], ids=["chatml", "llama-3", "none"])
+def test_only_the_assistants_turns_are_learned(chatty, template):
+    tokenizer = chatty(template)
+    (e,) = tokenize([{"messages": CHAT}], tokenizer, PromptOptions(max_length=500))
+    hf = PreTrainedTokenizerFast(tokenizer_file=None, tokenizer_object=tokenizer._hf, bos_token="<bos>")
+    whole = hf.apply_chat_template(CHAT, chat_template=template or CHATML, tokenize=False)
+    text = whole.removeprefix("<bos>")
+    assert tokenizer._hf.decode(e.ids[1:].tolist(), skip_special_tokens=False) == text.rstrip("\n")
+    assert e.ids[0] == tokenizer.bos_id and e.ids.tolist().count(tokenizer.bos_id) == 1
+    learned = e.ids[e.first_target :][e.learned].tolist()
+    assert tokenizer._hf.decode(learned, skip_special_tokens=False) == "seven green<|im_end|>quiet above<|im_end|>"
+    assert e.n_targets == len(learned)
+    prompt = tokenizer.encode(chat_text(tokenizer, "chat" if template else "chatml", CHAT[:2], asks=True))
+    assert e.ids[1 : e.first_target].tolist() == prompt  # the very ids that generation starts from
+    assert set(tokenizer.stop_ids) == {tokenizer.eos_id, tokenizer.encode("<|im_end|>")[0]}
+
+
+def test_holes_in_what_is_learned_cost_the_loss_nothing_else():
+    """A packed row of conversations and plain examples: its loss is that of the learned tokens, one by one."""
+    gpt = randomize(model.GPT(model.Config(**LLAMA))).double()
+    rng = torch.Generator().manual_seed(0)
+    ids = [torch.randint(0, 97, (n,), generator=rng).int().numpy() for n in (20, 25, 30)]
+    flags = torch.rand(25 - 6, generator=rng).numpy() < 0.5
+    examples = [Example(ids[0], 4), Example(ids[1], 6, learned=flags), Example(ids[2], 9)]
+    loss = sum(gpt(idx, packed) for idx, packed in pack(examples, 1000))
+    wanted = 0.0
+    for e in examples:
+        row = torch.from_numpy(e.ids).long()[None]
+        cost = torch.nn.functional.cross_entropy(gpt(row)[0, :-1], row[0, 1:], reduction="none")[e.first_target - 1 :]
+        wanted += cost.sum() if e.learned is None else cost[torch.from_numpy(e.learned)].sum()
+    torch.testing.assert_close(loss, wanted)
+    assert sum(len(p.targets) for _, p in pack(examples, 1000)) == sum(e.n_targets for e in examples)
+
+
+@pytest.mark.parametrize(
+    "template, says",
+    [
+        ("{{ ''.__class__.__mro__[1].__subclasses__() }}", "does what a template must not"),
+        ("{{ messages.append(1) }}", "does what a template must not"),
+        ("{% include '/etc/passwd' %}", "cannot take"),
+        ("{{ raise_exception('roles must alternate') }}", "roles must alternate"),
+        ("{% for m in messages %}", "cannot take"),
+        ("{{ messages | length }}", "rewrites earlier turns"),
+    ],
+)
+def test_a_template_can_only_write(chatty, template, says):
+    tokenizer = chatty(template)
+    with pytest.raises(ValueError, match=says):
+        turns(tokenizer, "chat", CHAT)
+
+
+def test_sharegpt_is_read_as_messages(tmp_path):
+    path = tmp_path / "a.jsonl"
+    row = {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]}
+    path.write_text(json.dumps(row) + "\n" + json.dumps(row) + "\n")
+    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    assert read_rows(path) == [{"messages": messages}] * 2
+
+
+def test_chats_train_and_the_run_answers_in_the_same_template(chatty, tmp_path, capsys, monkeypatch):
+    chatty(LLAMA_3)
+    gpt = model.GPT(model.Config(**{**LLAMA, "vocab_size": 410, "block_size": 512}))
+    save_checkpoint(tmp_path / "lit", gpt.config, gpt.state_dict(), tokenizer_files(tmp_path / "base"))
+    rows = [{"messages": [*CHAT[:-1], {"role": "assistant", "content": f"quiet {i}"}]} for i in range(30)]
+    (tmp_path / "chats.json").write_text(json.dumps(rows))
+    said = say(lora, capsys, monkeypatch, f"--checkpoint_dir {tmp_path}/lit --data {tmp_path}/chats.json --out_dir "
+               f"{tmp_path}/out --prompt.style chat --train.batch_size 8 --devices cpu")  # fmt: skip
+    assert "29 examples" in said or "28 examples" in said
+    args = f"--checkpoint_dir {tmp_path}/lit --method_dir {tmp_path}/out --prompt apple --max_new_tokens 2 --device cpu"
+    say(base, capsys, monkeypatch, args)
+    assert render("chat", "apple", tokenizer=Tokenizer(tmp_path / "lit")) == (
+        "<|start|>user<|end_of|>\n\napple<|im_end|><|start|>assistant<|end_of|>\n\n"
+    )
