@@ -1,0 +1,74 @@
+"""The same ids as transformers and sentencepiece, on 500 strings of every kind; BOS once; the tokens that end a turn.
+Run with -s to see the counts."""
+
+import json
+import random
+import shutil
+
+import pytest
+from sentencepiece import SentencePieceProcessor
+from transformers import PreTrainedTokenizerFast
+
+from lit_model import hub
+from lit_model.tokenizer import Tokenizer
+
+SENTENCEPIECE = hub.Asset(
+    "mistral-common==1.13.1",
+    "mistral_common/data/tokenizer.model.v1",
+    "dadfd56d766715c61d2ef780a525ab43b8e6da4de6865bda3d95fdef5e134055",
+    "a sentencepiece model of 32,000 pieces (Apache-2.0), 6.6 MB, from the Python package mistral-common 1.13.1",
+)
+POOLS = [
+    "the quick brown fox jumps over a lazy dog , . ! ? ' \" - ( )".split(),
+    ["def f(x):", "\n    return", " x**2", "\t", "#!/bin/sh", "{}", "=>", "&&", "\\n", "/* */", "0x1F", "a_b.c[0]"],
+    ["日本語", "中文", "한국어", "ไทย", "العربية", "עברית", "हिन्दी", "русский", "ελληνικά", "ß", "ﬁ", "Å", "Å", "ñ"],
+    ["🙂", "👩‍👩‍👧", "🇩🇪", "❤️", "\u200d", "\ufe0f", "𝔘", "𐍈", "\u0301", "�"],
+    [" ", "  ", "   ", "\n", "\n\n", "\r\n", "\t\t", "\u00a0", "\u3000", "\u2028", "\v"],
+    ["1", "42", "1984", "3.14159", "1,000,000", "½", "②", "٣", "10^-6", "$5", "50%"],
+    ["<|im_start|>", "<s>", "</s>", "<unk>", "[INST]", "<0x0A>", "▁", "Ġ"],
+]
+
+
+def strings() -> list[str]:
+    rng = random.Random(0)
+    made = [piece for pool in POOLS for piece in pool] + ["", "a" * 300, "no" + " " * 40 + "gap"]
+    while len(made) < 500:
+        pools = rng.sample(POOLS[:-1], rng.randint(1, 3))
+        between = rng.choice(["", " ", "\n"])
+        made.append(between.join(rng.choice(rng.choice(pools)) for _ in range(rng.randint(1, 20))))
+    return made
+
+
+def test_ids_of_tokenizer_json_equal_transformers(tiny):
+    checkpoints = [tiny / "base"] + [c for c in [hub.DEMO_CHECKPOINT] if (c / "lit_config.json").is_file()]
+    for folder in checkpoints:
+        ours, theirs = Tokenizer(folder), PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"))
+        same = [ours.encode(s) == theirs.encode(s, add_special_tokens=False) for s in strings()]
+        print(f"{folder.name}: {sum(same)} of {len(same)} strings as transformers")
+        assert all(same)
+        assert all(ours.decode(ours.encode(s)) == s for s in strings() if "<|im_start|>" not in s)
+
+
+def test_ids_of_sentencepiece_equal_its_own(tmp_path):
+    model = hub.fetch(SENTENCEPIECE, tmp_path)
+    shutil.move(model, tmp_path / "tokenizer.model")
+    ours, theirs = Tokenizer(tmp_path), SentencePieceProcessor(model_file=str(tmp_path / "tokenizer.model"))
+    same = [ours.encode(s) == theirs.encode(s) for s in strings()]
+    print(f"sentencepiece: {sum(same)} of {len(same)} strings as sentencepiece")
+    assert all(same) and (ours.bos_id, ours.eos_id, ours.vocab_size) == (1, 2, 32000)
+    assert ours.decode(ours.encode("Ünïcode 日本 🙂")) == "Ünïcode 日本 🙂"
+    assert ours.encode_within(" apple") == theirs.encode("apple") and ours.turn_ends == ["</s>"]
+
+
+@pytest.mark.parametrize("kept_in", ["json", "list", "jinja"])
+def test_the_chat_template_is_found_wherever_transformers_keeps_it(tiny, tmp_path, kept_in):
+    shutil.copytree(tiny / "base", tmp_path / "x")
+    stated = json.loads((tmp_path / "x/tokenizer_config.json").read_text())
+    if kept_in == "jinja":
+        (tmp_path / "x/chat_template.jinja").write_text("{{ 1 }}")
+    else:
+        several = [{"name": "tool_use", "template": "{{ 2 }}"}, {"name": "default", "template": "{{ 1 }}"}]
+        stated["chat_template"] = "{{ 1 }}" if kept_in == "json" else several
+    (tmp_path / "x/tokenizer_config.json").write_text(json.dumps(stated))
+    assert Tokenizer(tmp_path / "x").chat_template == "{{ 1 }}"
+    assert Tokenizer(tmp_path / "x").fingerprint != Tokenizer(tiny / "base").fingerprint
