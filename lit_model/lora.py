@@ -120,7 +120,7 @@ class LoRADelta(nn.Module):
 def install(gpt: model.GPT, options: LoRA) -> None:
     """Adds a LoRA to every linear layer that `options.targets` names.
 
-    Raises ValueError, with the names that there are, if one is unknown, and for a rank below 1.
+    Raises ValueError, with the names that there are, if one is unknown, and for a rank below 1 or of no use.
     """
     if not 0 <= options.dropout < 1:
         raise ValueError(f"lora.dropout is {options.dropout}; it must be at least 0 and below 1")
@@ -128,6 +128,8 @@ def install(gpt: model.GPT, options: LoRA) -> None:
         raise ValueError(f"lora.lr_ratio is {options.lr_ratio}; it must be above 0")
     linears = {name: m for name, m in gpt.named_modules() if isinstance(m, model.Linear)}
     for name, (r, alpha) in sizes(list(linears), options).items():
+        if r > (most := min(linears[name].in_features, linears[name].out_features)):
+            raise ValueError(f"lora.r is {r}, but {name} is a matrix of rank {most} at most: more adds nothing")
         linears[name].deltas["lora"] = LoRADelta(linears[name], r, alpha, options)
 
 
