@@ -280,7 +280,7 @@ def save_checkpoint(
                 _wrong_shape(name, tuple(t.shape), shapes.get(name))
             digests[name] = digest(name, t := t.detach().cpu().contiguous())
             yield name, t
-        for name in shapes.keys() - digests.keys():
+        for name in sorted(shapes.keys() - digests.keys()):
             _wrong_shape(name, None, shapes[name])
 
     new = not out_dir.exists()
@@ -302,7 +302,9 @@ _CONFIG_FIELDS = {f.name for f in fields(model.Config)}  # without those of a me
 
 
 def _wrong_shape(name: str, got: tuple | None, wanted: tuple | None) -> NoReturn:
-    raise ValueError(f"these weights do not make the network: {name} has the shape {got} instead of {wanted}")
+    what = f"has the shape {got} instead of {wanted}"
+    what = "is missing" if got is None else "is no part of it" if wanted is None else what
+    raise ValueError(f"these weights do not make the network: {name} {what}")
 
 
 def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, torch.Size]:

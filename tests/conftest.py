@@ -3,6 +3,7 @@ import json
 import os
 import random
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -55,6 +56,7 @@ def checkpoint(family, tmp_path):
     return tmp_path / "base"
 
 
+ROOT = Path(__file__).resolve().parents[1]
 WORDS = "apple river stone seven green quiet makes finds under above".split()
 
 

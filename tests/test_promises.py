@@ -9,12 +9,10 @@ from pathlib import Path
 
 import peft
 import torch
-from conftest import LLAMA
+from conftest import LLAMA, ROOT
 from torch import nn
 
 from lit_model import lora, model
-
-ROOT = Path(__file__).parents[1]
 
 
 def entered(build: Callable[[], object], folder: Path) -> set[tuple[str, str]]:

