@@ -101,9 +101,9 @@ def _make(
     train, val = [], read_rows(val_data) if val_data else []
     if val_data and ("label" in val[0]) != (task is not None):
         raise ValueError(f"{val_data} has rows of another kind than {files[0][0]}")
-    held = {repr(row) for row in val}
+    held, share = {repr(row) for row in val}, 0.0 if val_data else options.val_fraction
     for part, (_, weight) in zip(parts, files, strict=True):
-        of_train, of_val = split_rows([row for row in part if repr(row) not in held], _share(options, val_data), seed)
+        of_train, of_val = split_rows([row for row in part if repr(row) not in held], share, seed)
         train += weighted(of_train, weight, seed)
         val += of_val
     if overlap := sum(repr(row) in held for row in everything):
@@ -111,10 +111,6 @@ def _make(
     if len(files) > 1:
         train = [train[i] for i in np.random.default_rng(seed).permutation(len(train))]
     return Dataset(examples(train[:limit], "training rows"), examples(val, "validation rows"), task)
-
-
-def _share(options: PromptOptions, val_data: Path | None) -> float:
-    return 0.0 if val_data else options.val_fraction
 
 
 def _write(path: Path, made: Dataset, said: str) -> None:

@@ -117,6 +117,19 @@ def download_from_hub(repo_id: str, folder: Path) -> Path:
         raise ValueError(f"the Hub cannot be reached for {repo_id}, try again later ({reason})") from None
 
 
+def source_of(source: str, out: Path, sha256: str | None) -> Path:
+    """The file that `out` is to be made of: fetched beside it if `source` is a URL. Raises ValueError if `out` is there
+    already, FileNotFoundError if `source` is not."""
+    if out.exists():
+        raise ValueError(f"{out} is there already; remove it, or name another --out")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    if "://" in source:
+        return fetch_url(source, out.with_suffix(f".source{Path(source).suffix}"), sha256)
+    if not Path(source).is_file():
+        raise FileNotFoundError(f"{source} is not there")
+    return Path(source)
+
+
 def fetch_url(url: str, path: Path, sha256: str | None = None) -> Path:
     """Downloads a file, unless it is there; what was cut off goes on from where it ended.
 

@@ -33,13 +33,8 @@ class Options:
 
 
 def main(options: Options) -> None:
-    if options.out.exists():
-        raise ValueError(f"{options.out} is there already; remove it, or name another --out")
-    path = Path(options.source)
-    if "://" in options.source:
-        path = hub.fetch_url(options.source, options.out.with_suffix(".source.json"), options.sha256)
+    path = hub.source_of(options.source, options.out, options.sha256)
     rows = read_rows(path)
-    options.out.parent.mkdir(parents=True, exist_ok=True)
     write_text(options.out, json.dumps(rows, indent=1, ensure_ascii=False))
     print(f"saved {options.out}: {len(rows):,} rows")
 

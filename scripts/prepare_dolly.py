@@ -32,14 +32,8 @@ class Options:
 
 
 def main(options: Options) -> None:
-    if options.out.exists():
-        raise ValueError(f"{options.out} is there already; remove it, or name another --out")
-    path = Path(options.source)
-    if "://" in options.source:
-        path = hub.fetch_url(options.source, options.out.with_suffix(".source.jsonl"), options.sha256)
+    path = hub.source_of(options.source, options.out, options.sha256)
     rows = []
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} is not there")
     for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
         if line.strip():
             try:
@@ -47,7 +41,6 @@ def main(options: Options) -> None:
                 rows.append(dict(instruction=row["instruction"], input=row["context"], output=row["response"]))
             except (ValueError, KeyError, TypeError) as e:
                 raise ValueError(f"{path}, line {number}: no row of instruction, context and response ({e})") from None
-    options.out.parent.mkdir(parents=True, exist_ok=True)
     write_text(options.out, json.dumps(rows, indent=1, ensure_ascii=False))
     print(f"saved {options.out}: {len(rows):,} rows")
 

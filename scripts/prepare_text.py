@@ -32,15 +32,10 @@ class Options:
 
 
 def main(options: Options) -> None:
-    if options.out.exists():
-        raise ValueError(f"{options.out} is there already; remove it, or name another --out")
-    path = Path(options.source)
-    if "://" in options.source:
-        path = hub.fetch_url(options.source, options.out.with_suffix(".source.txt"), options.sha256)
+    path = hub.source_of(options.source, options.out, options.sha256)
     pieces = read_rows(path) if path.suffix == ".txt" else []
     if not pieces:
         raise ValueError(f"{path} is no .txt file")
-    options.out.parent.mkdir(parents=True, exist_ok=True)
     write_text(options.out, "\n\n".join(row["text"] for row in pieces) + "\n")
     print(f"saved {options.out}: {len(pieces):,} pieces of some 2,000 characters")
 

@@ -1,0 +1,55 @@
+"""The README and docs/ tell the truth: every command that they print is one that its script takes, every file that they
+link to is there."""
+
+import ast
+import importlib
+import re
+import shlex
+import sys
+
+import pytest
+from conftest import ROOT
+
+from lit_model.cli import cli
+
+SCRIPTS = [path for folder in ("finetune", "generate", "scripts") for path in sorted((ROOT / folder).glob("*.py"))]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def commands() -> list[str]:
+    """All `python script.py ...` of the pages, in blocks and in sentences, and of the scripts' own first lines."""
+    found = []
+    for page in PAGES:
+        text = page.read_text().replace("\\\n", " ").replace("\\|", "|")
+        blocks = re.findall(r"```\n(.*?)```", text, re.DOTALL)
+        lines = [line.split("  #")[0] for block in blocks for line in block.splitlines()]
+        lines += re.findall(r"`([^`]+)`", re.sub(r"```.*?```", "", text, flags=re.DOTALL))
+        for line in lines:
+            found += [" ".join(part.split()) for part in line.split("&&") if part.strip().startswith("python ")]
+    for script in SCRIPTS:
+        text = ast.get_docstring(ast.parse(script.read_text())).replace("\\\n", " ")
+        found += [re.split(r"   | && ", line)[0] for line in map(str.strip, text.splitlines()) if line[:7] == "python "]
+    return list(dict.fromkeys(c for c in found if not c.endswith("--help")))
+
+
+@pytest.mark.parametrize("command", commands())
+def test_a_printed_command_is_one_that_its_script_takes(command, monkeypatch):
+    _, script, *args = shlex.split(command)
+    module = importlib.import_module(script.removesuffix(".py").replace("/", "."))
+    positional = re.search(r"positional=\((.*?)\)", (ROOT / script).read_text())
+    names = re.findall(r'"(\w+)"', positional[1]) if positional else ()
+    monkeypatch.setattr(sys, "argv", [script, *args])
+    monkeypatch.chdir(ROOT)
+    if "--config" not in args:  # which has to be there
+        cli(lambda options: None, module.Options, "", tuple(names))
+
+
+def test_commands_are_found():
+    assert len(commands()) > 30 and "python finetune/adapter.py" in commands()
+
+
+def test_links_lead_somewhere():
+    for page in PAGES:
+        for target in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
+            if "://" not in target:
+                assert (page.parent / target).exists(), f"{page.name}: {target}"
