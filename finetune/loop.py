@@ -119,10 +119,8 @@ def fit(
                 done = underway.popleft()
                 loss, norm = done.receive()
                 if not math.isfinite(loss + norm):
-                    before = "the best" if run.val_examples else "the last that was saved"
-                    kept = f"{options.out_dir} keeps {before} before it" if saved else "nothing was saved yet"
                     what = f"loss {loss}, gradient norm {norm} at step {done.number}"
-                    raise Diverged(f"{what}: try a lower train.lr; {kept}")
+                    raise Diverged(f"{what}: try a lower train.lr; {_kept(run, saved)}")
                 meter.count(done)
                 epoch, speed = done.number / steps_per_epoch, meter.n_tokens / meter.seconds()
                 values = dict(epoch=epoch, loss=loss, lr=done.lr, grad_norm=norm, tokens=meter.n_tokens)
@@ -133,6 +131,9 @@ def fit(
             if pause:
                 meter.pause()
                 val_loss, verdict = evaluate(network, gpt, run), judge(gpt, run)
+                if run.val_examples and not math.isfinite(val_loss):
+                    what = f"validation loss {val_loss} after step {number}"
+                    raise Diverged(f"{what}: try a lower train.lr; {_kept(run, saved)}")
                 log.write(step=number, val_loss=val_loss, accuracy=verdict and verdict.accuracy)
                 if run.val_examples:
                     bar.write(f"step {number}: validation loss {val_loss:.4f}{_and(verdict)}")
@@ -273,6 +274,11 @@ def judge(gpt: GPT, run: Run) -> classify.Verdict | None:
         verdict = classify.judge(gpt, run.val_examples, run.task, labels, run.row_tokens)
     gpt.train()
     return verdict
+
+
+def _kept(run: Run, saved: bool) -> str:
+    before = "the best" if run.val_examples else "the last that was saved"
+    return f"{run.options.out_dir} keeps {before} before it" if saved else "nothing was saved yet"
 
 
 def _and(verdict: classify.Verdict | None) -> str:

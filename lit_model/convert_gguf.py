@@ -189,7 +189,9 @@ def _byte_level_bpe(fields: _Fields) -> Tokenizer:
     if rule not in _SPLITS:
         raise ValueError(f"{fields.path}: it splits words by the rule {rule!r}; known are {', '.join(_SPLITS)}")
     tokens, merges = fields["tokenizer.ggml.tokens"], fields["tokenizer.ggml.merges"]
-    tokenizer = Tokenizer(models.BPE({t: i for i, t in enumerate(tokens)}, [tuple(m.split(" ")) for m in merges]))
+    vocabulary, pairs = {t: i for i, t in enumerate(tokens)}, [tuple(m.split(" ")) for m in merges]
+    whole_first = rule == "llama-bpe"  # LLaMA 3 takes a word that is a token as it is
+    tokenizer = Tokenizer(models.BPE(vocabulary, pairs, ignore_merges=whole_first))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(_SPLITS[rule])
     if rule == "qwen2":
         tokenizer.normalizer = normalizers.NFC()

@@ -206,6 +206,21 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step(options):
     assert (options.out_dir / "loss.png").is_file()
 
 
+@pytest.mark.parametrize("val_fraction", [0.2, 0.0])
+def test_what_was_good_is_kept_when_a_run_diverges(options, monkeypatch, val_fraction):
+    """Step 3 takes a step to infinity. The files of step 2 stay, last.safetensors among them."""
+    rate = loop.learning_rate
+    monkeypatch.setattr(loop, "learning_rate", lambda step, *a: float("inf") if step == 3 else rate(step, *a))
+    prompt = replace(options.prompt, val_fraction=val_fraction)
+    train = replace(options.train, eval_interval=1 if val_fraction else 2)
+    with pytest.raises(
+        ValueError, match=r"(validation loss nan after step 3|at step 4): try a lower train.lr; .* keeps "
+    ):
+        main(replace(options, prompt=prompt, train=train))
+    for name in ("lit_method", "last"):
+        assert all(t.isfinite().all() for t in load_file(options.out_dir / f"{name}.safetensors").values())
+
+
 def test_overwriting_leaves_nothing_of_the_old_run(options):
     main(replace(options, train=replace(options.train, max_steps=2)))
     (events,) = options.out_dir.glob("events*")
