@@ -33,6 +33,7 @@ def main(options: Options) -> loop.Summary:
     run = setup.start(options)
     gpt = setup.build(run, lora, lora=options.lora)
     lora.start(gpt, options.lora)
+    lora.check(gpt)
     return loop.fit(run, gpt, "lora", options.lora, share=not options.lora.dropout, lr_scale=lora.lr_scale)
 
 

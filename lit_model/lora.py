@@ -120,7 +120,7 @@ class LoRADelta(nn.Module):
 def install(gpt: model.GPT, options: LoRA) -> None:
     """Adds a LoRA to every linear layer that `options.targets` names.
 
-    Raises ValueError, with the names that there are, if one is unknown, and for a rank below 1 or of no use.
+    Raises ValueError, with the names that there are, if one is unknown, and for a rank below 1.
     """
     if not 0 <= options.dropout < 1:
         raise ValueError(f"lora.dropout is {options.dropout}; it must be at least 0 and below 1")
@@ -128,8 +128,6 @@ def install(gpt: model.GPT, options: LoRA) -> None:
         raise ValueError(f"lora.lr_ratio is {options.lr_ratio}; it must be above 0")
     linears = {name: m for name, m in gpt.named_modules() if isinstance(m, model.Linear)}
     for name, (r, alpha) in sizes(list(linears), options).items():
-        if r > (most := min(linears[name].in_features, linears[name].out_features)):
-            raise ValueError(f"lora.r is {r}, but {name} is a matrix of rank {most} at most: more adds nothing")
         linears[name].deltas["lora"] = LoRADelta(linears[name], r, alpha, options)
 
 
@@ -159,6 +157,14 @@ def _parsed(options: LoRA) -> list[tuple[str, int, float]]:
     number = r"\d+\.?\d*(?:e[+-]?\d+)?"
     parts = [re.fullmatch(rf"(.*?)(?::(\d+))?(?::({number}))?", target).groups() for target in targets]
     return [(name, int(r or options.r), float(alpha or options.alpha)) for name, r, alpha in parts]
+
+
+def check(gpt: model.GPT) -> None:
+    """Raises ValueError for a rank that adds nothing. Files may have one: PiSSA's rank doubles when it is saved."""
+    for name, m in gpt.named_modules():
+        if isinstance(m, LoRADelta) and len(m.A) > (most := min(m.A.shape[1], len(m.B))):
+            layer = name.removesuffix(".deltas.lora")
+            raise ValueError(f"lora.r is {len(m.A)}, but {layer} is a matrix of rank {most} at most: more adds nothing")
 
 
 class GPT(model.GPT):

@@ -206,6 +206,13 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step(options):
     assert (options.out_dir / "loss.png").is_file()
 
 
+def test_pissa_of_half_the_rank_and_more_is_saved_and_loads(options):
+    """Its rank doubles in the file, and is more than any matrix there has."""
+    main(replace(options, lora=LoRA(r=40, init="pissa", targets="q_proj"), train=replace(options.train, max_steps=1)))
+    gpt = load(options.checkpoint_dir, options.out_dir)
+    assert len(gpt.blocks[0].attn.q_proj.deltas["lora"].A) == 80
+
+
 @pytest.mark.parametrize("val_fraction", [0.2, 0.0])
 def test_what_was_good_is_kept_when_a_run_diverges(options, monkeypatch, val_fraction):
     """Step 3 takes a step to infinity. The files of step 2 stay, last.safetensors among them."""
