@@ -34,11 +34,12 @@ def chat_text(tokenizer: Tokenizer, style: str, messages: Sequence[Message], ask
     try:
         # BOS is added once, where examples are made
         values = dict(messages=messages, add_generation_prompt=asks, bos_token="", eos_token=eos)
-        return _compiled(template).render(values)
+        text = _compiled(template).render(values)
     except SecurityError as e:
         raise ValueError(f"the checkpoint's chat template does what a template must not: {e}") from None
     except (TemplateError, TypeError, ValueError) as e:
         raise ValueError(f"the checkpoint's chat template cannot take {json.dumps(messages)[:80]}: {e}") from None
+    return text.removeprefix(tokenizer.bos_token) if tokenizer and tokenizer.bos_token else text
 
 
 def turns(tokenizer: Tokenizer, style: str, messages: Sequence[Message]) -> list[tuple[str, bool]]:

@@ -68,10 +68,9 @@ def tokenize(rows: Sequence[dict], tokenizer: Tokenizer, options: PromptOptions,
     examples: list[Example] = []
     counts = dict(empty=0, long=0, cut=0)
     kinds: dict[Callable, list[dict]] = {}
-    for row in rows:
-        kinds.setdefault(_conversations if "messages" in row else _texts if "text" in row else _responses, []).append(
-            row
-        )
+    for row in map(_as_chat, rows) if options.style == "chat" else rows:
+        make = _conversations if "messages" in row else _texts if "text" in row else _responses
+        kinds.setdefault(make, []).append(row)
     with tqdm(total=len(rows), desc=f"tokenizing {len(rows)} {name}", leave=False) as bar:
         for make, of_kind in kinds.items():
             for start in range(0, len(of_kind), BATCH):
@@ -88,6 +87,15 @@ def tokenize(rows: Sequence[dict], tokenizer: Tokenizer, options: PromptOptions,
     if rows and not examples:
         raise ValueError(f"none of the {len(rows)} {name} is left to learn from")
     return examples
+
+
+def _as_chat(row: dict) -> dict:
+    """An instruction and its answer as a turn of each."""
+    if "instruction" not in row:
+        return row
+    question = f"{row['instruction']}\n\n{row['input']}" if row["input"] else row["instruction"]
+    turn = dict(user=question, assistant=row["output"])
+    return {"messages": [dict(role=role, content=content) for role, content in turn.items()]}
 
 
 def _bos(tokenizer: Tokenizer) -> list[int]:
@@ -120,9 +128,7 @@ def _texts(batch: Sequence[dict], tokenizer: Tokenizer, options: PromptOptions, 
     """Of texts to learn as they are, in pieces of max_length tokens."""
     for ids in tokenizer.encode_batch([row["text"] for row in batch]):
         ids = np.array([*_bos(tokenizer), *ids, tokenizer.eos_id], dtype=np.int32)
-        for start in range(
-            0, len(ids) - 1, options.max_length - 1
-        ):  # each begins with the last token of the one before
+        for start in range(0, len(ids) - 1, options.max_length - 1):  # neighbours share a token, learned by the first
             yield Example(ids[start : start + options.max_length], 1)
 
 
@@ -131,7 +137,9 @@ def _conversations(
 ) -> Iterator[Example]:
     style = "chatml" if options.style == "chatml" or tokenizer.chat_template is None else "chat"
     check_style(style, tokenizer)
-    chats = [turns(tokenizer, style, row["messages"]) for row in batch]
+    said_nothing = [not any(m["content"].strip() for m in row["messages"] if m["role"] == "assistant") for row in batch]
+    counts["empty"] += sum(said_nothing)
+    chats = [turns(tokenizer, style, row["messages"]) for row, empty in zip(batch, said_nothing) if not empty]
     pieces = iter(tokenizer.encode_batch([text for chat in chats for text, _ in chat]))
     for chat in chats:
         ids, learned = _bos(tokenizer), [False] * len(_bos(tokenizer))

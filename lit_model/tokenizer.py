@@ -53,7 +53,8 @@ class Tokenizer:
             raise ValueError(f"{stated} must name the eos_token, the token that ends a text")
         self.eos_id: int = eos
         self.bos_id: int | None = bos if adds_bos else None
-        self.eos_token = self._sp.id_to_piece(eos) if self._sp is not None else self._hf.id_to_token(eos)
+        token_of = self._hf.id_to_token if self._sp is None else self._sp.id_to_piece
+        self.eos_token, self.bos_token = token_of(eos), None if self.bos_id is None else token_of(self.bos_id)
         ends = {self.eos_token: eos} | {token: self._id(token) for token in TURN_ENDS}
         ends = {token: i for token, i in ends.items() if i is not None}
         self.turn_ends, self.stop_ids = list(ends), list(dict.fromkeys(ends.values()))

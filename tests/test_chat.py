@@ -68,6 +68,15 @@ def test_only_the_assistants_turns_are_learned(chatty, template):
     assert set(tokenizer.stop_ids) == {tokenizer.eos_id, tokenizer.encode("<|im_end|>")[0]}
 
 
+def test_instructions_in_the_style_chat_are_a_turn_of_each(chatty):
+    tokenizer = chatty("<bos>" + LLAMA_3.removeprefix("{{ bos_token }}"))  # spelt out: still once
+    rows = [dict(instruction="apple?", input="stone", output=output) for output in ("seven", " ")]
+    (e,) = tokenize(rows, tokenizer, PromptOptions(style="chat", max_length=500))
+    prompt = tokenizer.encode(render("chat", "apple?", "stone", tokenizer))
+    assert e.ids.tolist()[: e.first_target] == [tokenizer.bos_id, *prompt] and e.ids.tolist().count(0) == 1
+    assert tokenizer._hf.decode(e.ids[e.first_target :], skip_special_tokens=False) == "seven<|im_end|>"
+
+
 def test_holes_in_what_is_learned_cost_the_loss_nothing_else():
     """A packed row of conversations and plain examples: its loss is that of the learned tokens, one by one."""
     gpt = randomize(model.GPT(model.Config(**LLAMA))).double()
