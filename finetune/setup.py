@@ -181,6 +181,7 @@ def start(options: Options) -> Run:
             limit=limit,
             cache_dir=hub.DEMO_DATA.parent / "cache",
         )
+        options = replace(options, prompt=replace(options.prompt, style=data.style))  # as generation has to ask
         return Run(
             options,
             fabric,

@@ -31,15 +31,19 @@ def chat_text(tokenizer: Tokenizer, style: str, messages: Sequence[Message], ask
     template, eos = (CHATML, None) if style == "chatml" else (tokenizer.chat_template, tokenizer.eos_token)
     if template is None:
         raise ValueError("this checkpoint has no chat template in tokenizer_config.json: take --prompt.style chatml")
+    if style == "chat" and tokenizer.is_sentencepiece:
+        raise ValueError(
+            "a tokenizer.model cannot read the tokens of a chat template: put its tokenizer.json beside it"
+        )
+    bos = tokenizer.bos_token or "" if tokenizer else ""
     try:
-        # BOS is added once, where examples are made
-        values = dict(messages=messages, add_generation_prompt=asks, bos_token="", eos_token=eos)
+        values = dict(messages=messages, add_generation_prompt=asks, bos_token=bos, eos_token=eos)
         text = _compiled(template).render(values)
     except SecurityError as e:
         raise ValueError(f"the checkpoint's chat template does what a template must not: {e}") from None
-    except (TemplateError, TypeError, ValueError) as e:
+    except Exception as e:  # a template is a program: it may do anything wrong
         raise ValueError(f"the checkpoint's chat template cannot take {json.dumps(messages)[:80]}: {e}") from None
-    return text.removeprefix(tokenizer.bos_token) if tokenizer and tokenizer.bos_token else text
+    return text.removeprefix(bos)  # it is added once, where examples are made
 
 
 def turns(tokenizer: Tokenizer, style: str, messages: Sequence[Message]) -> list[tuple[str, bool]]:

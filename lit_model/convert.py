@@ -14,7 +14,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from lit_model.checkpoint import open_tensors, save_checkpoint
-from lit_model.files import read_json, refuse_used
+from lit_model.files import DTYPES, read_json, refuse_used
 from lit_model.model import Config
 
 _HF_LLAMA = {
@@ -51,8 +51,17 @@ def convert_hf(src_dir: Path, out_dir: Path, dtype: torch.dtype | None = None) -
     refuse_used(out_dir)
     config = hf_config(src_dir / "config.json")
     rename = _hf_gpt2_tensors if config.arch == "gpt2" else hf_llama_tensors
-    tensors = ((name, t.to(dtype or t.dtype)) for name, t in rename(_hf_tensors(src_dir)))
+    tensors = ((name, as_dtype(name, t, dtype)) for name, t in rename(_hf_tensors(src_dir)))
     save_checkpoint(out_dir, config, tensors, _name_eos(tokenizer_files(src_dir), src_dir))
+
+
+def as_dtype(name: str, t: Tensor, dtype: torch.dtype | None) -> Tensor:
+    """Raises ValueError for quantized weights, which mean nothing without their scales."""
+    if t.dtype not in DTYPES:
+        raise ValueError(
+            f"{name} is of the type {t.dtype}: quantized weights are not supported, take the original ones"
+        )
+    return t.to(dtype or t.dtype)
 
 
 def tokenizer_files(folder: Path) -> dict[str, bytes]:
@@ -126,10 +135,10 @@ def hf_config(path: Path) -> Config:
         n_embd=hf["hidden_size"],
         n_hidden=hf["intermediate_size"],
         head_size=hf.get("head_dim"),
-        rope_base=rope.get("rope_theta") or hf.get("rope_theta") or 10000.0,
+        rope_base=rope.get("rope_theta") or hf.get("rope_theta") or (2e6 if kind == "smollm3" else 10000.0),
         rope_scaling=_rope_scaling(path, rope),
         no_rope_every=_no_rope_every(path, hf) if kind == "smollm3" else None,
-        window=hf.get("sliding_window") if kind == "mistral" else None,
+        window=hf.get("sliding_window", 4096) if kind == "mistral" else None,
         norm_eps=hf["rms_norm_eps"],
         qkv_bias=kind == "qwen2",
         qk_norm=kind == "qwen3",
@@ -138,7 +147,11 @@ def hf_config(path: Path) -> Config:
 
 
 def _rope_scaling(path: Path, rope: dict[str, Any]) -> dict[str, Any] | None:
-    kind = rope.get("rope_type", rope.get("type", "default"))
+    kind = rope.get("rope_type", rope.get("type", "default")) if isinstance(rope, dict) else rope
+    if isinstance(rope, dict) and any(isinstance(value, dict) for value in rope.values()):
+        raise ValueError(f"{path}: rope_parameters differ by layer, which is not supported")
+    if isinstance(rope, dict) and rope.get("partial_rotary_factor") not in (None, 1):
+        raise ValueError(f"{path}: partial_rotary_factor is {rope['partial_rotary_factor']}, which is not supported")
     if kind == "default":
         return None
     if kind != "llama3":

@@ -157,10 +157,11 @@ def _gguf_tokenizer(fields: _Fields) -> dict[str, bytes]:
     else:
         raise ValueError(f"{fields.path}: its tokenizer is of the kind {kind!r}; known are 'gpt2' and 'llama'")
     bos = fields.get("tokenizer.ggml.bos_token_id")
+    adds_bos = kind == "llama" or fields.get("tokenizer.ggml.pre") == "llama-bpe"  # as llama.cpp has it
     stated = {
         "bos_token": None if bos is None else tokens[bos],
         "eos_token": tokens[fields["tokenizer.ggml.eos_token_id"]],
-        "add_bos_token": fields.get("tokenizer.ggml.add_bos_token", kind == "llama"),
+        "add_bos_token": fields.get("tokenizer.ggml.add_bos_token", adds_bos),
         "chat_template": fields.get("tokenizer.chat_template"),
     }
     return files | {"tokenizer_config.json": (json.dumps(stated, indent=2) + "\n").encode()}
@@ -185,7 +186,8 @@ _SPLITS = {  # tokenizer.ggml.pre: how text is split before pairs merge
 
 
 def _byte_level_bpe(fields: _Fields) -> Tokenizer:
-    rule = fields.get("tokenizer.ggml.pre", "gpt-2")  # how text is split before pairs merge
+    old = fields.get("general.architecture") == "gpt2"  # its files were made before there was this field
+    rule = fields.get("tokenizer.ggml.pre", "gpt-2" if old else None)  # how text is split before pairs merge
     if rule not in _SPLITS:
         raise ValueError(f"{fields.path}: it splits words by the rule {rule!r}; known are {', '.join(_SPLITS)}")
     tokens, merges = fields["tokenizer.ggml.tokens"], fields["tokenizer.ggml.merges"]

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lit_model.checkpoint import save_checkpoint
-from lit_model.convert import renamed, tokenizer_files, unpickled
+from lit_model.convert import as_dtype, renamed, tokenizer_files, unpickled
 from lit_model.convert_gguf import half_split
 from lit_model.files import read_json, refuse_used
 from lit_model.model import Config
@@ -68,6 +68,7 @@ def convert_meta(src_dir: Path, out_dir: Path, dtype: torch.dtype | None = None,
         rope_scaling=dict(
             factor=32.0 if n_embd < 4096 else 8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_block_size=8192
         ) if long else None,
+        window=params.get("sliding_window"),  # Mistral's
         norm_eps=params["norm_eps"],
         tie="output.weight" not in slices[0],
     )  # fmt: skip
@@ -78,7 +79,7 @@ def convert_meta(src_dir: Path, out_dir: Path, dtype: torch.dtype | None = None,
                 if lacking := [path for path, part in zip(paths, slices, strict=True) if name not in part]:
                     raise ValueError(f"{lacking[0]} has no tensor {name}")
                 t = _joined(name, [part[name] for part in slices], config)
-                yield renamed(name, _META_NAMES), t.to(dtype or t.dtype)
+                yield renamed(name, _META_NAMES), as_dtype(name, t, dtype)
 
     files = tokenizer_files(src_dir)
     if "tokenizer.model" in files and "tokenizer.json" not in files and _is_tiktoken(files["tokenizer.model"]):

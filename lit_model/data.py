@@ -115,7 +115,7 @@ def _messages(messages: Any, where: str) -> list[dict[str, str]]:
         if not isinstance(message, dict):
             raise ValueError(f"{where}: a message is no object but {json.dumps(message)[:40]}")
         role, content = message.get("role", message.get("from")), message.get("content", message.get("value"))
-        if role not in ROLES:
+        if not isinstance(role, str) or role not in ROLES:
             raise ValueError(f"{where}: a message's role is {role!r}; known are {', '.join(ROLES)}")
         if not isinstance(content, str):
             raise ValueError(f"{where}: a message's content is no text but {json.dumps(content)[:40]}")
@@ -143,9 +143,13 @@ def _parsed(path: Path, text: str) -> tuple[list[tuple[int, Any]], str]:
         csv.field_size_limit(2**31 - 1)  # a text may be long
         reader = csv.DictReader(io.StringIO(text, newline=""))
         try:
-            return [(reader.line_num, {k: v for k, v in row.items() if v is not None}) for row in reader], "line"
+            rows = [(reader.line_num, {k: v for k, v in row.items() if v is not None}) for row in reader]
         except csv.Error as e:
             raise ValueError(f"{path}, line {reader.line_num}: not CSV ({e})") from None
+        if long := [number for number, row in rows if None in row]:
+            what = "has more fields than the first line has names: put quotes around texts with commas"
+            raise ValueError(f"{path}, line {long[0]}: it {what}")
+        return rows, "line"
     rows, where = [], "row"
     try:
         if path.suffix.lower() == ".jsonl":

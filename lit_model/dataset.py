@@ -5,6 +5,7 @@ import hashlib
 import io
 import json
 import time
+import zipfile
 from collections.abc import Sequence
 from contextlib import redirect_stdout
 from dataclasses import asdict, dataclass
@@ -13,13 +14,15 @@ from typing import Any
 
 import numpy as np
 
-from lit_model import classify
+from lit_model import chat, classify
+from lit_model import data as data_module
+from lit_model import examples as examples_module
+from lit_model import tokenizer as tokenizer_module
 from lit_model.data import PromptOptions, files_of, read_rows, split_rows, weighted
-from lit_model.examples import tokenize
+from lit_model.examples import conversation_style, tokenize
 from lit_model.packing import Example
 from lit_model.tokenizer import Tokenizer
 
-VERSION = 1  # of what is kept: a change of this package that makes other examples counts it up
 WORTH_KEEPING = 2.0  # seconds that making it took
 
 
@@ -29,6 +32,8 @@ class Dataset:
     val: list[Example]
     task: classify.Task | None
     """of rows with text and label"""
+    style: str
+    """what generation has to put around a prompt"""
 
 
 def read_dataset(
@@ -60,10 +65,15 @@ def read_dataset(
             if not path.is_file():
                 read_rows(path)  # says what is wrong with it
             key.update(hashlib.sha256(path.read_bytes()).digest() + f"{weight}{path.suffix}".encode())
-        key.update(json.dumps([VERSION, asdict(options), head, seed, limit, tokenizer.fingerprint]).encode())
+        for module in (classify, chat, data_module, examples_module, tokenizer_module):  # whose changes change examples
+            key.update(Path(module.__file__).read_bytes())
+        key.update(json.dumps([asdict(options), head, seed, limit, tokenizer.fingerprint]).encode())
         kept = cache_dir / f"{key.hexdigest()[:32]}.npz"
         if kept.is_file():
-            return _read(kept)
+            try:
+                return _read(kept)
+            except (OSError, ValueError, KeyError, zipfile.BadZipFile):
+                print(f"{kept} is broken: its examples are made again")
     said, began = io.StringIO(), time.perf_counter()
     with redirect_stdout(said):
         made = _make(files, tokenizer, options, val_data, head, seed, limit)
@@ -87,8 +97,7 @@ def _make(
     task = None
     if labelled := sum("label" in row for row in everything):
         if labelled < len(everything):
-            names = ", ".join(str(path) for path, _ in files)
-            raise ValueError(f"only some of {names} have labels: rows to tell apart go with no others")
+            raise ValueError(f"only some of {data_names(files)} have labels: rows to tell apart go with no others")
         task = classify.task_of(everything, head, options.question)
     elif head == "linear":
         raise ValueError(f"--head linear wants rows of text and label; those of {files[0][0]} have none")
@@ -102,21 +111,33 @@ def _make(
     if val_data and ("label" in val[0]) != (task is not None):
         raise ValueError(f"{val_data} has rows of another kind than {files[0][0]}")
     held, share = {repr(row) for row in val}, 0.0 if val_data else options.val_fraction
-    for part, (_, weight) in zip(parts, files, strict=True):
-        of_train, of_val = split_rows([row for row in part if repr(row) not in held], share, seed)
-        train += weighted(of_train, weight, seed)
-        val += of_val
+    splits = [split_rows([row for row in part if repr(row) not in held], share, seed) for part in parts]
+    val = list({repr(row): row for row in [*val, *(row for _, of_val in splits for row in of_val)]}.values())
+    never = {repr(row) for row in val}  # a row of two files may be in one's training part and the other's validation
+    for (of_train, _), (_, weight) in zip(splits, files, strict=True):
+        train += weighted([row for row in of_train if repr(row) not in never], weight, seed)
+    if not train:
+        raise ValueError(f"nothing is left to train on of {data_names(files)}")
     if overlap := sum(repr(row) in held for row in everything):
         print(f"{overlap} rows left out of training: {val_data} holds them, too")
     if len(files) > 1:
         train = [train[i] for i in np.random.default_rng(seed).permutation(len(train))]
-    return Dataset(examples(train[:limit], "training rows"), examples(val, "validation rows"), task)
+    style = options.style
+    if any("messages" in row for row in everything):
+        style = conversation_style(style, tokenizer)
+    elif task is None and not any("instruction" in row for row in everything):
+        style = "none"
+    return Dataset(examples(train[:limit], "training rows"), examples(val, "validation rows"), task, style)
+
+
+def data_names(files: Sequence[tuple[Path, float]]) -> str:
+    return ", ".join(str(path) for path, _ in files)
 
 
 def _write(path: Path, made: Dataset, said: str) -> None:
     both = [*made.train, *made.val]
     flags = [e.learned if e.learned is not None else np.ones(e.n_targets, dtype=bool) for e in both]
-    about = dict(n_train=len(made.train), task=made.task and asdict(made.task), said=said)
+    about = dict(n_train=len(made.train), task=made.task and asdict(made.task), said=said, style=made.style)
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_suffix(".partial")
     with open(aside, "wb") as file:
@@ -147,4 +168,4 @@ def _read(path: Path) -> Dataset:
     print(about["said"], end="")
     print(f"examples taken from {path}")
     n_train = about["n_train"]
-    return Dataset(made[:n_train], made[n_train:], about["task"] and classify.Task(**about["task"]))
+    return Dataset(made[:n_train], made[n_train:], about["task"] and classify.Task(**about["task"]), about["style"])

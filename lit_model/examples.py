@@ -23,6 +23,8 @@ BATCH = 256  # rows that are tokenized at a time
 def render(style: str, instruction: str, input: str = "", tokenizer: Tokenizer | None = None) -> str:
     """The prompt that a response follows; chat needs the tokenizer, which has the template. The alpaca text is that of
     https://github.com/tatsu-lab/stanford_alpaca."""
+    if style == "none":
+        return instruction
     if style in ("chatml", "chat"):
         question = f"{instruction}\n\n{input}" if input else instruction
         return chat_text(tokenizer, style, [{"role": "user", "content": question}], asks=True)
@@ -89,6 +91,11 @@ def tokenize(rows: Sequence[dict], tokenizer: Tokenizer, options: PromptOptions,
     return examples
 
 
+def conversation_style(style: str, tokenizer: Tokenizer) -> str:
+    """Of messages: the checkpoint's template, if it has one and chatml is not asked for."""
+    return "chatml" if style == "chatml" or tokenizer.chat_template is None else "chat"
+
+
 def _as_chat(row: dict) -> dict:
     """An instruction and its answer as a turn of each."""
     if "instruction" not in row:
@@ -135,7 +142,7 @@ def _texts(batch: Sequence[dict], tokenizer: Tokenizer, options: PromptOptions, 
 def _conversations(
     batch: Sequence[dict], tokenizer: Tokenizer, options: PromptOptions, counts: dict
 ) -> Iterator[Example]:
-    style = "chatml" if options.style == "chatml" or tokenizer.chat_template is None else "chat"
+    style = conversation_style(options.style, tokenizer)
     check_style(style, tokenizer)
     said_nothing = [not any(m["content"].strip() for m in row["messages"] if m["role"] == "assistant") for row in batch]
     counts["empty"] += sum(said_nothing)

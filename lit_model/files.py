@@ -58,7 +58,7 @@ def stream_tensors(path: Path, tensors: Iterable[tuple[str, Tensor]], shapes: Ma
 
     def write(name: str, t: Tensor) -> None:
         nonlocal end
-        header[name] = dict(dtype=_DTYPES[t.dtype], shape=list(t.shape), data_offsets=[end, end + t.nbytes])
+        header[name] = dict(dtype=DTYPES[t.dtype], shape=list(t.shape), data_offsets=[end, end + t.nbytes])
         file.write(memoryview(t.contiguous().flatten().view(torch.uint8).numpy()))
         end += t.nbytes
 
@@ -80,12 +80,13 @@ def stream_tensors(path: Path, tensors: Iterable[tuple[str, Tensor]], shapes: Ma
         raise
 
 
-_DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 
 
 def refuse_used(folder: Path) -> None:
     """Raises ValueError if `folder` holds a checkpoint, a finetuning run or the like: nothing there is replaced."""
     holds = [("lit_config.json", "a checkpoint"), ("hparams.yaml", "a finetuning run"), ("*.json", "other files")]
+    holds += [("tokenizer.model", "a tokenizer"), ("chat_template.jinja", "a chat template")]
     for name, what in (*holds, ("*.safetensors", "weights")):
         if any(folder.glob(name)):
             raise ValueError(f"{folder} holds {what} already; name another folder or remove it")

@@ -123,11 +123,18 @@ def source_of(source: str, out: Path, sha256: str | None) -> Path:
     if out.exists():
         raise ValueError(f"{out} is there already; remove it, or name another --out")
     out.parent.mkdir(parents=True, exist_ok=True)
-    if "://" in source:
-        return fetch_url(source, out.with_suffix(f".source{Path(source).suffix}"), sha256)
+    if "://" in source:  # a name of its own for each, so that nothing is taken for something else
+        name = hashlib.sha256(source.encode()).hexdigest()[:8]
+        return fetch_url(source, out.with_suffix(f".{name}{Path(source).suffix}"), sha256)
     if not Path(source).is_file():
         raise FileNotFoundError(f"{source} is not there")
+    _check_sha256(Path(source), source, sha256)
     return Path(source)
+
+
+def _check_sha256(path: Path, source: str, sha256: str | None) -> None:
+    if sha256 and (got := hashlib.sha256(path.read_bytes()).hexdigest()) != sha256:
+        raise ValueError(f"{source} has the sha256 {got} instead of {sha256}")
 
 
 def fetch_url(url: str, path: Path, sha256: str | None = None) -> Path:
@@ -136,6 +143,7 @@ def fetch_url(url: str, path: Path, sha256: str | None = None) -> Path:
     Raises ValueError if the server does not give it, or gives something else than `sha256` says.
     """
     if path.is_file():
+        _check_sha256(path, str(path), sha256)
         return path
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
@@ -156,9 +164,11 @@ def fetch_url(url: str, path: Path, sha256: str | None = None) -> Path:
         raise ValueError(f"{url} cannot be fetched ({e}); try again, or name a file that you have{kept}") from None
     if total and (size := partial.stat().st_size) != total:
         raise ValueError(f"{url} ended after {size} of {total} bytes: start again, and it goes on from there")
-    if sha256 and (got := hashlib.sha256(partial.read_bytes()).hexdigest()) != sha256:
+    try:
+        _check_sha256(partial, url, sha256)
+    except ValueError as e:
         partial.unlink()
-        raise ValueError(f"{url} has the sha256 {got} instead of {sha256}: it was thrown away")
+        raise ValueError(f"{e}: it was thrown away") from None
     os.replace(partial, path)
     return path
 

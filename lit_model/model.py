@@ -82,6 +82,8 @@ class Config:
             self.qkv_bias = self.bias
         if isinstance(self.rope_scaling, dict):  # from a preset or a file
             self.rope_scaling = RopeScaling(**self.rope_scaling)
+        if self.window is not None and self.window < 1:
+            raise ValueError(f"window is {self.window}; it must be at least 1")
         if self.n_head % self.n_kv_head:
             raise ValueError(f"n_head {self.n_head} is not a multiple of n_kv_head {self.n_kv_head}")
 

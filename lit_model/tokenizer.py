@@ -52,7 +52,8 @@ class Tokenizer:
         if eos is None or eos < 0:
             raise ValueError(f"{stated} must name the eos_token, the token that ends a text")
         self.eos_id: int = eos
-        self.bos_id: int | None = bos if adds_bos else None
+        self.bos_id: int | None = bos if adds_bos and bos is not None and bos >= 0 else None
+        self.is_sentencepiece = self._sp is not None
         token_of = self._hf.id_to_token if self._sp is None else self._sp.id_to_piece
         self.eos_token, self.bos_token = token_of(eos), None if self.bos_id is None else token_of(self.bos_id)
         ends = {self.eos_token: eos} | {token: self._id(token) for token in TURN_ENDS}

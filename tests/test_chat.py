@@ -103,6 +103,8 @@ def test_holes_in_what_is_learned_cost_the_loss_nothing_else():
         ("{{ raise_exception('roles must alternate') }}", "roles must alternate"),
         ("{% for m in messages %}", "cannot take"),
         ("{{ messages | length }}", "rewrites earlier turns"),
+        ("{{ 1 / 0 }}", "cannot take .* division by zero"),
+        ("{{ '{a}'.format() }}", "cannot take"),
     ],
 )
 def test_a_template_can_only_write(chatty, template, says):
@@ -126,8 +128,9 @@ def test_chats_train_and_the_run_answers_in_the_same_template(chatty, tmp_path, 
     rows = [{"messages": [*CHAT[:-1], {"role": "assistant", "content": f"quiet {i}"}]} for i in range(30)]
     (tmp_path / "chats.json").write_text(json.dumps(rows))
     said = say(lora, capsys, monkeypatch, f"--checkpoint_dir {tmp_path}/lit --data {tmp_path}/chats.json --out_dir "
-               f"{tmp_path}/out --prompt.style chat --train.batch_size 8 --devices cpu")  # fmt: skip
+               f"{tmp_path}/out --train.batch_size 8 --devices cpu")  # fmt: skip
     assert "29 examples" in said or "28 examples" in said
+    assert "style: chat" in (tmp_path / "out/hparams.yaml").read_text()
     args = f"--checkpoint_dir {tmp_path}/lit --method_dir {tmp_path}/out --prompt apple --max_new_tokens 2 --device cpu"
     say(base, capsys, monkeypatch, args)
     assert render("chat", "apple", tokenizer=Tokenizer(tmp_path / "lit")) == (

@@ -165,6 +165,24 @@ def test_files_are_mixed_by_weight(files, tokenizer):
         make(f"{files}/a.json,{files}/l.csv")
 
 
+def test_a_row_of_two_files_is_not_in_both_parts(files, rows, tokenizer):
+    (files / "c.json").write_text(json.dumps(rows[5:30]))
+    made = read_dataset(f"{files}/a.json,{files}/c.json,{files}/a.json:2", tokenizer, PromptOptions(val_fraction=0.3))
+    val = [e.ids.tobytes() for e in made.val]
+    assert len(set(val)) == len(val) and not set(val) & {e.ids.tobytes() for e in made.train}
+
+
+def test_a_broken_file_of_the_cache_is_made_again(files, tokenizer, monkeypatch, capsys):
+    monkeypatch.setattr(dataset, "WORTH_KEEPING", 0.0)
+    make = lambda: read_dataset(files / "a.json", tokenizer, PromptOptions(), cache_dir=files / "cache")  # noqa: E731
+    make()
+    (path,) = (files / "cache").glob("*.npz")
+    path.write_bytes(path.read_bytes()[:500])
+    assert len(make().train) == 38 and "is broken: its examples are made again" in capsys.readouterr().out
+    make()
+    assert "examples taken from" in capsys.readouterr().out
+
+
 def test_validation_rows_are_not_trained_on(files, tokenizer, rows, capsys):
     (files / "all.json").write_text(json.dumps(rows))
     made = read_dataset(files / "all.json", tokenizer, PromptOptions(), val_data=files / "b.json")
@@ -212,6 +230,8 @@ def test_examples_are_kept_until_anything_changes(files, tokenizer, monkeypatch,
         ("a.json", '[{"messages": [{"role": "assistant"}]}]', "a message's content is no text but null"),
         ("a.json", '[{"messages": ["a"]}]', 'a message is no object but "a"'),
         ("a.json", '[{"prompt": "a"}]', "row 1: a row needs instruction and output; it has prompt"),
+        ("a.json", '[{"messages": [{"role": ["user"], "content": "a"}]}]', "a message's role is \\['user'\\]"),
+        ("a.csv", "instruction,output\na,b, c\n", "a.csv, line 2: it has more fields than the first line has names"),
         ("a.txt", "a\0b", "a.txt is no text: it holds zero bytes"),
         ("a.txt", "\n\n", "a.txt holds no row"),
         ("a.csv", "a,b\n1,2\n", "a.csv, line 2: a row needs instruction and output; it has a, b"),

@@ -78,6 +78,8 @@ def test_each_script_makes_rows_of_a_file_that_one_has(tmp_path, capsys, monkeyp
         args = f"--source {tmp_path / source} --out {tmp_path / out}"
         assert f"saved {tmp_path / out}: 1 " in say(module, capsys, monkeypatch, args)
         assert read_rows(tmp_path / out) == rows
+        wrong = f"--source {tmp_path / source} --out {tmp_path}/w --sha256 00"
+        assert "has the sha256" in fail(module, capsys, monkeypatch, wrong) and not (tmp_path / "w").exists()
         assert "is there already; remove it" in fail(module, capsys, monkeypatch, args)
         missing = f"--source {tmp_path}/none{out[-5:]} --out {tmp_path}/y.json"
         assert "is not there" in fail(module, capsys, monkeypatch, missing)
