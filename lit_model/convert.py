@@ -1,5 +1,5 @@
 """Weights in: a folder of the Hugging Face Hub becomes a checkpoint folder. convert_gguf.py and convert_meta.py take
-other files. Tensors go one by one from file to file, so that a network needs no more memory than its largest tensor.
+other files. Tensors go one by one from file to file, so that a network needs little more memory than its largest shard.
 """
 
 import json
@@ -126,6 +126,8 @@ def hf_config(path: Path) -> Config:
     sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
     hf = read_json(path, *sizes, "max_position_embeddings", "rms_norm_eps")
     rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}  # transformers 5; 4
+    if not isinstance(rope, dict) or any(isinstance(value, dict) for value in rope.values()):
+        raise ValueError(f"{path}: its rope parameters are not one set for all layers, which is not supported")
     return Config(
         vocab_size=hf["vocab_size"],
         block_size=hf["max_position_embeddings"],
@@ -147,10 +149,8 @@ def hf_config(path: Path) -> Config:
 
 
 def _rope_scaling(path: Path, rope: dict[str, Any]) -> dict[str, Any] | None:
-    kind = rope.get("rope_type", rope.get("type", "default")) if isinstance(rope, dict) else rope
-    if isinstance(rope, dict) and any(isinstance(value, dict) for value in rope.values()):
-        raise ValueError(f"{path}: rope_parameters differ by layer, which is not supported")
-    if isinstance(rope, dict) and rope.get("partial_rotary_factor") not in (None, 1):
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if rope.get("partial_rotary_factor") not in (None, 1):
         raise ValueError(f"{path}: partial_rotary_factor is {rope['partial_rotary_factor']}, which is not supported")
     if kind == "default":
         return None
@@ -214,8 +214,8 @@ def unpickled(path: Path) -> dict[str, Tensor]:
         if "weights_only" in str(e) or "Unsupported" in str(e):
             raise ValueError(f"{path} holds more than tensors, which could run code: it is not read") from None
         raise ValueError(f"{path} is broken or only partly written ({str(e).splitlines()[0]})") from None
-    except (RuntimeError, EOFError, ValueError, KeyError) as e:
-        raise ValueError(f"{path} is broken or only partly written ({str(e).splitlines()[0]})") from None
+    except (RuntimeError, EOFError, OSError, LookupError, ValueError) as e:
+        raise ValueError(f"{path} is broken or only partly written ({' '.join(str(e).split())[:100]})") from None
     if not isinstance(content, dict) or not all(isinstance(t, Tensor) for t in content.values()):
         raise ValueError(f"{path} holds no weights by name")
     return content

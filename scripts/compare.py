@@ -91,6 +91,7 @@ METHODS = {
     "dora": Method(lora, _lora(dora=True), 3e-3),
     "qlora": Method(lora, _lora(r=16, targets=ALL_LINEARS) | dict(quantize="nf4"), 1e-3),
     "adapter": Method(adapter, {}, 1e-2),
+    "adapter-linear": Method(adapter, dict(adapter=adapter.Adapter(gate="linear")), 1e-2),
     "adapter_v2": Method(adapter_v2, {}, 1e-3),
     "bottleneck": Method(bottleneck, {}, 1e-3),
     "ia3": Method(ia3, {}, 1e-2),

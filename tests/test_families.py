@@ -113,7 +113,12 @@ def test_config_json_of_transformers_4_says_the_same(name, tmp_path):
         ("llama-3", dict(hidden_act="gelu"), "hidden_act is 'gelu'"),
         ("llama-3", dict(model_type="gemma"), "model_type is 'gemma'; known are gpt2, llama, mistral, qwen2, qwen3"),
         ("llama-3", dict(rms_norm_eps=None), "lacks rms_norm_eps"),
-        ("llama-3", dict(rope_parameters={"full_attention": {"rope_theta": 1e6}}), "rope_parameters differ by layer"),
+        (
+            "llama-3",
+            dict(rope_parameters={"full_attention": {"rope_theta": 1e6}}),
+            "its rope parameters are not one set",
+        ),
+        ("llama-3", dict(rope_parameters="linear"), "its rope parameters are not one set"),
         ("llama-3", dict(rope_parameters={"partial_rotary_factor": 0.5}), "partial_rotary_factor is 0.5"),
     ],
 )

@@ -6,7 +6,6 @@ import os
 import pickle
 import subprocess
 import sys
-import zipfile
 
 import gguf
 import numpy as np
@@ -79,6 +78,9 @@ def test_nothing_but_tensors_is_unpickled(tmp_path):
         convert_hf(tmp_path / "hf", tmp_path / "out")
     path.write_bytes(pickle.dumps(RunsCode()))
     with pytest.raises(ValueError, match="pytorch_model.bin holds more than tensors|is broken"):
+        convert_hf(tmp_path / "hf", tmp_path / "out")
+    path.write_bytes(b"")
+    with pytest.raises(ValueError, match="pytorch_model.bin is broken or only partly written"):
         convert_hf(tmp_path / "hf", tmp_path / "out")
     torch.save([torch.zeros(2)], path)
     with pytest.raises(ValueError, match="holds no weights by name"):
@@ -242,4 +244,3 @@ def test_gpt2_in_a_bin_file_with_its_masks(tmp_path):
     idx = torch.randint(0, 97, (1, 30))
     with torch.no_grad():
         torch.testing.assert_close(load(tmp_path / "lit")(idx), hf(idx).logits, rtol=0, atol=1e-5)
-    assert not zipfile.is_zipfile(tmp_path / "lit/lit_model.safetensors")
