@@ -2,9 +2,14 @@
 says. Templates are programs that come with a checkpoint: they run in jinja2's sandbox."""
 
 import json
-from collections.abc import Sequence
+import signal
+import sys
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from datetime import datetime
 from functools import cache
+from pathlib import Path
 from typing import Any, NoReturn
 
 from jinja2 import Template, TemplateError
@@ -13,11 +18,15 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from lit_model.tokenizer import Tokenizer
 
+if sys.platform == "linux":
+    import resource
+
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 Message = dict[str, str]  # role and content
+SECONDS, BYTES = 5, 2**29  # that a template may take for one conversation
 
 
 def chat_text(tokenizer: Tokenizer, style: str, messages: Sequence[Message], asks: bool) -> str:
@@ -38,7 +47,8 @@ def chat_text(tokenizer: Tokenizer, style: str, messages: Sequence[Message], ask
     bos = tokenizer.bos_token or "" if tokenizer else ""
     try:
         values = dict(messages=messages, add_generation_prompt=asks, bos_token=bos, eos_token=eos)
-        text = _compiled(template).render(values)
+        with _limited(SECONDS, BYTES):
+            text = _compiled(template).render(values)
     except SecurityError as e:
         raise ValueError(f"the checkpoint's chat template does what a template must not: {e}") from None
     except Exception as e:  # a template is a program: it may do anything wrong
@@ -69,10 +79,45 @@ def turns(tokenizer: Tokenizer, style: str, messages: Sequence[Message]) -> list
     return pieces
 
 
+class _Sandbox(ImmutableSandboxedEnvironment):
+    """Also refuses powers, which nothing can interrupt."""
+
+    intercepted_binops = frozenset(("**",))
+
+    def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> NoReturn:
+        raise SecurityError(f"{left} {operator} {right}")
+
+
+@contextmanager
+def _limited(seconds: int, size: int) -> Iterator[None]:
+    """Stops what does not end or takes `size` bytes more than there are in use: in the main thread and on Linux, where
+    Python can do that."""
+
+    def stop(*_: Any) -> NoReturn:
+        raise SecurityError(f"it takes more than {seconds} seconds")
+
+    if threading.current_thread() is not threading.main_thread() or sys.platform != "linux":
+        yield
+        return
+    in_use = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    limits, before = resource.getrlimit(resource.RLIMIT_AS), signal.signal(signal.SIGALRM, stop)
+    allowed = [n for n in (in_use + size, *limits) if n != resource.RLIM_INFINITY]
+    resource.setrlimit(resource.RLIMIT_AS, (min(allowed), limits[1]))
+    signal.alarm(seconds)
+    try:
+        yield
+    except MemoryError:
+        raise SecurityError(f"it takes more than {size} bytes") from None
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+        resource.setrlimit(resource.RLIMIT_AS, limits)
+
+
 @cache
 def _compiled(template: str) -> Template:
     options = dict(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
-    environment = ImmutableSandboxedEnvironment(**options)
+    environment = _Sandbox(**options)
     environment.filters["tojson"] = lambda value, **options: json.dumps(value, ensure_ascii=False, **options)
     environment.globals |= dict(raise_exception=_refuse, strftime_now=lambda form: datetime.now().strftime(form))
     return environment.from_string(template)

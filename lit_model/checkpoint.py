@@ -37,7 +37,7 @@ from lit_model import (
     selective,
     several,
 )
-from lit_model.files import read_json, stream_tensors, write_tensors, write_text
+from lit_model.files import blamed_on, read_json, refuse_pointer, replacing, stream_tensors, write_tensors, write_text
 from lit_model.quantize import Kind
 from lit_model.quantize import quantize as quantize_block
 
@@ -136,7 +136,7 @@ def _install(gpt: model.GPT, method_dir: Path | str, checkpoint_dir: Path | str)
         raise ValueError(f"{method_dir} was trained on another base than {checkpoint_dir}")
     method, options = METHODS[header["method"]]
     before = gpt.state_dict().keys()
-    with torch.device("meta"):
+    with blamed_on(method_file(method_dir)), torch.device("meta"):
         method.install(gpt, options(**json.loads(header["options"])) if options else None)
         if (task := task_in(header)) and task.head == "linear":
             classify.install(gpt, len(task.classes))
@@ -292,7 +292,8 @@ def save_checkpoint(
             out_dir.rmdir()
         raise
     for name, content in tokenizer_files.items():
-        (out_dir / name).write_bytes(content)
+        with replacing(out_dir / name) as aside:
+            aside.write_bytes(content)
     shape = {name: value for name, value in asdict(config).items() if name in _CONFIG_FIELDS}
     content = shape | {"fingerprint": combined(digests)}
     write_text(out_dir / "lit_config.json", json.dumps(content, indent=2) + "\n")
@@ -347,6 +348,7 @@ def open_tensors(path: Path, device: torch.device | str = "cpu") -> Any:
     """A safetensors file. Raises FileNotFoundError, or ValueError if it is broken."""
     if not path.is_file():
         raise FileNotFoundError(f"{path} is not there")
+    refuse_pointer(path)
     try:
         return safe_open(path, framework="pt", device=str(device))
     except SafetensorError as e:

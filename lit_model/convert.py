@@ -5,6 +5,7 @@ other files. Tensors go one by one from file to file, so that a network needs li
 import json
 import pickle
 import re
+import zipfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from lit_model.checkpoint import open_tensors, save_checkpoint
-from lit_model.files import DTYPES, read_json, refuse_used
+from lit_model.files import DTYPES, blamed_on, read_json, refuse_pointer, refuse_used
 from lit_model.model import Config
 
 _HF_LLAMA = {
@@ -51,8 +52,9 @@ def convert_hf(src_dir: Path, out_dir: Path, dtype: torch.dtype | None = None) -
     refuse_used(out_dir)
     config = hf_config(src_dir / "config.json")
     rename = _hf_gpt2_tensors if config.arch == "gpt2" else hf_llama_tensors
-    tensors = ((name, as_dtype(name, t, dtype)) for name, t in rename(_hf_tensors(src_dir)))
-    save_checkpoint(out_dir, config, tensors, _name_eos(tokenizer_files(src_dir), src_dir))
+    with blamed_on(src_dir):
+        tensors = ((name, as_dtype(name, t, dtype)) for name, t in rename(_hf_tensors(src_dir)))
+        save_checkpoint(out_dir, config, tensors, _name_eos(tokenizer_files(src_dir), src_dir))
 
 
 def as_dtype(name: str, t: Tensor, dtype: torch.dtype | None) -> Tensor:
@@ -78,10 +80,15 @@ def _name_eos(files: dict[str, bytes], src_dir: Path) -> dict[str, bytes]:
     stated = "tokenizer_config.json"
     config = read_json(src_dir / stated) if stated in files else {}
     eos = read_json(src_dir / "config.json").get("eos_token_id")
-    eos = eos[0] if isinstance(eos, list) else eos
+    eos = next(iter(eos), None) if isinstance(eos, list) else eos
     if "tokenizer.json" not in files or config.get("eos_token") or eos is None:
         return files
-    token = Tokenizer.from_str(files["tokenizer.json"].decode()).id_to_token(eos)
+    try:
+        token = Tokenizer.from_str(files["tokenizer.json"].decode()).id_to_token(eos)
+    except Exception as e:  # tokenizers raises nothing more special
+        raise ValueError(f"{src_dir / 'tokenizer.json'} is broken, or has no token {eos!r} ({e})") from None
+    if token is None:
+        raise ValueError(f"{src_dir / 'config.json'}: eos_token_id is {eos}, which tokenizer.json does not have")
     return files | {stated: (json.dumps(config | {"eos_token": token}, indent=2) + "\n").encode()}
 
 
@@ -103,9 +110,14 @@ _HF_ONLY = {  # what this model can do: family -> field -> values; absent or nul
 
 def hf_config(path: Path) -> Config:
     """The shape that a config.json of transformers 4 or 5 states. Raises ValueError for what is not known here."""
+    with blamed_on(path):
+        return _hf_config(path)
+
+
+def _hf_config(path: Path) -> Config:
     hf = read_json(path)
     kind = hf.get("model_type")
-    if kind not in _HF_ONLY:
+    if not isinstance(kind, str) or kind not in _HF_ONLY:
         raise ValueError(f"{path}: model_type is {kind!r}; known are {', '.join(_HF_ONLY)}")
     for field, values in _HF_ONLY[kind].items():
         if hf.get(field) is not None and hf[field] not in values:
@@ -180,7 +192,10 @@ def _hf_tensors(src_dir: Path) -> Iterator[tuple[str, Tensor]]:
     for name in ("model.safetensors", "pytorch_model.bin"):
         index = src_dir / f"{name}.index.json"
         if index.is_file():
-            shards = sorted(set(read_json(index, "weight_map")["weight_map"].values()))
+            shards = read_json(index, "weight_map")["weight_map"]
+            if not isinstance(shards, dict) or not all(isinstance(shard, str) for shard in shards.values()):
+                raise ValueError(f"{index}: weight_map is no map from names to files")
+            shards = sorted(set(shards.values()))
             if strange := [shard for shard in shards if Path(shard).name != shard]:
                 raise ValueError(f"{index} names a shard outside its folder: {strange[0]}")
             if missing := [shard for shard in shards if not (src_dir / shard).is_file()]:
@@ -204,8 +219,14 @@ def unpickled(path: Path) -> dict[str, Tensor]:
 
     Raises ValueError if it is none, or holds anything else.
     """
+    refuse_pointer(path)
     options = dict(map_location="cpu", weights_only=True)
+    with open(path, "rb") as file:
+        if file.read(1) not in (b"P", b"\x80"):
+            raise ValueError(f"{path} is broken or only partly written: no file of torch.save")
     try:
+        if zipfile.is_zipfile(path) and any(i.compress_type for i in zipfile.ZipFile(path).infolist()):
+            raise ValueError("it is compressed, which torch.save never does")
         try:
             content = torch.load(path, mmap=True, **options)
         except RuntimeError:  # written by a torch before 1.6
@@ -214,10 +235,17 @@ def unpickled(path: Path) -> dict[str, Tensor]:
         if "weights_only" in str(e) or "Unsupported" in str(e):
             raise ValueError(f"{path} holds more than tensors, which could run code: it is not read") from None
         raise ValueError(f"{path} is broken or only partly written ({str(e).splitlines()[0]})") from None
-    except (RuntimeError, EOFError, OSError, LookupError, ValueError) as e:
+    except Exception as e:  # a broken one can raise nearly anything
         raise ValueError(f"{path} is broken or only partly written ({' '.join(str(e).split())[:100]})") from None
-    if not isinstance(content, dict) or not all(isinstance(t, Tensor) for t in content.values()):
+    if (
+        not isinstance(content, dict)
+        or {type(name) for name in content} - {str}
+        or not all(isinstance(t, Tensor) for t in content.values())
+    ):
         raise ValueError(f"{path} holds no weights by name")
+    for name, t in content.items():
+        if t.layout != torch.strided or t.nbytes > t.untyped_storage().nbytes():
+            raise ValueError(f"{path}: {name} is a sparse or an expanded tensor, which no network is made of")
     return content
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from lit_model.checkpoint import save_checkpoint
 from lit_model.convert import renamed
-from lit_model.files import refuse_used
+from lit_model.files import blamed_on, refuse_pointer, refuse_used
 from lit_model.model import Config, rope_frequencies
 
 _GGUF_NAMES = {
@@ -45,23 +45,25 @@ def convert_gguf(src: Path, out_dir: Path, dtype: torch.dtype = torch.bfloat16) 
     refuse_used(out_dir)
     if not src.is_file():
         raise FileNotFoundError(f"{src} is not there")
+    refuse_pointer(src)
     try:
         reader = GGUFReader(src)
-    except (ValueError, IndexError, KeyError, OverflowError) as e:
+    except Exception as e:  # a broken one can raise nearly anything
         raise ValueError(f"{src} is not a whole GGUF file: {e}") from None
-    fields = _Fields({name: field.contents() for name, field in reader.fields.items()})
-    fields.path = src
-    arch = fields.get("general.architecture")
-    if arch not in ("llama", "qwen2", "gpt2"):
-        raise ValueError(f"{src}: its architecture is {arch!r}; known are llama, qwen2 and gpt2")
-    config = _config(reader, fields, arch)
+    with blamed_on(src):
+        fields = _Fields({name: field.contents() for name, field in reader.fields.items()})
+        fields.path = src
+        arch = fields.get("general.architecture")
+        if arch not in ("llama", "qwen2", "gpt2"):
+            raise ValueError(f"{src}: its architecture is {arch!r}; known are llama, qwen2 and gpt2")
+        config = _config(reader, fields, arch)
 
-    def tensors() -> Iterator[tuple[str, Tensor]]:
-        for t in reader.tensors:
-            if t.name != "rope_freqs.weight":
-                yield from _ours(t.name, _unpacked(src, t).to(dtype), config, arch)
+        def tensors() -> Iterator[tuple[str, Tensor]]:
+            for t in reader.tensors:
+                if t.name != "rope_freqs.weight":
+                    yield from _ours(t.name, _unpacked(src, t).to(dtype), config, arch)
 
-    save_checkpoint(out_dir, config, tensors(), _gguf_tokenizer(fields))
+        save_checkpoint(out_dir, config, tensors(), _gguf_tokenizer(fields))
 
 
 def _config(reader: GGUFReader, fields: "_Fields", arch: str) -> Config:

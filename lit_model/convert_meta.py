@@ -9,6 +9,7 @@ embeddings before LLaMA 3) the slices stand side by side, of the others one belo
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,7 +17,7 @@ from torch import Tensor
 from lit_model.checkpoint import save_checkpoint
 from lit_model.convert import as_dtype, renamed, tokenizer_files, unpickled
 from lit_model.convert_gguf import half_split
-from lit_model.files import read_json, refuse_used
+from lit_model.files import blamed_on, read_json, refuse_used
 from lit_model.model import Config
 
 _META_NAMES = {
@@ -52,26 +53,8 @@ def convert_meta(src_dir: Path, out_dir: Path, dtype: torch.dtype | None = None,
     names = ("tok_embeddings.weight", "layers.0.feed_forward.w1.weight")
     if missing := [name for name in names if name not in slices[0]]:
         raise ValueError(f"{paths[0]} has no tensor {missing[0]}")
-    vocab_size, n_embd, n_hidden = params.get("vocab_size", -1), params["dim"], len(slices[0][names[1]]) * len(paths)
-    if vocab_size < 0:  # not stated before LLaMA 3
-        vocab_size = len(slices[0][names[0]])
-    long = params.get("use_scaled_rope", False)
-    config = Config(
-        vocab_size=vocab_size,
-        block_size=block_size or (131072 if long else 8192 if vocab_size > 100_000 else 2048),
-        n_layer=params["n_layers"],
-        n_head=params["n_heads"],
-        n_kv_head=params.get("n_kv_heads"),
-        n_embd=n_embd,
-        n_hidden=n_hidden,
-        rope_base=params.get("rope_theta", 10000.0),
-        rope_scaling=dict(
-            factor=32.0 if n_embd < 4096 else 8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_block_size=8192
-        ) if long else None,
-        window=params.get("sliding_window"),  # Mistral's
-        norm_eps=params["norm_eps"],
-        tie="output.weight" not in slices[0],
-    )  # fmt: skip
+    with blamed_on(src_dir / "params.json"):
+        config = _config(params, slices, block_size)
 
     def tensors() -> Iterator[tuple[str, Tensor]]:
         for name in slices[0]:
@@ -87,7 +70,34 @@ def convert_meta(src_dir: Path, out_dir: Path, dtype: torch.dtype | None = None,
             f"{src_dir / 'tokenizer.model'} is of tiktoken's kind: put tokenizer.json and tokenizer_config.json of "
             "the same network on the Hub beside it"
         )
-    save_checkpoint(out_dir, config, tensors(), files)
+    with blamed_on(src_dir):
+        save_checkpoint(out_dir, config, tensors(), files)
+
+
+def _config(params: dict[str, Any], slices: list[dict[str, Tensor]], block_size: int | None) -> Config:
+    embedding, w1 = (slices[0][name] for name in ("tok_embeddings.weight", "layers.0.feed_forward.w1.weight"))
+    vocab_size, n_embd, n_hidden = params.get("vocab_size", -1), params["dim"], len(w1) * len(slices)
+    if vocab_size < 0:  # not stated before LLaMA 3
+        vocab_size = len(embedding)
+    long = params.get("use_scaled_rope", False)
+    if block_size is None:
+        block_size = 131072 if long else 8192 if vocab_size > 100_000 else 2048
+    return Config(
+        vocab_size=vocab_size,
+        block_size=block_size,
+        n_layer=params["n_layers"],
+        n_head=params["n_heads"],
+        n_kv_head=params.get("n_kv_heads"),
+        n_embd=n_embd,
+        n_hidden=n_hidden,
+        rope_base=params.get("rope_theta", 10000.0),
+        rope_scaling=dict(
+            factor=32.0 if n_embd < 4096 else 8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_block_size=8192
+        ) if long else None,
+        window=params.get("sliding_window"),  # Mistral's
+        norm_eps=params["norm_eps"],
+        tie="output.weight" not in slices[0],
+    )  # fmt: skip
 
 
 def _joined(name: str, parts: list[Tensor], config: Config) -> Tensor:

@@ -11,6 +11,7 @@ text                                                      a text to learn as it 
 import csv
 import io
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +28,7 @@ KINDS = {  # what a row must have: what else it may have
     ("text",): (),
 }
 ROLES = {"human": "user", "gpt": "assistant", "user": "user", "assistant": "assistant", "system": "system"}
-PIECE = 2000  # characters of a .txt file's rows, about: paragraphs stay whole
+PIECE = 2000  # characters of a .txt file's rows, at least
 
 
 @dataclass
@@ -41,7 +42,8 @@ class PromptOptions:
     mask: bool = True
     """learn the response only; false: the prompt too"""
     max_length: int = 384
-    """longest example in tokens; a longer response is cut and still ends in the end-of-text token"""
+    """longest example in tokens; a longer response is cut and still ends in the end-of-text token, a longer
+    conversation is cut where it is"""
     val_fraction: float = 0.05
     """share of the rows that is kept for validation and never trained on"""
     question: str = "Label:"
@@ -99,7 +101,7 @@ def _checked(row: Any, needed: tuple[str, ...], where: str) -> dict[str, Any]:
         value = row.get(key)
         if not isinstance(value, str | int | float | None):
             raise ValueError(f"{where}: {key} is no text but {json.dumps(value)[:40]}")
-        made[key] = "" if value is None else str(value)
+        made[key] = "" if value is None else _encodable(str(value), where)
     if "label" in made:
         made["label"] = made["label"].strip()
         if not made["label"]:
@@ -119,22 +121,25 @@ def _messages(messages: Any, where: str) -> list[dict[str, str]]:
             raise ValueError(f"{where}: a message's role is {role!r}; known are {', '.join(ROLES)}")
         if not isinstance(content, str):
             raise ValueError(f"{where}: a message's content is no text but {json.dumps(content)[:40]}")
-        made.append({"role": ROLES[role], "content": content})
+        made.append({"role": ROLES[role], "content": _encodable(content, where)})
     if not any(m["role"] == "assistant" for m in made):
         raise ValueError(f"{where}: the assistant says nothing in it")
     return made
 
 
+def _encodable(text: str, where: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError as e:
+        raise ValueError(f"{where}: {e.object[e.start]!r} is half a character of UTF-16, and no text") from None
+    return text
+
+
 def _pieces(text: str) -> list[str]:
-    """Paragraphs, as many together as make PIECE characters."""
-    pieces, size = [[]], 0
-    for paragraph in text.split("\n\n"):
-        if size >= PIECE:
-            pieces.append([])
-            size = 0
-        pieces[-1].append(paragraph)
-        size += len(paragraph)
-    return [piece for piece in ("\n\n".join(parts).strip("\n") for parts in pieces) if piece.strip()]
+    """Of PIECE characters and more: up to the end of a paragraph, of a line, of a word, whichever comes in time."""
+    ends = "|".join(rf".{{{PIECE},{2 * PIECE}}}?{end}" for end in (r"(?:\n\n|\Z)", r"\n", r"\s"))
+    pieces = (piece.strip("\n") for piece in re.findall(rf"{ends}|.{{1,{2 * PIECE}}}", text, re.DOTALL))
+    return [piece for piece in pieces if piece.strip()]
 
 
 def _parsed(path: Path, text: str) -> tuple[list[tuple[int, Any]], str]:
@@ -162,8 +167,10 @@ def _parsed(path: Path, text: str) -> tuple[list[tuple[int, Any]], str]:
     except json.JSONDecodeError as e:
         number = number if where == "line" else e.lineno
         raise ValueError(f"{path}, line {number}: not JSON ({e.msg} at column {e.colno})") from None
-    except TypeError:
+    except (TypeError, RecursionError):
         raise ValueError(f"{path} holds no list of rows") from None
+    except ValueError as e:  # a whole number of 5,000 digits
+        raise ValueError(f"{path}: {e}") from None
     return rows, where
 
 
@@ -178,8 +185,8 @@ def files_of(data: Path | str) -> list[tuple[Path, float]]:
             found.append((Path(name), float(weight)) if name else (Path(weight), 1.0))
         except ValueError:  # a colon of the name
             found.append((Path(part.strip()), 1.0))
-        if not 0 < found[-1][1] < float("inf"):
-            raise ValueError(f"--data: the weight of {part} must be above 0")
+        if not 0 < found[-1][1] <= 1000:
+            raise ValueError(f"--data: the weight of {part} must be above 0, and at most 1000")
     return found
 
 
@@ -190,9 +197,14 @@ def weighted(rows: Sequence[dict], weight: float, seed: int) -> list[dict]:
     return [*rows] * int(whole) + [rows[i] for i in sorted(some)]
 
 
+def asked(row: dict) -> str:
+    """What makes a row that row: of a text and its label the text."""
+    return row["text"] if "label" in row else repr(row)
+
+
 def split_rows(rows: Sequence[dict], val_fraction: float, seed: int) -> tuple[list[dict], list[dict]]:
     """(training rows, validation rows), shuffled by `seed`. Repeated rows are dropped first: none is in both."""
-    unique = list({row["text"] if "label" in row else repr(row): row for row in rows}.values())
+    unique = list({asked(row): row for row in rows}.values())
     if len(unique) < len(rows):
         print(f"{len(rows) - len(unique)} of {len(rows)} rows left out: they repeat another one")
     if other := len({repr(row) for row in rows}) - len(unique):

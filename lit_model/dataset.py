@@ -9,6 +9,7 @@ import zipfile
 from collections.abc import Sequence
 from contextlib import redirect_stdout
 from dataclasses import asdict, dataclass
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,9 @@ from lit_model import chat, classify
 from lit_model import data as data_module
 from lit_model import examples as examples_module
 from lit_model import tokenizer as tokenizer_module
-from lit_model.data import PromptOptions, files_of, read_rows, split_rows, weighted
+from lit_model.data import PromptOptions, asked, files_of, read_rows, split_rows, weighted
 from lit_model.examples import conversation_style, tokenize
+from lit_model.files import replacing
 from lit_model.packing import Example
 from lit_model.tokenizer import Tokenizer
 
@@ -67,6 +69,8 @@ def read_dataset(
             key.update(hashlib.sha256(path.read_bytes()).digest() + f"{weight}{path.suffix}".encode())
         for module in (classify, chat, data_module, examples_module, tokenizer_module):  # whose changes change examples
             key.update(Path(module.__file__).read_bytes())
+        if "strftime_now" in (tokenizer.chat_template or ""):
+            key.update(str(date.today()).encode())
         key.update(json.dumps([asdict(options), head, seed, limit, tokenizer.fingerprint]).encode())
         kept = cache_dir / f"{key.hexdigest()[:32]}.npz"
         if kept.is_file():
@@ -79,7 +83,10 @@ def read_dataset(
         made = _make(files, tokenizer, options, val_data, head, seed, limit)
     print(said.getvalue(), end="")
     if kept is not None and time.perf_counter() - began > WORTH_KEEPING:
-        _write(kept, made, said.getvalue())
+        try:
+            _write(kept, made, said.getvalue())
+        except OSError as e:
+            print(f"the examples are not kept for the next run: {e}")
     return made
 
 
@@ -110,15 +117,15 @@ def _make(
     train, val = [], read_rows(val_data) if val_data else []
     if val_data and ("label" in val[0]) != (task is not None):
         raise ValueError(f"{val_data} has rows of another kind than {files[0][0]}")
-    held, share = {repr(row) for row in val}, 0.0 if val_data else options.val_fraction
-    splits = [split_rows([row for row in part if repr(row) not in held], share, seed) for part in parts]
-    val = list({repr(row): row for row in [*val, *(row for _, of_val in splits for row in of_val)]}.values())
-    never = {repr(row) for row in val}  # a row of two files may be in one's training part and the other's validation
+    held, share = {asked(row) for row in val}, 0.0 if val_data else options.val_fraction
+    splits = [split_rows([row for row in part if asked(row) not in held], share, seed) for part in parts]
+    val = list({asked(row): row for row in [*val, *(row for _, of_val in splits for row in of_val)]}.values())
+    never = {asked(row) for row in val}  # a row of two files may be in one's training part and the other's validation
     for (of_train, _), (_, weight) in zip(splits, files, strict=True):
-        train += weighted([row for row in of_train if repr(row) not in never], weight, seed)
+        train += weighted([row for row in of_train if asked(row) not in never], weight, seed)
     if not train:
         raise ValueError(f"nothing is left to train on of {data_names(files)}")
-    if overlap := sum(repr(row) in held for row in everything):
+    if overlap := sum(asked(row) in held for row in everything):
         print(f"{overlap} rows left out of training: {val_data} holds them, too")
     if len(files) > 1:
         train = [train[i] for i in np.random.default_rng(seed).permutation(len(train))]
@@ -139,8 +146,7 @@ def _write(path: Path, made: Dataset, said: str) -> None:
     flags = [e.learned if e.learned is not None else np.ones(e.n_targets, dtype=bool) for e in both]
     about = dict(n_train=len(made.train), task=made.task and asdict(made.task), said=said, style=made.style)
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_suffix(".partial")
-    with open(aside, "wb") as file:
+    with replacing(path) as aside, open(aside, "wb") as file:
         np.savez(
             file,
             about=np.array(json.dumps(about)),
@@ -149,7 +155,6 @@ def _write(path: Path, made: Dataset, said: str) -> None:
             first=np.array([e.first_target for e in both]),
             learned=np.packbits(np.concatenate(flags)),
         )
-    aside.replace(path)
 
 
 def _read(path: Path) -> Dataset:

@@ -1,15 +1,40 @@
 """Reading and writing with errors that name the file."""
 
 import json
+import math
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from types import NoneType
+from typing import Any, Literal, get_args, get_origin
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
+
+
+@contextmanager
+def blamed_on(path: Path) -> Iterator[None]:
+    """Whatever goes wrong with what a file says ends as a ValueError that names the file."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RuntimeError) as e:
+        said = " ".join(str(e).split())[:300]
+        if not isinstance(e, ValueError):
+            said = f"it is not as such a file should be ({type(e).__name__}: {said})"
+        raise ValueError(said if str(path) in said else f"{path}: {said}") from e
+
+
+def refuse_pointer(path: Path) -> None:
+    """Raises ValueError if Git has left a note here of where the file is, and not the file."""
+    with open(path, "rb") as file:
+        if file.read(40).startswith(b"version https://git-lfs"):
+            raise ValueError(f"{path} is a pointer of Git LFS and not the file itself: fetch it with 'git lfs pull'")
 
 
 def read_json(path: Path, *needed: str) -> dict[str, Any]:
@@ -18,7 +43,7 @@ def read_json(path: Path, *needed: str) -> dict[str, Any]:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise FileNotFoundError(f"{path} is not there") from None
-    except ValueError as e:  # no JSON, or no text
+    except (ValueError, RecursionError) as e:  # no JSON, or no text
         raise ValueError(f"{path} is broken or only partly written ({e})") from None
     missing = [key for key in needed if key not in content] if isinstance(content, dict) else ["a JSON object"]
     if missing:
@@ -26,25 +51,54 @@ def read_json(path: Path, *needed: str) -> dict[str, Any]:
     return content
 
 
+def check_types(made: Any, kind: type) -> None:
+    """Raises ValueError for a field that is not of its type, or a number that is not above 0: files say anything."""
+    for f in fields(kind):
+        value, types = getattr(made, f.name), get_args(f.type) or (f.type,)
+        if value is None and NoneType in types:
+            continue
+        if get_origin(f.type) is Literal:
+            fits, wanted = value in types, f"one of {', '.join(map(str, types))}"
+        elif float in types or int in types:
+            numbers, wanted = ((int, float), "a number") if float in types else ((int,), "a whole number")
+            fits, wanted = type(value) in numbers and 0 < value < math.inf, f"{wanted} above 0"
+        else:
+            fits, wanted = isinstance(value, types), " or ".join(t.__name__ for t in types)
+        if not fits:
+            raise ValueError(f"{f.name} is {repr(value)[:60]}; it must be {wanted}")
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Where to write what is to be the file `path`. It takes that name when it is whole and on the disk: a reader sees
+    the old file or the new one, whatever happens. Another process writes to another place."""
+    aside = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    try:
+        yield aside
+        with open(aside, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+    except BaseException:
+        aside.unlink(missing_ok=True)
+        raise
+
+
 def write_text(path: Path, text: str) -> None:
-    """Writes in one step: a reader sees the old file or the new one."""
-    aside = path.with_name(path.name + ".partial")
-    aside.write_text(text, encoding="utf-8")
-    os.replace(aside, path)
+    """Writes in one step."""
+    with replacing(path) as aside:
+        aside.write_text(text, encoding="utf-8")
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
     """Writes a safetensors file in one step. Raises OSError, and leaves nothing, if there is no room or no right."""
-    aside = path.with_name(path.name + ".partial")
-    try:
-        save_file(tensors, aside, metadata)
-    except SafetensorError as e:
-        aside.unlink(missing_ok=True)
-        raise OSError(f"{path} could not be written: {e}") from None
-    umask = os.umask(0)
-    os.umask(umask)
-    aside.chmod(0o666 & ~umask)  # safetensors makes files that only their owner can read
-    os.replace(aside, path)
+    with replacing(path) as aside:
+        try:
+            save_file(tensors, aside, metadata)
+        except SafetensorError as e:
+            raise OSError(f"{path} could not be written: {e}") from None
+        umask = os.umask(0)
+        os.umask(umask)
+        aside.chmod(0o666 & ~umask)  # safetensors makes files that only their owner can read
 
 
 def stream_tensors(path: Path, tensors: Iterable[tuple[str, Tensor]], shapes: Mapping[str, Sequence[int]]) -> None:
@@ -54,7 +108,7 @@ def stream_tensors(path: Path, tensors: Iterable[tuple[str, Tensor]], shapes: Ma
     need is filled with spaces, as the format allows.
     """
     room = sum(len(name) + 24 * len(shape) + 120 for name, shape in shapes.items()) // 64 * 64 + 64 - 8
-    aside, header, end, uneven = path.with_name(path.name + ".partial"), {}, 0, []
+    header, end, uneven = {}, 0, []
 
     def write(name: str, t: Tensor) -> None:
         nonlocal end
@@ -62,22 +116,17 @@ def stream_tensors(path: Path, tensors: Iterable[tuple[str, Tensor]], shapes: Ma
         file.write(memoryview(t.contiguous().flatten().view(torch.uint8).numpy()))
         end += t.nbytes
 
-    try:
-        with open(aside, "wb") as file:
-            file.seek(8 + room)
-            for name, t in tensors:
-                if t.nbytes % 64:
-                    uneven.append((name, t))  # small ones; what stands behind them would not be aligned
-                else:
-                    write(name, t)
-            for name, t in sorted(uneven, key=lambda named: -named[1].itemsize):
+    with replacing(path) as aside, open(aside, "wb") as file:
+        file.seek(8 + room)
+        for name, t in tensors:
+            if t.nbytes % 64:
+                uneven.append((name, t))  # small ones; what stands behind them would not be aligned
+            else:
                 write(name, t)
-            file.seek(0)
-            file.write(room.to_bytes(8, "little") + json.dumps(header, separators=(",", ":")).encode().ljust(room))
-        os.replace(aside, path)
-    except BaseException:
-        aside.unlink(missing_ok=True)
-        raise
+        for name, t in sorted(uneven, key=lambda named: -named[1].itemsize):
+            write(name, t)
+        file.seek(0)
+        file.write(room.to_bytes(8, "little") + json.dumps(header, separators=(",", ":")).encode().ljust(room))
 
 
 DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}

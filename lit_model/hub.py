@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tarfile
 import tempfile
+import urllib.error
 import urllib.request
 import zipfile
 from dataclasses import dataclass
@@ -107,7 +108,10 @@ def download_from_hub(repo_id: str, folder: Path) -> Path:
 
     wanted = ["*.safetensors", "*.safetensors.index.json", "config.json", "tokenizer*", "chat_template.jinja"]
     try:
-        return Path(snapshot_download(repo_id, local_dir=folder, allow_patterns=wanted))
+        got = Path(snapshot_download(repo_id, local_dir=folder, allow_patterns=wanted))
+        if not any(got.glob("*.safetensors")):  # an old repository
+            snapshot_download(repo_id, local_dir=folder, allow_patterns=["pytorch_model*.bin*"])
+        return got
     except GatedRepoError:
         raise ValueError(f"{repo_id} wants its licence accepted on its page, and then 'hf auth login'") from None
     except RepositoryNotFoundError:
@@ -149,6 +153,7 @@ def fetch_url(url: str, path: Path, sha256: str | None = None) -> Path:
     partial = path.with_name(path.name + ".partial")
     have = partial.stat().st_size if partial.is_file() else 0
     request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
+    total = 0
     try:
         with urllib.request.urlopen(request, timeout=60) as answer:
             goes_on = answer.status == 206
@@ -159,10 +164,20 @@ def fetch_url(url: str, path: Path, sha256: str | None = None) -> Path:
                 while piece := answer.read(2**20):
                     file.write(piece)
                     bar.update(len(piece))
+    except urllib.error.HTTPError as e:
+        if e.code != 416:  # nothing is left to fetch
+            raise ValueError(f"{url} cannot be fetched ({e}); try again, or name a file that you have") from None
+        if e.headers.get("Content-Range") != f"bytes */{have}":
+            partial.unlink()
+            raise ValueError(f"{url} is no longer the file that {partial} was a part of: start again") from None
     except (OSError, http.client.HTTPException, ValueError) as e:
         kept = f"; {partial} keeps what has come" if partial.is_file() else ""
         raise ValueError(f"{url} cannot be fetched ({e}); try again, or name a file that you have{kept}") from None
-    if total and (size := partial.stat().st_size) != total:
+    size = partial.stat().st_size
+    if total and size > total:
+        partial.unlink()
+        raise ValueError(f"{url} gave {size} instead of {total} bytes, as if fetched twice at once: start again")
+    if total and size < total:
         raise ValueError(f"{url} ended after {size} of {total} bytes: start again, and it goes on from there")
     try:
         _check_sha256(partial, url, sha256)

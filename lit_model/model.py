@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lit_model.attention import KVCache, Rope, attend, rotate, take_rows
-from lit_model.files import read_json
+from lit_model.files import blamed_on, check_types, read_json
 from lit_model.loss import chunk_loss, linear_cross_entropy
 from lit_model.packing import Packed, equal_examples
 from lit_model.presets import PRESETS
@@ -43,6 +43,9 @@ class RopeScaling:
     low_freq_factor: float  # up to so many rotations in the original context: slower by all of `factor`
     high_freq_factor: float  # from so many on: as they are
     original_block_size: int
+
+    def __post_init__(self):
+        check_types(self, RopeScaling)
 
 
 @dataclass
@@ -70,6 +73,11 @@ class Config:
     tie: bool = False  # the output head is the embedding matrix
 
     def __post_init__(self):
+        if isinstance(self.rope_scaling, dict):  # from a preset or a file
+            self.rope_scaling = RopeScaling(**self.rope_scaling)
+        check_types(self, Config)
+        if self.n_layer > 1000:
+            raise ValueError(f"n_layer is {self.n_layer}: no network has so many")
         if self.n_kv_head is None:
             self.n_kv_head = self.n_head
         if self.head_size is None:
@@ -80,10 +88,8 @@ class Config:
             self.bias = self.arch == "gpt2"
         if self.qkv_bias is None:
             self.qkv_bias = self.bias
-        if isinstance(self.rope_scaling, dict):  # from a preset or a file
-            self.rope_scaling = RopeScaling(**self.rope_scaling)
-        if self.window is not None and self.window < 1:
-            raise ValueError(f"window is {self.window}; it must be at least 1")
+        if self.head_size < 1 or (self.arch == "llama" and self.head_size % 2):
+            raise ValueError(f"head_size is {self.head_size}; it must be even: rotary positions turn pairs")
         if self.n_head % self.n_kv_head:
             raise ValueError(f"n_head {self.n_head} is not a multiple of n_kv_head {self.n_kv_head}")
 
@@ -107,7 +113,8 @@ class Config:
         stored = read_json(path, *(name for name in names if name not in NEWER), "fingerprint")
         if unknown := stored.keys() - {*names, "fingerprint"}:
             raise ValueError(f"{path} has unknown fields: {', '.join(sorted(unknown))}")
-        return cls(**{name: stored[name] for name in names if name in stored} | changes)
+        with blamed_on(path):
+            return cls(**{name: stored[name] for name in names if name in stored} | changes)
 
 
 NEWER = ("bias", "qkv_bias", "head_bias", "rope_scaling", "no_rope_every", "window", "qk_norm")

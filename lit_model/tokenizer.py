@@ -7,7 +7,7 @@ from pathlib import Path
 from sentencepiece import SentencePieceProcessor
 from tokenizers import Tokenizer as HFTokenizer
 
-from lit_model.files import read_json
+from lit_model.files import blamed_on, read_json
 
 TURN_ENDS = ("<|im_end|>", "<|eot_id|>", "<end_of_turn>", "<|end|>")  # of ChatML, LLaMA 3, Gemma, Phi
 
@@ -26,6 +26,10 @@ class Tokenizer:
         folder = Path(checkpoint_dir)
         stated = folder / "tokenizer_config.json"
         config = read_json(stated) if stated.is_file() else {}
+        with blamed_on(stated):
+            self._read(folder, stated, config)
+
+    def _read(self, folder: Path, stated: Path, config: dict) -> None:
         self.chat_template = _chat_template(folder, config)
         names = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "chat_template.jinja")
         contents = [(folder / name).read_bytes() for name in names if (folder / name).is_file()]
@@ -42,7 +46,7 @@ class Tokenizer:
         elif (folder / "tokenizer.model").is_file():
             try:
                 self._sp = SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
-            except RuntimeError as e:
+            except (RuntimeError, OSError) as e:
                 raise ValueError(f"{folder / 'tokenizer.model'} is broken or only partly written ({e})") from None
             self.vocab_size = self._sp.get_piece_size()
             bos, eos = self._sp.bos_id(), self._sp.eos_id()
@@ -93,5 +97,7 @@ def _chat_template(folder: Path, config: dict) -> str | None:
     if path.is_file():
         return path.read_text(encoding="utf-8")
     if isinstance(stated, list):  # several with names
-        return next((one["template"] for one in stated if one.get("name") == "default"), None)
+        stated = next((one["template"] for one in stated if one.get("name") == "default"), None)
+    if not isinstance(stated, str | None):
+        raise ValueError(f"{folder / 'tokenizer_config.json'}: chat_template is no text")
     return stated

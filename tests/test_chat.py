@@ -2,6 +2,7 @@
 nothing else than write."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -136,3 +137,20 @@ def test_chats_train_and_the_run_answers_in_the_same_template(chatty, tmp_path, 
     assert render("chat", "apple", tokenizer=Tokenizer(tmp_path / "lit")) == (
         "<|start|>user<|end_of|>\n\napple<|im_end|><|start|>assistant<|end_of|>\n\n"
     )
+
+
+@pytest.mark.parametrize(
+    "template, says",
+    [
+        ("{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}", "more than 1 seconds"),
+        ("{{ 'a' * 10000000000 }}", "more than 536870912 bytes"),
+        ("{{ 'a'|center(10000000000) }}", "more than 536870912 bytes"),
+        ("{{ 9 ** 999999999 }}", "9 ** 999999999"),
+    ],
+)
+def test_a_template_that_takes_too_much_is_stopped(template, says, tiny, monkeypatch):
+    monkeypatch.setattr("lit_model.chat.SECONDS", 1)
+    tokenizer = Tokenizer(tiny / "base")
+    tokenizer.chat_template = template
+    with pytest.raises(ValueError, match=re.escape(says)):
+        chat_text(tokenizer, "chat", [dict(role="user", content="a")], asks=True)

@@ -1,6 +1,7 @@
 """Text in, examples out: what is learned, what is cut, what is refused."""
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -239,3 +240,25 @@ def test_examples_are_kept_until_anything_changes(files, tokenizer, monkeypatch,
 )
 def test_other_broken_files_are_named_with_the_place(tmp_path, name, content, says):
     test_broken_files_are_named_with_the_place(tmp_path, name, content, says)
+
+
+def test_a_text_of_the_validation_file_is_not_trained_on_under_another_label(tokenizer, tmp_path):
+    for name, labels in (("a.csv", "xyxyxy"), ("val.csv", "yx")):
+        (tmp_path / name).write_text("text,label\n" + "".join(f"text {i},{c}\n" for i, c in enumerate(labels)))
+    data = read_dataset(tmp_path / "a.csv", tokenizer, PromptOptions(), val_data=tmp_path / "val.csv")
+    assert len(data.train) == 4 and len(data.val) == 2
+
+
+def test_a_cache_that_cannot_be_written_ends_nothing(tokenizer, files, capsys, monkeypatch):
+    monkeypatch.setattr("lit_model.dataset.WORTH_KEEPING", 0)
+    (files / "cache").write_text("no folder")
+    assert len(read_dataset(files / "a.json", tokenizer, PromptOptions(), cache_dir=files / "cache").train) == 38
+    assert "the examples are not kept for the next run" in capsys.readouterr().out
+
+
+def test_a_text_file_is_cut_where_it_can_be(tmp_path):
+    for text in ("word " * 3000, "line\n" * 3000, "x" * 9000):
+        (tmp_path / "a.txt").write_text(text)
+        pieces = [row["text"] for row in read_rows(tmp_path / "a.txt")]
+        assert len(pieces) > 2 and all(len(piece) <= 2 * 2000 for piece in pieces)
+        assert re.sub(r"\s", "", "".join(pieces)) == re.sub(r"\s", "", text)

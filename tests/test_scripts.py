@@ -6,6 +6,7 @@ import json
 import runpy
 import subprocess
 import sys
+from fnmatch import fnmatch
 from pathlib import Path
 
 import numpy as np
@@ -272,12 +273,17 @@ def test_a_checkpoint_is_not_replaced_by_another(tiny, tmp_path, capsys, monkeyp
     assert (tiny / "base/lit_model.safetensors").read_bytes() == before
 
 
-def test_download_converts_what_the_hub_gives(tiny, tmp_path, rows, monkeypatch):
+@pytest.mark.parametrize("weights", ["model.safetensors", "pytorch_model.bin"])
+def test_download_converts_what_the_hub_gives(weights, tiny, tmp_path, rows, monkeypatch):
     """The Hub is a folder here. Like GPT-2's repository it names no end-of-text token in tokenizer_config.json."""
     config = GPT2Config(vocab_size=400, n_embd=64, n_layer=2, n_head=4, n_positions=64, bos_token_id=0, eos_token_id=1)
 
     def snapshot_download(repo_id, local_dir, allow_patterns):
-        GPT2LMHeadModel(config).save_pretrained(local_dir)
+        if any(fnmatch(weights, pattern) for pattern in allow_patterns):
+            GPT2LMHeadModel(config).save_pretrained(local_dir)
+            if weights.endswith(".bin"):
+                torch.save(load_file(local_dir / "model.safetensors"), local_dir / weights)
+                (local_dir / "model.safetensors").unlink()
         save_tokenizer(local_dir, rows)
         (local_dir / "tokenizer_config.json").write_text('{"model_max_length": 1024}')
         return str(local_dir)
