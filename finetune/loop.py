@@ -6,22 +6,30 @@ prints and writes in report.py, how it fits into a GPU's memory in memory.py.
 
 import math
 import shlex
+import signal
+import sys
+import threading
+import time
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from itertools import islice
-from typing import Any
+from typing import Any, NoReturn, Self
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from finetune import memory
+from finetune.devices import total
 from finetune.report import Log, Meter, Step, closing_line, n_parameters, peak_memory
 from finetune.setup import Run, Train, compiles
+from finetune.state import Progress
 from lit_model import classify, hub
 from lit_model.checkpoint import fingerprint_of, is_base, save_method
 from lit_model.examples import render
@@ -47,6 +55,41 @@ class Diverged(ValueError):
     """A loss or a gradient is not finite."""
 
 
+class Asked:
+    """What this process is asked to do, by a signal or by the clock. It travels with a step to all processes, so that
+    they do it after the same one."""
+
+    def __init__(self, train: Train, meter: Meter):
+        self.train, self.meter = train, meter
+        self.signal, self.saved_at = 0, time.monotonic()
+        self.handlers: dict[int, Any] = {}
+
+    def __enter__(self) -> Self:
+        if threading.current_thread() is threading.main_thread():
+            names = ("SIGINT", "SIGTERM", "SIGUSR1")  # the last is what SLURM is told to send before it takes a machine
+            for number in (getattr(signal, name) for name in names if hasattr(signal, name)):
+                self.handlers[number] = signal.signal(number, self._receive)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
+
+    def _receive(self, number: int, _: object) -> None:
+        if self.signal and number == signal.SIGINT:  # asked twice: at once
+            raise KeyboardInterrupt
+        self.signal = number
+
+    def now(self, loss: Tensor) -> Tensor:
+        """(3,) beside the loss of a step: stop, end since the time is over, save."""
+        asked, train = loss.new_zeros(3), self.train
+        over = train.max_time is not None and self.meter.seconds() >= 60 * train.max_time
+        due = time.monotonic() - self.saved_at >= 60 * train.save_every_minutes
+        for i in (i for i, wanted in enumerate((self.signal, over, due)) if wanted):
+            asked[i].fill_(1.0)
+        return asked
+
+
 LearningRateScale = Callable[[str, Config], float]  # of a trained tensor, by its name
 
 
@@ -63,10 +106,10 @@ def fit(
     share: bool = True,
     lr_scale: LearningRateScale = the_same,
 ) -> Summary:
-    """Trains what requires gradients in `gpt` and writes `options.out_dir`.
+    """Trains what requires gradients in `gpt` and writes `options.out_dir`; goes on with the run that it holds.
 
     The loss of a step is the sum over all target tokens of its examples divided by their number: the same as example by
-    example, however they are packed into rows.
+    example, however they are packed into rows and spread over processes.
 
     Args:
         method, method_options: written into the file of trained tensors, so that `lit_model.load` can build it again.
@@ -82,90 +125,145 @@ def fit(
         raise ValueError(f"train.warmup_steps is {warmup}, but the run has {n_steps} steps")
     gpt.check_length(*(len(e.ids) for e in run.train_examples + run.val_examples))
 
-    header = (method, method_options, fingerprint_of(options.checkpoint_dir))
     n_trained = sum(p.numel() for p in gpt.parameters() if p.requires_grad)
     n_total = n_parameters(gpt.config) + sum(
         p.numel() for name, p in gpt.named_parameters() if p.requires_grad and not is_base(name)
     )
     print(f"{method}: {n_trained:,} of {n_total:,} parameters ({100 * n_trained / n_total:.2f} %) are trained")
-    print(f"{len(run.train_examples)} examples, {n_steps} steps of {train.batch_size}, {run.device.type}, {run.dtype}")
+    device = f"{run.world} x {run.device.type}" if run.world > 1 else run.device.type
+    print(f"{len(run.train_examples)} examples, {n_steps} steps of {train.batch_size}, {device}, {run.dtype}")
     run, network, optimizer, plan = prepare(run, gpt, share, lr_scale)
     if plan:
         print(plan.report)
+    header = (method, method_options, fingerprint_of(options.checkpoint_dir), run.task, options.quantize, run.rank == 0)
 
-    saved, stale, underway, meter = False, 0, deque(), Meter(run.device)
-    stream = ahead(with_rows(batches(run.train_examples, train), gpt, run, share))
-    with closing(Log(options)) as log, tqdm(total=n_steps, desc=method, unit="step", dynamic_ncols=True) as bar:
-        first = best = evaluate(network, gpt, run)
-        first_verdict = best_verdict = judge(gpt, run)
-        log.write(step=0, val_loss=first, accuracy=first_verdict and first_verdict.accuracy)
-        if run.val_examples:
-            bar.write(f"before: validation loss {first:.4f}{_and(first_verdict)}")
-        sample(gpt, run)
+    meter, underway = Meter(run.device), deque()
+    done = Progress()
+    if run.state is not None:
+        done = run.states.load(run.state, gpt, optimizer)
+        vars(meter).update(done.meter)
+        print(f"going on after step {done.step}: {run.state}")
+    elif run.states:
+        run.states.forget()
+    stream = ahead(with_rows(islice(batches(run.train_examples, train), done.step, None), gpt, run, share))
+    bar = tqdm(total=n_steps, initial=done.step, desc=method, unit="step", dynamic_ncols=True)
+    with Asked(train, meter) as asked, closing(Log(options, done.step, run.rank == 0)) as log, bar:
+
+        def receive(n: int) -> tuple[bool, bool, bool]:
+            """Takes what came of all steps but the last n. Returns what was asked for with them."""
+            wanted = [False] * 3
+            while len(underway) > n:
+                step = underway.popleft()
+                loss, norm, *flags = step.receive()
+                wanted = [a or b > 0 for a, b in zip(wanted, flags)]
+                finite = math.isfinite(loss + norm)
+                if not finite and train.nonfinite == "stop":
+                    what = f"loss {loss}, gradient norm {norm} at step {step.number}"
+                    raise Diverged(f"{what}: try a lower train.lr; {_kept(run, done.saved)}")
+                if not finite:
+                    bar.write(f"step {step.number} is left out: loss {loss}, gradient norm {norm}")
+                elif len(losses) == losses.maxlen and loss > 2 * sum(losses) / len(losses):
+                    bar.write(f"step {step.number}: the loss of {loss:.3f} is more than twice that of the steps before")
+                losses.append(loss)
+                done.updates += finite
+                meter.count(step)
+                epoch, speed = step.number / steps_per_epoch, meter.n_tokens / meter.seconds()
+                values = dict(epoch=epoch, loss=loss, lr=step.lr, grad_norm=norm, tokens=meter.n_tokens)
+                log.write(step=step.number, **values, tokens_per_second=speed)
+                bar.set_postfix(loss=f"{loss:.3f}", lr=f"{step.lr:.1e}", tok_s=f"{speed:.0f}", refresh=False)
+                bar.update()
+            return tuple(wanted)
+
+        def save_state(number: int) -> None:
+            done.step, done.meter = number, {name: getattr(meter, name) for name in Meter.COUNTS}
+            done.meter["before"] = meter.seconds()
+            try:
+                run.states.save(gpt, optimizer, done)
+            except OSError as e:
+                if train.full_disk == "stop":
+                    raise
+                bar.write(f"{e}; going on")
+            asked.saved_at = time.monotonic()
+
+        losses = deque(maxlen=50)
+        if not done.step:
+            done.first = done.best = evaluate(network, gpt, run)
+            verdict = judge(gpt, run)
+            done.first_verdict = done.best_verdict = verdict and asdict(verdict)
+            log.write(step=0, val_loss=done.first, accuracy=verdict and verdict.accuracy)
+            if run.val_examples:
+                bar.write(f"before: validation loss {done.first:.4f}{_and(verdict)}")
+            sample(gpt, run)
         meter.start()
-        for number, (batch, rows) in zip(range(1, n_steps + 1), stream):
+        for number, (batch, rows) in zip(range(done.step + 1, n_steps + 1), stream):
             step = Step(number, learning_rate(number, n_steps, warmup, train), batch)
             meter.mark()
             try:
-                train_step(run, network, optimizer, step, rows)
+                train_step(run, network, optimizer, step, rows, asked)
             except torch.OutOfMemoryError:
                 raise ValueError(f"out of memory at step {number}: {plan.advice}") from None
             meter.mark()
             underway.append(step)
 
-            last = number == n_steps or (train.max_time is not None and meter.seconds() >= 60 * train.max_time)
-            pause = last or number % interval == 0
-            while len(underway) > (0 if pause else meter.lag):
-                done = underway.popleft()
-                loss, norm = done.receive()
-                if not math.isfinite(loss + norm):
-                    what = f"loss {loss}, gradient norm {norm} at step {done.number}"
-                    raise Diverged(f"{what}: try a lower train.lr; {_kept(run, saved)}")
-                meter.count(done)
-                epoch, speed = done.number / steps_per_epoch, meter.n_tokens / meter.seconds()
-                values = dict(epoch=epoch, loss=loss, lr=done.lr, grad_norm=norm, tokens=meter.n_tokens)
-                log.write(step=done.number, **values, tokens_per_second=speed)
-                bar.set_postfix(loss=f"{loss:.3f}", lr=f"{done.lr:.1e}", tok_s=f"{speed:.0f}", refresh=False)
-                bar.update()
-
-            if pause:
+            pause = number == n_steps or number % interval == 0
+            stop, over, save = receive(0 if pause else meter.lag)
+            last = number == n_steps or over
+            if over or stop or save:
+                stop = receive(0)[0] or stop
+            if pause or over:
                 meter.pause()
                 val_loss, verdict = evaluate(network, gpt, run), judge(gpt, run)
                 if run.val_examples and not math.isfinite(val_loss):
                     what = f"validation loss {val_loss} after step {number}"
-                    raise Diverged(f"{what}: try a lower train.lr; {_kept(run, saved)}")
+                    raise Diverged(f"{what}: try a lower train.lr; {_kept(run, done.saved)}")
                 log.write(step=number, val_loss=val_loss, accuracy=verdict and verdict.accuracy)
                 if run.val_examples:
                     bar.write(f"step {number}: validation loss {val_loss:.4f}{_and(verdict)}")
                 sample(gpt, run)
                 log.write_settings()
-                save_method(options.out_dir / "last.safetensors", gpt, *header, run.task, options.quantize)
-                stale += 1
-                if not saved or val_loss < best or not run.val_examples:
-                    saved, best, best_verdict, stale = True, val_loss, verdict, 0
-                    save_method(options.out_dir / "lit_method.safetensors", gpt, *header, run.task, options.quantize)
-                if last or (train.patience and stale >= train.patience):
+                save_method(options.out_dir / "last.safetensors", gpt, *header)
+                done.stale += 1
+                if not done.saved or val_loss < done.best or not run.val_examples:
+                    done.saved, done.best, done.stale = True, val_loss, 0
+                    done.best_verdict = verdict and asdict(verdict)
+                    save_method(options.out_dir / "lit_method.safetensors", gpt, *header)
+                if last or (train.patience and done.stale >= train.patience):
+                    run.states.finish(number)
                     break
                 meter.start()
+            if pause or save or stop:
+                save_state(number)
+            if stop:
+                _leave(run, asked.signal or signal.SIGTERM, number)
     if run.val_examples:
-        print(f"validation loss: {first:.4f} before, {best:.4f} after (best)")
-    if best_verdict:
-        print(f"before: {first_verdict}\nafter: {best_verdict}, see {options.out_dir}/confusion.png")
-        best_verdict.draw(options.out_dir / "confusion.png")
-    print(closing_line(gpt, meter, run.device))
+        print(f"validation loss: {done.first:.4f} before, {done.best:.4f} after (best)")
+    if done.best_verdict:
+        before, after = classify.Verdict(**done.first_verdict), classify.Verdict(**done.best_verdict)
+        print(f"before: {before}\nafter: {after}, see {options.out_dir}/confusion.png")
+        if run.rank == 0:
+            after.draw(options.out_dir / "confusion.png")
+    print(closing_line(gpt, meter, run.device, run.world))
     words = ["--method_dir", str(options.out_dir)]
     words += ["--data", "test.csv"] if run.task else ["--prompt", train.sample or Train.sample]
     if options.checkpoint_dir.absolute() != hub.DEMO_CHECKPOINT:
         words = ["--checkpoint_dir", str(options.checkpoint_dir), *words]
     print(f"saved {options.out_dir}/: lit_method.safetensors, last.safetensors, hparams.yaml, metrics.csv, loss.png")
     print(f"try:  python {'scripts/eval_data.py' if run.task else 'generate/base.py'} {shlex.join(words)}")
-    return Summary(n_trained, n_total, meter.seconds(), meter.n_tokens, peak_memory(run.device), best)
+    return Summary(n_trained, n_total, meter.seconds(), meter.n_tokens, peak_memory(run.device), done.best)
+
+
+def _leave(run: Run, number: int, step: int) -> NoReturn:
+    """Ends the program as the signal would have."""
+    again = shlex.join(["python", *sys.argv])
+    print(f"stopped by {signal.Signals(number).name} after step {step}; the same command goes on from there: {again}")
+    sys.exit(128 + (signal.SIGTERM if number != signal.SIGINT else number) if run.rank == 0 else 0)
 
 
 def prepare(
     run: Run, gpt: GPT, share: bool = True, lr_scale: LearningRateScale = the_same
 ) -> tuple[Run, nn.Module, torch.optim.Optimizer, memory.Plan | None]:
-    """Compiles the network where that pays, makes the optimizer, and finds rows that fit into the GPU's memory.
+    """Compiles the network where that pays, spreads it over the devices, makes the optimizer, and finds rows that fit
+    into the GPU's memory.
 
     Returns the run with these rows; the network as Fabric wraps it, to be called where gradients are wanted; the
     optimizer; and how it fits, None on a CPU.
@@ -173,33 +271,52 @@ def prepare(
     options, train = run.options, run.options.train
     if compiles(options, gpt.config, run.device):
         gpt.compile()
-    network, optimizer = run.fabric.setup(gpt, make_optimizer(gpt, train, lr_scale))
+    if run.world > 1 and not run.sharded:  # every process has read the frozen ones from the same file
+        frozen = [name for name, p in gpt.named_parameters() if not p.requires_grad]
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(gpt, frozen)
+    network = run.fabric.setup_module(gpt)
+    optimizer = run.fabric.setup_optimizers(make_optimizer(gpt, train, lr_scale))
     if run.device.type != "cuda":
         return run, network, optimizer, None
     some = list(islice(batches(run.train_examples, train), 8))
     with torch.random.fork_rng([run.device]):
-        plan = memory.plan(gpt, run.fabric.backward, some, run.row_tokens, share, options.memory_gb)
+        plan = memory.plan(gpt, run.fabric.backward, some, run.row_tokens, share, options.memory_gb, run.world)
     return replace(run, row_tokens=plan.row_tokens), network, optimizer, plan
 
 
 def train_step(
-    run: Run, network: nn.Module, optimizer: torch.optim.Optimizer, step: Step, rows: list[tuple[Tensor, Packed]]
+    run: Run,
+    network: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    step: Step,
+    rows: list[tuple[Tensor, Packed]],
+    asked: Asked | None = None,
 ) -> None:
-    """One update of what is trained, with a batch packed into `rows`. `step` receives its loss and gradient norm."""
+    """One update of what is trained, with a batch packed into `rows`. `step` receives its loss and gradient norm, and
+    what the processes are asked for."""
     loss = torch.zeros((), device=run.device)
-    step.n_computed = sum(len(packed.pos) for _, packed in rows)
-    for idx, packed in rows:
+    for i, (idx, packed) in enumerate(rows):
+        waits = run.world > 1 and not run.sharded and i + 1 < len(rows)  # gradients of several rows are summed at once
         idx, packed = idx.to(run.device, non_blocking=True), packed.to(run.device)
-        row_loss = network(idx, packed) / step.n_targets
-        run.fabric.backward(row_loss)
+        with run.fabric.no_backward_sync(network, enabled=waits):
+            row_loss = network(idx, packed) / step.n_targets
+            if not packed.counts:
+                row_loss = row_loss * 0.0
+            run.fabric.backward(row_loss * run.world if run.world > 1 else row_loss)  # they take the mean
         loss += row_loss.detach()
+    own = [packed for _, packed in rows if packed.counts]
+    step.n_computed, step.n_own_targets = sum(len(p.pos) for p in own), sum(len(p.targets) for p in own)
     for group in optimizer.param_groups:
         group["lr"] = step.lr * group["lr_scale"]
     trained = [p for group in optimizer.param_groups for p in group["params"]]
     norm = torch.nn.utils.clip_grad_norm_(trained, run.options.train.grad_clip or math.inf)
-    optimizer.step()
+    norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+    if run.options.train.nonfinite == "stop" or norm.isfinite():
+        optimizer.step()
     optimizer.zero_grad()
-    step.send(loss, norm)
+    others = asked.now(loss) if asked else loss.new_zeros(0)
+    values = total(torch.cat((loss[None], others)))
+    step.send(torch.cat((values[:1], norm[None], values[1:])))
 
 
 def make_optimizer(gpt: GPT, train: Train, lr_scale: LearningRateScale = the_same) -> torch.optim.Optimizer:
@@ -226,7 +343,7 @@ def with_rows(
 ) -> Iterator[tuple[list[Example], list[tuple[Tensor, Packed]]]]:
     """Each batch and the rows that it is packed into."""
     for batch in batches:
-        rows = pack(batch, run.row_tokens, gpt.n_virtual_tokens, gpt.n_virtual_keys, share)
+        rows = pack(batch, run.row_tokens, gpt.n_virtual_tokens, gpt.n_virtual_keys, share, run.rank, run.world)
         if trunk := run.trunk:
             rows = [(idx, replace(p, x=trunk.x[p.source], first_block=trunk.first_block)) for idx, p in rows]
         if run.device.type == "cuda":  # a copy from other memory would hold up the host
@@ -257,11 +374,12 @@ def evaluate(network: nn.Module, gpt: GPT, run: Run) -> float:
     if not run.val_examples:
         return math.nan
     network.eval()
-    rows = pack(run.val_examples, run.row_tokens, gpt.n_virtual_tokens, gpt.n_virtual_keys)
+    virtual = gpt.n_virtual_tokens, gpt.n_virtual_keys
+    rows = pack(run.val_examples, run.row_tokens, *virtual, rank=run.rank, world=run.world)
     with torch.compiler.set_stance("force_eager"):  # compiling for a few rows takes longer than it saves
-        total = sum(network(idx.to(run.device), packed.to(run.device)) for idx, packed in rows)
+        own = sum(network(idx.to(run.device), packed.to(run.device)) * packed.counts for idx, packed in rows)
     network.train()
-    return total.item() / sum(e.n_targets for e in run.val_examples)
+    return total(own).item() / sum(e.n_targets for e in run.val_examples)
 
 
 def judge(gpt: GPT, run: Run) -> classify.Verdict | None:

@@ -20,6 +20,7 @@ from itertools import accumulate, cycle, islice
 import torch
 from torch import Tensor
 
+from finetune.devices import highest, local
 from lit_model.model import GPT, Linear
 from lit_model.packing import Example, pack
 
@@ -49,6 +50,7 @@ def plan(
     row_tokens: int,
     share: bool,
     memory_gb: float | None,
+    world: int = 1,
 ) -> Plan:
     """Finds rows with which training fits into the memory of a GPU, and sets `gpt.recompute`.
 
@@ -57,18 +59,20 @@ def plan(
         batches: the examples of a few steps.
         row_tokens: how long a row may be.
         memory_gb: GiB that PyTorch may use, and never more; None: what is free.
+        world: number of processes that a batch is spread over. All call this at the same time, and agree.
     Raises:
         ValueError: it does not fit; the message says what would help, and by how much.
     """
-    device = gpt.wte.weight.device
+    device = torch.device("cuda", torch.cuda.current_device())
     free, total = torch.cuda.mem_get_info(device)
     limit = free + torch.cuda.memory_reserved(device)
     if memory_gb is not None:
         limit = min(limit, int(memory_gb * GIB))
         torch.cuda.empty_cache()
         torch.cuda.set_per_process_memory_fraction(limit / total, device)
+    limit = -highest(-limit, device)
     longest = max(len(e.ids) for batch in batches for e in batch)
-    usual = _longest_row(gpt, batches, row_tokens, share)
+    usual = _longest_row(gpt, batches, row_tokens, share, world)
     report = f"rows of {usual:,} tokens do not fit into {limit / GIB:.1f} GiB"
     advice = f"{_nf4(gpt)}a smaller network needs less"
     for way, meaning in WAYS.items():
@@ -85,25 +89,26 @@ def plan(
         least = min(usual, longest if way == "offload" else max(longest, SHORTEST, usual // 4))
         tokens = min(row_tokens, fits)
         while fits >= least and tokens >= least // 2:  # a row of up to twice as many ends where an example ends
-            rows = _longest_row(gpt, batches, tokens, share)
+            rows = _longest_row(gpt, batches, tokens, share, world)
             roomy = fixed + per_token * rows < TIGHT * limit
-            if rows <= fits and (roomy or _runs(gpt, backward, batches, tokens, share)):
+            if rows <= fits and (roomy or _runs(gpt, backward, batches, tokens, share, world)):
                 change = f"; rows of {tokens:,} tokens instead of {usual:,}" if tokens < usual else ""
                 return Plan(tokens, f"{report}{change}{meaning}", advice)
             tokens = min(tokens, rows) * 9 // 10
     raise ValueError(f"{report}, even with blocks recomputed and on the host: {advice}")
 
 
-def _longest_row(gpt: GPT, batches: Sequence[list[Example]], row_tokens: int, share: bool) -> int:
-    virtual = gpt.n_virtual_tokens, gpt.n_virtual_keys
-    return max(len(packed.pos) for batch in batches for _, packed in pack(batch, row_tokens, *virtual, share))
+def _longest_row(gpt: GPT, batches: Sequence[list[Example]], row_tokens: int, share: bool, world: int) -> int:
+    settings = row_tokens, gpt.n_virtual_tokens, gpt.n_virtual_keys, share
+    rows = (row for batch in batches for rank in range(world) for row in pack(batch, *settings, rank, world))
+    return max(len(packed.pos) for _, packed in rows)
 
 
 def _measure(
     gpt: GPT, backward: Callable[[Tensor], None], batch: list[Example], usual: int, share: bool
 ) -> tuple[float, float] | None:
     """The line's two numbers, in bytes; None if even short rows do not fit."""
-    device = gpt.wte.weight.device
+    device = torch.device("cuda", torch.cuda.current_device())
     for part in (4, 8, 16, 32):  # the shorter of the two rows, of the usual one
         n = 1 + sum(accumulated < usual // part for accumulated in accumulate(len(e.ids) for e in batch))
         points = []
@@ -115,7 +120,7 @@ def _measure(
                 backward(gpt(idx.to(device), packed.to(device)) / len(packed.targets))
             except torch.OutOfMemoryError:
                 break
-            points.append((len(packed.pos), torch.cuda.max_memory_allocated()))
+            points.append((len(packed.pos), highest(torch.cuda.max_memory_allocated(), device)))
         gpt.zero_grad()
         if len(points) == 3:
             _, (short, low), (long, high) = points
@@ -127,14 +132,19 @@ def _measure(
 
 
 def _runs(
-    gpt: GPT, backward: Callable[[Tensor], None], batches: Sequence[list[Example]], row_tokens: int, share: bool
+    gpt: GPT,
+    backward: Callable[[Tensor], None],
+    batches: Sequence[list[Example]],
+    row_tokens: int,
+    share: bool,
+    world: int,
 ) -> bool:
     """Whether the longest row of each batch fits in fact."""
-    device = gpt.wte.weight.device
+    device = torch.device("cuda", torch.cuda.current_device())
     try:
         states = torch.empty(_states(gpt), dtype=torch.uint8, device=device)
         for batch in batches:
-            rows = pack(batch, row_tokens, gpt.n_virtual_tokens, gpt.n_virtual_keys, share)
+            rows = pack(batch, row_tokens, gpt.n_virtual_tokens, gpt.n_virtual_keys, share, 0, world)
             idx, packed = max(rows, key=lambda row: len(row[0]))
             backward(gpt(idx.to(device), packed.to(device)) / len(packed.targets))
         del states
@@ -147,8 +157,8 @@ def _runs(
 
 
 def _states(gpt: GPT) -> int:
-    """Bytes that AdamW will keep from the first step on."""
-    return 8 * sum(p.numel() for p in gpt.parameters() if p.requires_grad)
+    """Bytes that AdamW will keep on this device from the first step on."""
+    return 8 * sum(local(p).numel() for p in gpt.parameters() if p.requires_grad and local(p).is_cuda)
 
 
 def _nf4(gpt: GPT) -> str:

@@ -7,8 +7,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Iterator
-from dataclasses import dataclass, fields, is_dataclass
-from pathlib import Path
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -17,7 +16,8 @@ from matplotlib.figure import Figure
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
-from lit_model.files import write_text
+from finetune.state import plain
+from lit_model.files import replacing, write_text
 from lit_model.model import GPT, Config, Linear
 from lit_model.packing import Example
 from lit_model.quantize import FP8Linear
@@ -25,20 +25,21 @@ from lit_model.quantize import FP8Linear
 
 @dataclass
 class Step:
-    """One optimizer step. Its loss and gradient norm come back from the GPU without holding it up: send, receive."""
+    """One optimizer step. What came of it comes back from the GPU without holding it up: send, receive."""
 
     number: int
     lr: float
     batch: list[Example]
-    n_computed: int = 0  # tokens in its rows: fewer than in its examples where these share a beginning
+    n_computed: int = 0  # tokens in this process's rows: fewer than in the examples where these share a beginning
+    n_own_targets: int = 0  # in this process's rows
 
     @property
     def n_targets(self) -> int:
         return sum(e.n_targets for e in self.batch)
 
-    def send(self, loss: Tensor, norm: Tensor) -> None:
-        self.values = torch.stack((loss, norm)).to("cpu", non_blocking=True)
-        self.arrived = torch.cuda.Event() if loss.is_cuda else None
+    def send(self, values: Tensor) -> None:
+        self.values = values.to("cpu", non_blocking=True)
+        self.arrived = torch.cuda.Event() if values.is_cuda else None
         if self.arrived:
             self.arrived.record()
 
@@ -50,6 +51,8 @@ class Step:
 
 class Meter:
     """Counts tokens, seconds of training without the evaluations, and how long the GPU waited between two steps."""
+
+    COUNTS = ("n_tokens", "n_computed", "n_targets", "before", "idle_ms")
 
     def __init__(self, device: torch.device):
         self.n_tokens, self.n_computed, self.n_targets, self.before, self.idle_ms = 0, 0, 0, 0.0, 0.0
@@ -76,7 +79,7 @@ class Meter:
         """Call when the GPU is done with the step."""
         self.n_tokens += sum(len(e.ids) for e in step.batch)
         self.n_computed += step.n_computed
-        self.n_targets += step.n_targets
+        self.n_targets += step.n_own_targets
         if len(self.marks) > 4:  # of the step before, of this one and of the next
             _, ended = self.marks.popleft(), self.marks.popleft()
             self.idle_ms += ended.elapsed_time(self.marks[0])
@@ -125,7 +128,7 @@ def n_flops(gpt: GPT, n_computed: float, n_targets: float) -> float:
 
 def peak_tflops(gpt: GPT) -> int | None:
     """Of the GPU, in the type that most products of `gpt` are in; None where it is not known."""
-    name = torch.cuda.get_device_name(gpt.wte.weight.device)
+    name = torch.cuda.get_device_name()
     found = (tflops for known, tflops in PEAK_TFLOPS.items() if re.search(rf"\b{known}\b", name))
     in_fp8 = any(isinstance(m, FP8Linear) for m in gpt.modules())
     return next((tflops * (1 + in_fp8) for tflops in found), None)
@@ -139,7 +142,7 @@ def peak_memory(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
 
 
-def closing_line(gpt: GPT, meter: Meter, device: torch.device) -> str:
+def closing_line(gpt: GPT, meter: Meter, device: torch.device, world: int = 1) -> str:
     """Tokens per second, share of the GPU's peak where it is known, idle share of the GPU, and the most memory used."""
     n_tokens, seconds = meter.n_tokens, meter.seconds()
     line = f"trained {n_tokens:,} tokens in {seconds:.0f} s: {n_tokens / seconds:.0f} tokens/s"
@@ -149,37 +152,59 @@ def closing_line(gpt: GPT, meter: Meter, device: torch.device) -> str:
     if peak := peak_tflops(gpt):
         mfu = n_flops(gpt, meter.n_computed, meter.n_targets) / seconds / peak / 1e12
         line += f", MFU {100 * mfu:.1f} % of {peak} TFLOP/s"
-    return f"{line}, GPU idle {meter.idle_ms / seconds / 10:.1f} %, {memory} on {torch.cuda.get_device_name(device)}"
+    where = f"{world} x {torch.cuda.get_device_name(device)}" if world > 1 else torch.cuda.get_device_name(device)
+    return f"{line}, GPU idle {meter.idle_ms / seconds / 10:.1f} %, {memory} on {where}"
 
 
 class Log:
     """Writes out_dir: hparams.yaml at once, or with our first tensors if others are there; metrics.csv and TensorBoard
-    events as they come; loss.png at the end."""
+    events as they come; loss.png at the end. Only the first process does.
+
+    A run that goes on after step `done` continues its files; what they say of later steps was lost with these.
+    """
 
     COLUMNS = ("step", "epoch", "loss", "val_loss", "accuracy", "lr", "grad_norm", "tokens", "tokens_per_second")
 
-    def __init__(self, options: Any):
-        self.out_dir = options.out_dir
+    def __init__(self, options: Any, done: int = 0, writes: bool = True):
+        self.out_dir, self.writes = options.out_dir, writes
+        self.rows: list[dict] = []
+        if not writes:
+            return
         self.out_dir.mkdir(parents=True, exist_ok=True)
-        self.settings = _plain(options)
+        self.settings = plain(options)
         self.settings.pop("overwrite")  # or --config with this file would overwrite another run
-        if (self.out_dir / "hparams.yaml").exists():  # a failed run, or one to overwrite; its tensors stay until ours
+        if done:
+            self._go_on(done)
+        elif (self.out_dir / "hparams.yaml").exists():  # a failed run, or one to overwrite; its tensors stay until ours
             for events in self.out_dir.glob("events.out.tfevents.*"):
                 events.unlink()
             (self.out_dir / "confusion.png").unlink(missing_ok=True)
         if not any(self.out_dir.glob("*.safetensors")):
             self.write_settings()
-        self.file = open(self.out_dir / "metrics.csv", "w", newline="")
+        self.file = open(self.out_dir / "metrics.csv", "a" if done else "w", newline="")
         self.csv = csv.DictWriter(self.file, self.COLUMNS)
-        self.csv.writeheader()
-        self.events = SummaryWriter(str(self.out_dir))
-        self.rows: list[dict] = []
+        if not done:
+            self.csv.writeheader()
+        self.events = SummaryWriter(str(self.out_dir), purge_step=done + 1 if done else None)
+
+    def _go_on(self, done: int) -> None:
+        path = self.out_dir / "metrics.csv"
+        with open(path, newline="", encoding="utf-8") as file:
+            kept = [row for row in csv.DictReader(file) if row["step"].isdigit() and int(row["step"]) <= done]
+        with replacing(path) as aside, open(aside, "w", newline="") as file:
+            writer = csv.DictWriter(file, self.COLUMNS)
+            writer.writeheader()
+            writer.writerows(kept)
+        self.rows = [{name: float(value) for name, value in row.items() if value} for row in kept]
 
     def write_settings(self) -> None:
         """Call with the first tensors that are saved: those of a run before must not stand under our settings."""
-        write_text(self.out_dir / "hparams.yaml", yaml.safe_dump(self.settings, sort_keys=False))
+        if self.writes:
+            write_text(self.out_dir / "hparams.yaml", yaml.safe_dump(self.settings, sort_keys=False))
 
     def write(self, step: int, **values: float | None) -> None:
+        if not self.writes:
+            return
         values = {name: value for name, value in values.items() if value is not None}
         self.rows.append(dict(step=step, **values))
         self.csv.writerow(self.rows[-1])
@@ -188,6 +213,8 @@ class Log:
             self.events.add_scalar(name, value, step)
 
     def close(self) -> None:
+        if not self.writes:
+            return
         self.file.close()
         self.events.close()
         figure = Figure(figsize=(7, 4), layout="constrained")
@@ -198,10 +225,3 @@ class Log:
         axes.set(xlabel="step", ylabel="loss per target token")
         axes.legend()
         figure.savefig(self.out_dir / "loss.png", dpi=120)
-
-
-def _plain(value: Any) -> Any:
-    """Options as what YAML knows."""
-    if is_dataclass(value):
-        return {f.name: _plain(getattr(value, f.name)) for f in fields(value)}
-    return str(value) if isinstance(value, Path) else value

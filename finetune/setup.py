@@ -3,6 +3,7 @@
 import copy
 import os
 import shutil
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from importlib import import_module
@@ -13,11 +14,14 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from lightning_fabric import Fabric
+from lightning_fabric.strategies import ModelParallelStrategy
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from finetune import memory
+from finetune.devices import Strategy, launch
 from finetune.report import n_parameters
+from finetune.state import States, identity
 from lit_model import classify, hub
 from lit_model.checkpoint import freeze, load_base
 from lit_model.data import PromptOptions
@@ -58,6 +62,13 @@ class Train:
     """train on so many rows only; null: all, and 480 for the demo data on a CPU"""
     eval_interval: int | None = None
     """steps between two evaluations; null: two in the run, halfway and at the end"""
+    save_every_minutes: float = 15.0
+    """keep the state of the run so often, and at every evaluation: an interrupted run goes on from there; 0: at every
+    step"""
+    nonfinite: Literal["stop", "skip"] = "stop"
+    """when a gradient is infinite or no number: stop, or leave that step out and count it"""
+    full_disk: Literal["go_on", "stop"] = "go_on"
+    """when a state cannot be written: go on with the one before, or stop"""
     patience: int = 0
     """end after so many evaluations in a row without a better validation loss; 0: never"""
     seed: int = 0
@@ -87,8 +98,12 @@ class Options:
     """for rows of text and label: the label is words after the text, or what a trained layer of its own says"""
     quantize: Kind = "none"
     """keep the frozen base weights in fewer bits: nf4 (QLoRA) or int8 for little memory, fp8 for speed on an H100"""
-    devices: Literal["auto", "cpu"] = "auto"
-    """auto: the GPU if there is one"""
+    devices: str = "auto"
+    """auto: the GPU if there is one, or what torchrun or SLURM has started; a number of GPUs of this machine; cpu, or
+    cpu:2 for so many processes"""
+    strategy: Strategy = "auto"
+    """of several devices: ddp, each holds the whole network; fsdp, each a slice of it; fsdp_offload, a slice that waits
+    in the host's memory; auto: ddp"""
     compile: Literal["auto", "on", "off"] = "auto"
     """torch.compile for each block; auto: on a GPU for networks of a billion parameters and more, where it pays"""
     memory_gb: float | None = None
@@ -96,6 +111,8 @@ class Options:
     null: all that is free"""
     deterministic: bool = False
     """the same numbers, bit for bit, whenever a run is repeated on the same machine with the same memory free"""
+    resume: Literal["auto", "never"] = "auto"
+    """auto: go on with the run that out_dir holds, if it was interrupted"""
     overwrite: bool = False
     """replace the run that out_dir holds"""
 
@@ -121,10 +138,25 @@ class Run:
     row_tokens: int
     task: classify.Task | None = None  # of rows with text and label
     trunk: Trunk | None = None  # what `cache_trunk` has made
+    states: States | None = None
+    state: Path | None = None  # that the run goes on from
 
     @property
     def device(self) -> torch.device:
         return self.fabric.device
+
+    @property
+    def rank(self) -> int:
+        return self.fabric.global_rank
+
+    @property
+    def world(self) -> int:
+        """Number of processes."""
+        return self.fabric.world_size
+
+    @property
+    def sharded(self) -> bool:
+        return isinstance(self.fabric.strategy, ModelParallelStrategy)
 
 
 def start(options: Options) -> Run:
@@ -135,7 +167,8 @@ def start(options: Options) -> Run:
     check(options.train)
     if (options.out_dir / "lit_config.json").is_file():
         raise ValueError(f"{options.out_dir} is a checkpoint folder; name another --out_dir")
-    if any(options.out_dir.glob("*.safetensors")) and not options.overwrite:
+    states = options.resume == "auto" and any(options.out_dir.glob("state/*"))  # state.py compares the runs
+    if any(options.out_dir.glob("*.safetensors")) and not (options.overwrite or states):
         raise ValueError(
             f"{options.out_dir} holds a run already; name another --out_dir, or replace it with --overwrite"
         )
@@ -144,7 +177,7 @@ def start(options: Options) -> Run:
     config = Config.load(options.checkpoint_dir)  # says what is wrong with the folder before anything else is done
     if demo := Path(options.data).absolute() == hub.DEMO_DATA:
         hub.fetch_demo_data()
-    on_gpu = options.devices == "auto" and torch.cuda.is_available()
+    on_gpu = not options.devices.startswith("cpu") and torch.cuda.is_available()
     if not on_gpu:
         memory.keep_freed_memory()
     if options.memory_gb is not None:
@@ -157,8 +190,7 @@ def start(options: Options) -> Run:
     if options.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
-    fabric = Fabric(accelerator="cpu" if options.devices == "cpu" else "auto", devices=1, precision="32-true")
-    fabric.launch()
+    fabric = launch(options.devices, options.strategy)
     fabric.seed_everything(options.train.seed, verbose=False)
     tokenizer = Tokenizer(options.checkpoint_dir)
     check_prompt(options.prompt, tokenizer)
@@ -182,6 +214,13 @@ def start(options: Options) -> Run:
             cache_dir=hub.DEMO_DATA.parent / "cache",
         )
         options = replace(options, prompt=replace(options.prompt, style=data.style))  # as generation has to ask
+        states = States(options.out_dir, identity(options, data.train + data.val), fabric.global_rank)
+        state = None
+        if options.resume == "auto" and not options.overwrite:
+            if (step := states.finished()) is not None:
+                print(f"{options.out_dir} holds this very run, which ended after step {step}: there is nothing to do")
+                sys.exit(0)
+            state = fabric.broadcast(states.newest() if fabric.is_global_zero else None)
         return Run(
             options,
             fabric,
@@ -191,6 +230,8 @@ def start(options: Options) -> Run:
             val_examples=data.val,
             row_tokens=options.train.row_tokens or (16384 if on_gpu else 4096),
             task=data.task,
+            states=states,
+            state=state,
         )
 
 
@@ -199,7 +240,7 @@ def check(train: Train) -> None:
     positive = ("batch_size", "row_tokens", "epochs", "max_steps", "max_examples", "eval_interval")
     for name, value in vars(train).items():
         least = 1 if name in positive else 0
-        if value is not None and name != "sample" and not value >= least:  # not: NaN
+        if isinstance(value, int | float) and not value >= least:  # not: NaN
             raise ValueError(f"train.{name} is {value}; it must be at least {least}")
 
 
@@ -238,8 +279,13 @@ def build(run: Run, method: ModuleType, **method_options: Any) -> GPT:
         )
 
     keep = {name for name in gpt.state_dict() if trainable(name, gpt.config)}
-    load_base(gpt, checkpoint_dir, run.dtype, run.device, run.options.quantize, keep)
-    freeze(gpt, trainable)
+    if run.sharded and run.options.quantize == "none":  # it stays in the file until each process takes its slices
+        load_base(gpt, checkpoint_dir, None, "cpu", keep=keep)
+        gpt.dtype = run.dtype
+        freeze(gpt, trainable, widen=False)
+    else:
+        load_base(gpt, checkpoint_dir, run.dtype, run.device, run.options.quantize, keep)
+        freeze(gpt, trainable)
     return gpt
 
 
@@ -249,6 +295,8 @@ def cache_trunk(run: Run, gpt: GPT) -> Run:
 
     Raises ValueError if something below the blocks is trained.
     """
+    if run.world > 1 or run.sharded:
+        raise ValueError("--cache_features works in one process: leave --devices and --strategy away")
     trained = [any(p.requires_grad for p in block.parameters()) for block in gpt.blocks]
     first_block = [*trained, True].index(True)
     below = [m for m in (gpt.wte, gpt.wpe, gpt.virtual_tokens, gpt.virtual_keys) if m is not None]

@@ -22,6 +22,7 @@ from typing import Any, NoReturn
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from lit_model import (
     adapter,
@@ -146,13 +147,14 @@ def _install(gpt: model.GPT, method_dir: Path | str, checkpoint_dir: Path | str)
 def load_base(
     gpt: model.GPT,
     checkpoint_dir: Path | str,
-    dtype: torch.dtype,
+    dtype: torch.dtype | None,
     device: torch.device | str = "cpu",
     quantize: Kind = "none",
     keep: Container[str] = (),
 ) -> None:
     """Puts the base weights into a network built on the meta device, without a second copy in memory: a CPU tensor of
     the stored dtype is the memory-mapped file itself. What a method has added is initialised as its file says.
+    Without a `dtype` the stored one is kept.
 
     A block is quantized as soon as it is loaded, so that never more than one is there in full; without the tensors that
     `keep` names, since what is trained is not quantized.
@@ -163,7 +165,7 @@ def load_base(
         names = set(file.keys())
         for block in (None, *range(gpt.config.n_layer)):  # None: what is in no block
             part = sorted(name for name in names if _block(name) == block)
-            _assign(gpt, {name: file.get_tensor(name).to(dtype) for name in part}, path, wanted)
+            _assign(gpt, {name: file.get_tensor(name).to(dtype=dtype) for name in part}, path, wanted)
             if block is None and not gpt.config.tie and model.Config.load(checkpoint_dir).tie:  # a method parted them
                 gpt.lm_head.weight = nn.Parameter(gpt.wte.weight.detach().clone())
                 names.add("lm_head.weight")
@@ -185,14 +187,14 @@ def initialize(module: nn.Module, device: torch.device | str) -> None:
             m.reset_parameters()
 
 
-def freeze(gpt: model.GPT, trainable: Callable[[str, model.Config], bool]) -> None:
+def freeze(gpt: model.GPT, trainable: Callable[[str, model.Config], bool], widen: bool = True) -> None:
     """Marks the parameters that are trainable(name, config) as such and keeps them in float32; freezes all others.
 
     In bfloat16 an optimizer step at a usual learning rate is smaller than the last bit of a weight, and lost.
     """
     for name, p in gpt.named_parameters():
         p.requires_grad_(trainable(name, gpt.config))
-        if p.requires_grad:
+        if p.requires_grad and widen:
             p.data = p.data.float()
 
 
@@ -204,13 +206,22 @@ def save_method(
     fingerprint: str,
     task: classify.Task | None = None,
     quantize: Kind = "none",
+    write: bool = True,
 ) -> None:
-    """Writes the trained tensors of `gpt`, and only those, with all that `load` needs to know in the header."""
+    """Writes the trained tensors of `gpt`, and only those, with all that `load` needs to know in the header.
+
+    Where they lie in slices, every process calls this, and one of them with `write`.
+    """
     tensors = {name: p.detach().contiguous() for name, p in gpt.named_parameters() if p.requires_grad}
-    module, _ = METHODS[method]
-    if hasattr(module, "finish"):
-        tensors, options = module.finish(gpt, tensors, options)
-    save_tensors(path, tensors, method, options, fingerprint, task, quantize)
+    for name, t in tensors.items():
+        if isinstance(t, DTensor):
+            whole = t.full_tensor()
+            tensors[name] = whole.cpu() if write else whole[:0]
+    if write:
+        module, _ = METHODS[method]
+        if hasattr(module, "finish"):
+            tensors, options = module.finish(gpt, tensors, options)
+        save_tensors(path, tensors, method, options, fingerprint, task, quantize)
 
 
 def save_tensors(

@@ -11,8 +11,6 @@ from types import NoneType
 from typing import Any, Literal, get_args, get_origin
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor
 
 
@@ -89,31 +87,32 @@ def write_text(path: Path, text: str) -> None:
         aside.write_text(text, encoding="utf-8")
 
 
-def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    """Writes a safetensors file in one step. Raises OSError, and leaves nothing, if there is no room or no right."""
-    with replacing(path) as aside:
-        try:
-            save_file(tensors, aside, metadata)
-        except SafetensorError as e:
-            raise OSError(f"{path} could not be written: {e}") from None
-        umask = os.umask(0)
-        os.umask(umask)
-        aside.chmod(0o666 & ~umask)  # safetensors makes files that only their owner can read
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Writes a safetensors file in one step; the same content makes the same bytes."""
+    stream_tensors(path, tensors.items(), {name: t.shape for name, t in tensors.items()}, metadata)
 
 
-def stream_tensors(path: Path, tensors: Iterable[tuple[str, Tensor]], shapes: Mapping[str, Sequence[int]]) -> None:
+def stream_tensors(
+    path: Path,
+    tensors: Iterable[tuple[str, Tensor]],
+    shapes: Mapping[str, Sequence[int]],
+    metadata: Mapping[str, str] | None = None,
+) -> None:
     """Writes a safetensors file in one step, one tensor after the other as they come, so that no two need be in memory.
 
     The header stands first and is known last: room is kept for it, for tensors of these `shapes`, and what it does not
     need is filled with spaces, as the format allows.
     """
-    room = sum(len(name) + 24 * len(shape) + 120 for name, shape in shapes.items()) // 64 * 64 + 64 - 8
-    header, end, uneven = {}, 0, []
+    header, end, uneven = {"__metadata__": dict(metadata)} if metadata else {}, 0, []
+    room = len(json.dumps(header)) + sum(
+        len(json.dumps(name)) + 24 * len(shape) + 120 for name, shape in shapes.items()
+    )
+    room = room // 64 * 64 + 64 - 8
 
     def write(name: str, t: Tensor) -> None:
         nonlocal end
         header[name] = dict(dtype=DTYPES[t.dtype], shape=list(t.shape), data_offsets=[end, end + t.nbytes])
-        file.write(memoryview(t.contiguous().flatten().view(torch.uint8).numpy()))
+        file.write(memoryview(t.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()))
         end += t.nbytes
 
     with replacing(path) as aside, open(aside, "wb") as file:

@@ -91,9 +91,13 @@ class LoRADelta(nn.Module):
         return (y - bias + update) * size + bias
 
     def factors(self) -> tuple[Tensor, Tensor]:
+        return self.with_start(self.A, self.B)
+
+    def with_start(self, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
         if self.A0 is None:
-            return self.A, self.B
-        return torch.cat((self.A, self.A0)), torch.cat((self.B, -self.B0), dim=1)
+            return A, B
+        A0, B0 = self.A0.to(A.device), self.B0.to(B.device)
+        return torch.cat((A, A0)), torch.cat((B, -B0), dim=1)
 
     def row_sizes(self, linear: model.Linear, dtype: torch.dtype) -> Tensor:
         """DoRA's m / |W + s B A|, (n_out,), without making B A: with p = W A^T the squared norm of a row is
@@ -212,8 +216,9 @@ def finish(gpt: model.GPT, tensors: dict[str, Tensor], options: LoRA) -> tuple[d
     if options.init == "zero":
         return tensors, options
     for name, linear in ((n, m) for n, m in gpt.named_modules() if isinstance(m, model.Linear) and "lora" in m.deltas):
-        for letter, t in zip("AB", linear.deltas["lora"].factors()):
-            tensors[f"{name}.deltas.lora.{letter}"] = t.detach().contiguous()
+        keys = [f"{name}.deltas.lora.{letter}" for letter in "AB"]
+        whole = linear.deltas["lora"].with_start(*(tensors[key] for key in keys))
+        tensors |= {key: t.contiguous() for key, t in zip(keys, whole, strict=True)}
     grown = math.sqrt(2) if options.rslora else 2  # so that the scale stays what it is
     targets = ",".join(f"{name}:{2 * r}:{grown * alpha}" for name, r, alpha in _parsed(options))
     return tensors, replace(options, targets=targets, init="zero")

@@ -125,6 +125,7 @@ class Packed(Movable):
     source: Tensor | None = None  # (T,) where each token lies among those of all examples, if they say so
     x: Tensor | None = None  # (T, C) what goes into block `first_block`, if it is known already
     first_block: int = 0
+    counts: bool = True  # False: computed only since other processes compute one more row; its loss is to be dropped
     has_virtual_tokens: bool = False  # the row begins with the network's virtual tokens, which `idx` does not contain
 
 
@@ -229,26 +230,35 @@ def pack(
     n_virtual_tokens: int = 0,
     n_virtual_keys: int = 0,
     share: bool = True,
+    rank: int = 0,
+    world: int = 1,
 ) -> list[tuple[Tensor, Packed]]:
     """Packs examples into the fewest rows of `row_tokens` tokens, all of about one size (a little over it, if need be).
 
     Args:
         share: compute a common beginning of examples once. Not with dropout, which would differ between its copies.
+        rank, world: of so many processes the one that wants its share of the rows. Each gets as many as the others,
+            if need be with one again that another process has, which does not count.
     Returns:
         A list of (idx, packed). The losses of the rows sum to those of the examples one by one. Examples that begin
         alike lie together, so their order is not kept.
     """
     if share:  # any order will do in which examples with the same beginning are neighbours
         examples = sorted(examples, key=lambda e: e.ids.tobytes())
-    groups = _fill(examples, row_tokens, share)
-    return [_pack_row(group, n_virtual_tokens, n_virtual_keys, share) for group in groups]
+    groups = list(_fill(examples, row_tokens, share, world))
+    own = groups[rank::world]
+    rows = [_pack_row(group, n_virtual_tokens, n_virtual_keys, share) for group in own]
+    if len(own) < math.ceil(len(groups) / world):
+        idx, packed = _pack_row(groups[0], n_virtual_tokens, n_virtual_keys, share)
+        rows.append((idx, replace(packed, counts=False)))
+    return rows
 
 
-def _fill(examples: Sequence[Example], row_tokens: int, share: bool) -> Iterator[list[Example]]:
+def _fill(examples: Sequence[Example], row_tokens: int, share: bool, world: int) -> Iterator[list[Example]]:
     """Cuts a list of examples into those of one row each."""
     shared = [0, *(_common(a, b) if share else 0 for a, b in zip(examples, examples[1:]))]
     costs = np.array([len(e.ids) - 1 - (n if n >= MIN_SHARED else 0) for e, n in zip(examples, shared)])
-    n_rows = math.ceil(costs.sum() / row_tokens)
+    n_rows = world * math.ceil(costs.sum() / row_tokens / world)
     row = (costs.cumsum() - costs / 2) * n_rows // costs.sum()  # rows of one size: a short one would be a slow one
     for _, group in groupby(zip(row, examples), key=itemgetter(0)):
         yield [e for _, e in group]

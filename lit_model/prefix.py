@@ -111,5 +111,6 @@ def start(gpt: model.GPT, ids: Sequence[int]) -> None:
 def finish(gpt: model.GPT, tensors: dict[str, Tensor], options: Prefix) -> tuple[dict[str, Tensor], Prefix]:
     """What a method file holds: the prefix itself, without the network that made it in training."""
     rest = {name: t for name, t in tensors.items() if not trainable(name)}  # such as a linear head
-    kv = gpt.virtual_keys["prefix"]().detach().contiguous()
+    own = {name.removeprefix("virtual_keys.prefix."): t for name, t in tensors.items() if trainable(name)}
+    kv = torch.func.functional_call(gpt.virtual_keys["prefix"], own).detach().contiguous()
     return {**rest, "virtual_keys.prefix.kv": kv}, replace(options, mlp=0)

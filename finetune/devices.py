@@ -1,0 +1,164 @@
+"""Several GPUs, on one machine or many: lightning-fabric starts the processes, PyTorch keeps them in step.
+
+ddp   each process holds the whole network; gradients of what is trained are summed
+      (DistributedDataParallel, https://arxiv.org/abs/2006.15704)
+fsdp  each holds a slice of every tensor, of its gradient and of what AdamW keeps; a block is gathered when it is
+      computed (FSDP2, `fully_shard`, https://arxiv.org/abs/2304.11277)
+
+Every process packs the same batch into the same rows and computes its share of them, so that a step is the same however
+many there are: the loss is divided by the target tokens of the whole batch.
+"""
+
+import os
+import sys
+import threading
+import time
+from datetime import timedelta
+from functools import partial, partialmethod
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from lightning_fabric import Fabric
+from lightning_fabric.plugins.environments import SLURMEnvironment
+from lightning_fabric.strategies import DDPStrategy, ModelParallelStrategy
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+from tqdm import tqdm
+
+from lit_model.checkpoint import is_base
+from lit_model.model import GPT, Linear
+
+Strategy = Literal["auto", "ddp", "fsdp", "fsdp_offload"]
+TIMEOUT = timedelta(minutes=10)  # that a process waits for the others, who may be writing files
+
+
+def launch(devices: str, strategy: Strategy) -> Fabric:
+    """Starts the processes that `--devices` asks for, or joins those that torchrun, fabric run or SLURM have started.
+
+    Returns in each of them. Raises ValueError if there are not so many GPUs, or a launcher has started other numbers.
+    """
+    kind, _, number = devices.rpartition(":") if ":" in devices or devices.isdigit() else (devices, "", "")
+    if kind not in ("", "auto", "cpu") or (number and not (number.isdigit() and int(number))):
+        raise ValueError(f"--devices is {devices!r}; it must be auto, cpu, a number of GPUs, or cpu: and a number")
+    started, machines = _started()
+    n = int(number or started or 1)
+    if started and n != started:
+        raise ValueError(f"--devices {devices}, but {started} processes were started on this machine: leave it away")
+    world = n * machines
+    if int(os.environ.get("WORLD_SIZE", world)) != world:
+        raise ValueError(f"--devices {devices} makes {world} processes, but WORLD_SIZE is {os.environ['WORLD_SIZE']}")
+    if kind != "cpu" and n > 1 and n > torch.cuda.device_count():
+        raise ValueError(f"--devices {n}, but this machine has {torch.cuda.device_count()} GPUs (cpu:{n} needs none)")
+    how: Any = "auto"
+    if strategy.startswith("fsdp"):
+        split = partial(shard, offload=strategy == "fsdp_offload")
+        how = ModelParallelStrategy(split, data_parallel_size=world, tensor_parallel_size=1, timeout=TIMEOUT)
+    elif world > 1:
+        how = DDPStrategy(timeout=TIMEOUT, gradient_as_bucket_view=True, broadcast_buffers=False)
+    accelerator = "cpu" if kind == "cpu" else "auto"
+    fabric = Fabric(accelerator=accelerator, devices=n, num_nodes=machines, strategy=how, precision="32-true")
+    parent = os.getppid()
+    fabric.launch()
+    if not fabric.is_global_zero:  # the first process speaks for all
+        sys.stdout = open(os.devnull, "w")
+        tqdm.__init__ = partialmethod(tqdm.__init__, disable=True)
+        if not started:
+            threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+    return fabric
+
+
+def _started() -> tuple[int | None, int]:
+    """(processes that a launcher has started on this machine, number of machines)"""
+    if "LOCAL_WORLD_SIZE" in os.environ:  # torchrun and fabric run
+        local = int(os.environ["LOCAL_WORLD_SIZE"])
+        return local, int(os.environ["WORLD_SIZE"]) // local
+    if SLURMEnvironment.detect():
+        machines = int(os.environ.get("SLURM_NNODES", 1))
+        return int(os.environ["SLURM_NTASKS"]) // machines, machines
+    return None, 1
+
+
+def _end_with(parent: int) -> None:
+    """The first process watches those that it has started; this is how they watch it."""
+    while os.getppid() == parent:
+        time.sleep(2)
+    print("the first process of this run is gone, and this one ends with it", file=sys.stderr)
+    os._exit(1)
+
+
+def total(t: Tensor) -> Tensor:
+    """The sum over all processes, in place; without waiting for the GPU."""
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        dist.all_reduce(t)
+    return t
+
+
+def highest(value: float, device: torch.device) -> float:
+    """The highest of all processes."""
+    if not (dist.is_initialized() and dist.get_world_size() > 1):
+        return value
+    t = torch.tensor(value, dtype=torch.float64, device=device)
+    dist.all_reduce(t, dist.ReduceOp.MAX)
+    return t.item()
+
+
+def local(t: Tensor) -> Tensor:
+    """The part of it that this process keeps."""
+    return t.to_local() if isinstance(t, DTensor) else t
+
+
+def shard(gpt: GPT, mesh: DeviceMesh, offload: bool) -> GPT:
+    """Leaves each process its slice of every parameter, on its device or (offload) in the host's memory.
+
+    The network may lie in a mapped file: of that only the slices are read. Quantized weights stay whole everywhere:
+    they are small already, and to gather them would take time. What is trained becomes float32.
+    """
+    on_gpu = mesh.device_type == "cuda" and not offload
+    device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
+    whole = {p for m in gpt.modules() if isinstance(m, Linear) and m.weight is None for p in m.parameters(False)}
+    dtypes = {}
+    source: dict[str, Tensor] = {}
+    emptied: dict[nn.Parameter, nn.Parameter] = {}
+    for name, p in gpt.named_parameters(remove_duplicate=False):
+        if p in whole:
+            continue
+        if p not in emptied:
+            dtypes[name] = torch.float32 if p.requires_grad else gpt.dtype
+            empty = torch.empty_like(p, device="meta", dtype=dtypes[name])
+            emptied[p] = nn.Parameter(empty, requires_grad=p.requires_grad)
+            source[name] = p.detach()
+        _set(gpt, name, emptied[p])
+    # where base weights are trained in float32, blocks are gathered in the dtype that they compute in
+    trains_base = any(p.requires_grad and p.ndim > 1 and is_base(name) for name, p in gpt.named_parameters())
+    mixed = MixedPrecisionPolicy(gpt.dtype, torch.float32, cast_forward_inputs=False)
+    settings = dict(
+        mesh=mesh["data_parallel"],
+        ignored_params=whole,
+        mp_policy=mixed if trains_base and gpt.dtype != torch.float32 else MixedPrecisionPolicy(),
+        offload_policy=CPUOffloadPolicy() if offload else OffloadPolicy(),
+    )
+    for module in (*gpt.blocks, gpt):
+        fully_shard(module, **settings)
+    rank, n = settings["mesh"].get_local_rank(), settings["mesh"].size()
+    filled: dict[nn.Parameter, nn.Parameter] = {}
+    for name, p in list(gpt.named_parameters(remove_duplicate=False)):
+        if p in whole:
+            continue
+        if p not in filled:
+            parts = source[name].chunk(n)
+            part = parts[rank] if rank < len(parts) else source[name][:0]
+            part = part.to(device, dtypes[name], copy=True).contiguous()
+            spread = DTensor.from_local(
+                part, p.device_mesh, p.placements, run_check=False, shape=p.shape, stride=p.stride()
+            )
+            filled[p] = nn.Parameter(spread, requires_grad=p.requires_grad)
+        _set(gpt, name, filled[p])
+    return gpt
+
+
+def _set(gpt: GPT, name: str, p: nn.Parameter) -> None:
+    owner, _, last = name.rpartition(".")
+    setattr(gpt.get_submodule(owner), last, p)

@@ -1,0 +1,275 @@
+"""What a run that was interrupted goes on from, so that it ends as if nothing had happened.
+
+out_dir/state/step-N/   tensors/*.safetensors    what is trained and AdamW's two moments of it, a file a process
+                        random-R.safetensors     states of the random numbers of process R
+                        state.json               everything else, and the sha256 of the other files and of itself
+              finished.json                      the run came to its end: there is nothing to go on with
+
+A state is written aside, brought to the disk and renamed; the last two are kept. One that is cut off or altered is told
+by its sha256, and the one before it is taken. Nothing is pickled. torch.distributed.checkpoint writes the tensors, so
+that a run of FSDP goes on with another number of processes.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
+
+from lit_model.checkpoint import fingerprint_of
+from lit_model.files import write_text
+from lit_model.packing import Example
+
+KEPT = 2
+# options that may differ when a run goes on: what it computes stays the same, up to rounding
+FREE = (
+    "checkpoint_dir", "data", "val_data", "out_dir", "devices", "strategy", "compile", "memory_gb", "deterministic",
+    "overwrite", "resume", "train.row_tokens", "train.max_time", "train.sample", "train.save_every_minutes",
+    "train.full_disk",
+)  # fmt: skip
+
+
+@dataclass
+class Progress:
+    """How far a run has come."""
+
+    step: int = 0
+    updates: int = 0
+    """of the optimizer: fewer than steps if some were skipped"""
+    first: float = float("nan")
+    """validation loss at the start"""
+    best: float = float("nan")
+    stale: int = 0
+    """evaluations since the best"""
+    saved: bool = False
+    first_verdict: dict[str, Any] | None = None
+    best_verdict: dict[str, Any] | None = None
+    meter: dict[str, float] = field(default_factory=dict)
+
+
+def plain(value: Any) -> Any:
+    """Options as what YAML and JSON know."""
+    if is_dataclass(value):
+        return {f.name: plain(getattr(value, f.name)) for f in fields(value)}
+    return str(value) if isinstance(value, Path) else value
+
+
+def identity(options: Any, examples: list[Example]) -> dict[str, Any]:
+    """What must be the same when a run goes on: options, base network, and the examples with their order."""
+    ids = hashlib.sha256()
+    for e in examples:
+        ids.update(np.int64([len(e.ids), e.first_target]).tobytes() + e.ids.tobytes())
+        ids.update(b"" if e.learned is None else e.learned.tobytes())
+    settings = {name: value for name, value in _flat(plain(options)) if name not in FREE}
+    return settings | {"base network": fingerprint_of(options.checkpoint_dir), "examples": ids.hexdigest()}
+
+
+def _flat(settings: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in settings.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value
+
+
+class States:
+    """The states of a run, in `out_dir/state`."""
+
+    def __init__(self, out_dir: Path, identity: dict[str, Any], rank: int = 0):
+        self.folder, self.identity, self.rank = out_dir / "state", identity, rank
+
+    def newest(self) -> Path | None:
+        """The newest state that is whole; None if there is none. Says which ones are broken.
+
+        Raises ValueError if it is of a run with other options, or states are there and none is whole.
+        """
+        found = sorted(self.folder.glob("step-*"), key=lambda path: -_number(path))
+        found = [path for path in found if path.suffix != ".partial"]
+        for path in found:
+            try:
+                check(path)
+            except (ValueError, OSError, KeyError, TypeError) as e:
+                print(f"{path} is not used: {e}")
+                continue
+            self.same(_read(path / "state.json")["identity"])
+            return path
+        if found:
+            raise ValueError(f"no state in {self.folder} is whole: start anew with --overwrite")
+        return None
+
+    def finished(self) -> int | None:
+        """The last step of a run that has come to its end. Raises ValueError if it had other options."""
+        path = self.folder / "finished.json"
+        if not path.is_file():
+            return None
+        content = _read(path)
+        self.same(content["identity"])
+        return content["step"]
+
+    def same(self, stored: dict[str, Any]) -> None:
+        differ = [name for name in {**stored, **self.identity} if stored.get(name) != self.identity.get(name)]
+        if differ:
+            what = ", ".join(
+                f"{name} {stored.get(name)} there and {self.identity.get(name)} here" if "." in name or len(name) < 10
+                else f"other {name}" for name in differ
+            )  # fmt: skip
+            where = self.folder.parent
+            raise ValueError(f"{where} holds a run with {what}: name another --out_dir, or replace it with --overwrite")
+
+    def save(self, network: nn.Module, optimizer: torch.optim.Optimizer, progress: Progress) -> None:
+        """Called by all processes at the same time. Raises OSError in all of them, and leaves what was there, if it
+        cannot be written in one."""
+        path = self.folder / f"step-{progress.step}"
+        aside, failure, sums = path.with_suffix(".partial"), "", {}
+        try:
+            if self.rank == 0:
+                shutil.rmtree(aside, ignore_errors=True)
+                (aside / "tensors").mkdir(parents=True)
+            _wait()
+            writer = HuggingFaceStorageWriter(str(aside / "tensors"), save_distributed=True)
+            dcp.save(_tensors(network, optimizer), storage_writer=writer, no_dist=not dist.is_initialized())
+            save_file(_random(), aside / f"random-{self.rank}.safetensors")
+            sums = {str(file.relative_to(aside)): _to_disk(file) for file in self._own(aside)}
+        except Exception as e:  # of whatever dcp does; all processes must hear of it
+            failure = str(e) or type(e).__name__
+        everyones = _gathered((failure, sums))
+        if failed := [said for said, _ in everyones if said]:
+            if self.rank == 0:
+                shutil.rmtree(aside, ignore_errors=True)
+            why = " ".join(failed[0].split())[-200:]
+            raise OSError(f"{path} could not be written, the state before it is kept ({why})")
+        if self.rank == 0:
+            sums = {name: value for _, part in everyones for name, value in part.items()}
+            _write(aside / "state.json", dict(progress=asdict(progress), identity=self.identity, sha256=sums))
+            shutil.rmtree(path, ignore_errors=True)
+            os.replace(aside, path)
+            _to_disk(self.folder)
+            for cut_off in self.folder.glob("*.partial"):
+                shutil.rmtree(cut_off)
+            for old in sorted(self.folder.glob("step-*"), key=_number)[:-KEPT]:
+                shutil.rmtree(old)
+        _wait()
+
+    def _own(self, folder: Path) -> list[Path]:
+        """The files that this process has written."""
+        files = [*(folder / "tensors").glob(f"shard-{self.rank + 1:05d}-*"), folder / f"random-{self.rank}.safetensors"]
+        return [file for file in files if file.is_file()]
+
+    def load(self, path: Path, network: nn.Module, optimizer: torch.optim.Optimizer) -> Progress:
+        """Puts everything back as it was. Called by all processes at the same time."""
+        progress = Progress(**_read(path / "state.json")["progress"])
+        for p in (p for group in optimizer.param_groups for p in group["params"]):
+            step = torch.tensor(float(progress.updates), device=p.device)
+            moments = {name: torch.zeros_like(p) for name in MOMENTS} if progress.updates else {}
+            optimizer.state[p] = dict(step=step, **moments) if moments else {}
+        reader = HuggingFaceStorageReader(str(path / "tensors"))
+        dcp.load(_tensors(network, optimizer), storage_reader=reader, no_dist=not dist.is_initialized())
+        random = path / f"random-{self.rank}.safetensors"
+        if random.is_file():  # otherwise there were fewer processes
+            states = load_file(random)
+            torch.set_rng_state(states["cpu"])
+            if "cuda" in states and torch.cuda.is_available():
+                torch.cuda.set_rng_state(states["cuda"])
+        return progress
+
+    def finish(self, step: int) -> None:
+        """The run is over: its states are no longer needed."""
+        if self.rank == 0:
+            self.folder.mkdir(exist_ok=True)
+            _write(self.folder / "finished.json", dict(step=step, identity=self.identity))
+            for path in self.folder.glob("step-*"):
+                shutil.rmtree(path)
+
+    def forget(self) -> None:
+        """Another run begins here."""
+        if self.rank == 0:
+            shutil.rmtree(self.folder, ignore_errors=True)
+
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+@torch.no_grad()
+def _tensors(network: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """What is trained and AdamW's moments of it, by name: the very tensors, not copies."""
+    trained = {name: p for name, p in network.named_parameters() if p.requires_grad}
+    moments = {
+        f"{moment}.{name}": optimizer.state[p][moment]
+        for name, p in trained.items()
+        for moment in MOMENTS
+        if moment in optimizer.state.get(p, {})
+    }
+    return {f"trained.{name}": p.detach() for name, p in trained.items()} | moments
+
+
+def _random() -> dict[str, Tensor]:
+    return dict(cpu=torch.get_rng_state()) | (
+        dict(cuda=torch.cuda.get_rng_state()) if torch.cuda.is_initialized() else {}
+    )
+
+
+def check(path: Path) -> None:
+    """Raises ValueError, with the name of the file, if a state is not whole."""
+    sums = _read(path / "state.json")["sha256"]
+    for name, expected in sums.items():
+        if not (path / name).is_file():
+            raise ValueError(f"{name} is missing")
+        if (got := _sha256(path / name)) != expected:
+            raise ValueError(f"{name} has the sha256 {got[:12]}... instead of {expected[:12]}...: cut off or altered")
+
+
+def _write(path: Path, content: dict[str, Any]) -> None:
+    text = json.dumps(content, sort_keys=True)
+    write_text(path, json.dumps(dict(sha256=hashlib.sha256(text.encode()).hexdigest(), content=content), indent=1))
+
+
+def _read(path: Path) -> dict[str, Any]:
+    whole = json.loads(path.read_text(encoding="utf-8"))
+    if hashlib.sha256(json.dumps(whole["content"], sort_keys=True).encode()).hexdigest() != whole["sha256"]:
+        raise ValueError(f"{path.name} is not what its sha256 says: cut off or altered")
+    return whole["content"]
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _to_disk(path: Path) -> str:
+    """Waits until a file or folder is on the disk. Returns the sha256 of a file."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+    return _sha256(path) if path.is_file() else ""
+
+
+def _number(path: Path) -> int:
+    number = path.stem.removeprefix("step-")
+    return int(number) if number.isdigit() else -1
+
+
+def _wait() -> None:
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def _gathered(value: Any) -> list[Any]:
+    """What each process has to say."""
+    everyones = [value]
+    if dist.is_initialized():
+        everyones = [None] * dist.get_world_size()
+        dist.all_gather_object(everyones, value)
+    return everyones
