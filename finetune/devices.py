@@ -57,7 +57,7 @@ def launch(devices: str, strategy: Strategy) -> Fabric:
         split = partial(shard, offload=strategy == "fsdp_offload")
         how = ModelParallelStrategy(split, data_parallel_size=world, tensor_parallel_size=1, timeout=TIMEOUT)
     elif world > 1:
-        how = DDPStrategy(timeout=TIMEOUT, gradient_as_bucket_view=True, broadcast_buffers=False)
+        how = DDPStrategy(timeout=TIMEOUT, gradient_as_bucket_view=True)
     accelerator = "cpu" if kind == "cpu" else "auto"
     fabric = Fabric(accelerator=accelerator, devices=n, num_nodes=machines, strategy=how, precision="32-true")
     parent = os.getppid()
