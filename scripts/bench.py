@@ -28,6 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs 
 from lightning_fabric import Fabric
 
 from finetune import loop, memory, setup
+from finetune.devices import launch
 from finetune.report import Step, n_flops, peak_memory, peak_tflops
 from lit_model import adapter, adapter_v2, bottleneck, full, ia3, lora, model, prefix, prompt
 from lit_model.checkpoint import freeze, initialize
@@ -71,12 +72,14 @@ class Options:
     peers: Literal["", "hf-peft", "hf-peft-plain"] = ""
     """hf-peft: also transformers + peft, from requirements-dev.txt; in bf16 (beside fp8 and int8, too), fp32, and
     bitsandbytes' nf4. hf-peft-plain: as it comes, a step's examples in their order, padded to the longest"""
-    device: Literal["auto", "cpu"] = "auto"
-    """auto: the GPU if there is one"""
+    devices: str = "auto"
+    """as in the finetuning scripts: auto, cpu, 2, cpu:2; several such as 1,2,8 are measured one after the other"""
+    strategy: str = "auto"
+    """of several devices: ddp, fsdp or fsdp_offload; or some of them, such as ddp,fsdp"""
     data: Literal["alpaca-lengths", "demo"] = "alpaca-lengths"
     """alpaca-lengths: random tokens in examples of Alpaca's lengths; demo: the rows of the demo"""
     batch_size: int = 128
-    """examples per optimizer step"""
+    """examples per optimizer step and device"""
     row_tokens: int = 16384
     """most tokens of a packed row"""
     steps: int = 10
@@ -113,6 +116,8 @@ class Result:
     """share of the step's time that these products take alone, measured in the same run"""
     ratio: float | None = None
     """tokens a second, of the peer's"""
+    world: int = 1
+    """number of processes"""
 
 
 def main(options: Options) -> None:
@@ -123,10 +128,13 @@ def main(options: Options) -> None:
             raise ValueError(f"there is no {method!r} in {precision!r}: {known}")
         if method == "full" and PRECISIONS[precision] != "none":
             raise ValueError(f"full finetuning trains the weights that {precision} would freeze")
+    series = [(d.strip(), s.strip()) for d in options.devices.split(",") for s in options.strategy.split(",")]
+    if len(series) > 1:
+        return one_after_the_other(series, options)
     for name in ("batch_size", "row_tokens", "steps"):
         if getattr(options, name) < 1:
             raise ValueError(f"{name} is {getattr(options, name)}; it must be at least 1")
-    on_gpu = options.device == "auto" and torch.cuda.is_available()
+    on_gpu = not options.devices.startswith("cpu") and torch.cuda.is_available()
     if options.memory_gb is not None and not (on_gpu and options.memory_gb > 0):
         raise ValueError("memory_gb is a positive number of GiB of a GPU's memory, and needs one")
     config = model.Config.from_name(options.preset)
@@ -142,8 +150,9 @@ def main(options: Options) -> None:
     open_table(options.out)  # what cannot be written shall show now
     if not on_gpu:
         memory.keep_freed_memory()
-    fabric = Fabric(accelerator="cpu" if options.device == "cpu" else "auto", devices=1, precision="32-true")
-    fabric.launch()
+    fabric = launch(options.devices, options.strategy)
+    if options.peers and fabric.world_size > 1:
+        raise ValueError("--peers measures one device")
     examples = demo_examples() if options.data == "demo" else alpaca_lengths(config.vocab_size)
     where = torch.cuda.get_device_name() if fabric.device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     describe = ["git", "describe", "--always", "--dirty"]
@@ -158,20 +167,60 @@ def main(options: Options) -> None:
         theirs_in = precision if precision in PEER_PRECISIONS else "bf16"
         if options.peers and (method, theirs_in) not in peers:
             peers[method, theirs_in] = _try(theirs, method, theirs_in, config, examples, fabric, options)
-            if peers[method, theirs_in]:
+            if peers[method, theirs_in] and fabric.is_global_zero:
                 save(peers[method, theirs_in], options, about)
         if result:
             peer = peers.get((method, theirs_in))
             result.ratio = peer and result.tokens_per_second / peer.tokens_per_second
             results.append(result)
-            save(result, options, about)
+            if fabric.is_global_zero:
+                save(result, options, about)
     if not results:
         raise ValueError("nothing could be measured")
     results += [peer for peer in peers.values() if peer]
+    where = f"{fabric.world_size} x {where}" if fabric.world_size > 1 else where
     where = f"{where}, torch {torch.__version__}, commit {commit}"
-    print(f"\n{options.preset}, {options.batch_size} examples a step, {where}")
+    each = " and device" if fabric.world_size > 1 else ""
+    print(f"\n{options.preset}, {options.batch_size} examples a step{each}, {where}")
     print(table(results))
     print(f"added {len(results)} results to {options.out}")
+
+
+def one_after_the_other(series: list[tuple[str, str]], options: Options) -> None:
+    """Starts this script once for each number of devices and strategy, and shows all results as one table."""
+    open_table(options.out)
+    with open(options.out, newline="") as file:
+        before = sum(1 for _ in csv.DictReader(file))
+    failed, alone = [], set()
+    for devices, strategy in series:
+        one = devices in ("1", "auto", "cpu", "cpu:1")
+        if one and devices in alone:
+            continue
+        alone.add(devices)
+        given = {f.name: getattr(options, f.name) for f in fields(options)}
+        given |= dict(devices=devices, strategy="auto" if one else strategy)
+        args = [f"--{name}={value}" for name, value in given.items() if value is not None]
+        done = subprocess.run([sys.executable, str(Path(__file__).resolve()), *args])
+        failed += [f"{devices} {strategy}"] * (done.returncode != 0)
+    with open(options.out, newline="") as file:
+        rows = list(csv.DictReader(file))[before:]
+    lines = ["| devices | run | real tokens/s | a device | scaling | step | memory a device | MFU |"]
+    lines.append("|---|---|---|---|---|---|---|---|")
+    first = {}
+    for r in rows:
+        speed, world = float(r["tokens_per_second"]), int(r["world"])
+        first.setdefault((r["method"], r["precision"]), speed / world)
+        scaling = speed / first[r["method"], r["precision"]]
+        name = f"{world} {r['strategy'] if world > 1 else ''} | {r['method']} {r['precision']}, {r['setting']}"
+        memory = f"{float(r['peak_gib']):.1f} GiB" if r["peak_gib"] else ""
+        mfu = f"{100 * float(r['mfu']):.0f} %" if r["mfu"] else ""
+        speeds = f"{speed:,.0f} | {speed / world:,.0f} | {scaling:.2f} x | {float(r['step_ms']):,.0f} ms"
+        lines.append(f"| {name} | {speeds} | {memory} | {mfu} |")
+    on = f"{rows[0]['on']}, torch {rows[0]['torch']}, commit {rows[0]['commit']}" if rows else "nothing measured"
+    print(f"\n{options.preset}, {options.batch_size} examples a step and device, {on}")
+    print("\n".join(lines))
+    if failed:
+        raise ValueError(f"could not be measured: {', '.join(failed)}")
 
 
 def _try(measure: Callable[..., Result], method: str, precision: str, *rest: Any) -> Result | None:
@@ -201,7 +250,8 @@ def gpu_memory(device: torch.device) -> float | None:
 def ours(
     method: str, precision: str, config: model.Config, examples: list[Example], fabric: Fabric, options: Options
 ) -> Result:
-    train = setup.Train(batch_size=options.batch_size, lr=1e-4)
+    world = fabric.world_size
+    train = setup.Train(batch_size=options.batch_size * world, lr=1e-4)
     settings = setup.Options(train=train, compile=options.compile, memory_gb=options.memory_gb)
     dtype = torch.float32 if precision == "fp32" else torch.bfloat16
     run = setup.Run(settings, fabric, dtype, None, examples, [], options.row_tokens)
@@ -226,13 +276,13 @@ def ours(
     steps = take(options.steps)
     seconds = sync(fabric.device) - start
     real, computed = sum(len(e.ids) for s in steps for e in s.batch), sum(s.n_computed for s in steps)
-    targets = sum(s.n_targets for s in steps)
+    targets, own_targets = sum(s.n_targets for s in steps), sum(s.n_own_targets for s in steps)
     peak = gpu_memory(fabric.device)
     if options.profile:
         profile(lambda: take(1), f"{method} {precision}", fabric.device)
     tflops = peak_tflops(gpt) if fabric.device.type == "cuda" else None
     _, batches = next(stream)
-    alone = product_seconds(gpt, len(batches), computed / len(steps), targets / len(steps))
+    alone = product_seconds(gpt, len(batches), computed / len(steps), own_targets / len(steps))
     return Result(
         "lit-model",
         method,
@@ -245,8 +295,9 @@ def ours(
         peak_gib=peak,
         loss=steps[-1].receive()[0],
         targets=targets / real,
-        mfu=tflops and n_flops(gpt, computed, targets) / seconds / tflops / 1e12,
+        mfu=tflops and n_flops(gpt, computed, own_targets) / seconds / tflops / 1e12,
         products=alone * len(steps) / seconds,
+        world=world,
     )
 
 
@@ -341,6 +392,7 @@ def theirs(
 
 
 COLUMNS = ["when", "on", "torch", "commit", "preset", "data", "batch_size", "row_tokens", "steps", "memory_gb"]
+COLUMNS += ["strategy"]
 COLUMNS += [f.name for f in fields(Result)]
 
 

@@ -306,7 +306,7 @@ def test_download_converts_what_the_hub_gives(weights, tiny, tmp_path, rows, mon
         ("scripts/random_checkpoint.py --preset smollm2-135m --out_dir .", "holds other files already"),
         ("scripts/bench.py --methods full --precision nf4", "full finetuning trains the weights that nf4 would freeze"),
         ("scripts/bench.py --steps 0", "steps is 0; it must be at least 1"),
-        ("scripts/bench.py --device cpu --memory_gb 4", "memory_gb is a positive number of GiB"),
+        ("scripts/bench.py --devices cpu --memory_gb 4", "memory_gb is a positive number of GiB"),
         ("scripts/bench.py --preset gpt-5", "there is no preset 'gpt-5'"),
         ("scripts/random_checkpoint.py --n_rows 1", "n_rows is 1; it must be at least 2"),
     ],
@@ -334,7 +334,7 @@ def test_random_rows_are_as_long_as_they_say():
 def test_bench_measures_on_a_cpu(tmp_path):
     """One step of a real shape: a table with our row, and the same in the CSV file."""
     said = run(
-        "scripts/bench.py", "--preset", "smollm2-135m", "--methods", "lora", "--precision", "fp32", "--device", "cpu",
+        "scripts/bench.py", "--preset", "smollm2-135m", "--methods", "lora", "--precision", "fp32", "--devices", "cpu",
         "--batch_size", 2, "--steps", 1, "--out", tmp_path / "bench.csv", cwd=ROOT,
     )  # fmt: skip
     with open(tmp_path / "bench.csv") as file:
