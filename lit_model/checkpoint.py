@@ -37,7 +37,16 @@ from lit_model import (
     selective,
     several,
 )
-from lit_model.files import blamed_on, read_json, refuse_pointer, replacing, stream_tensors, write_tensors, write_text
+from lit_model.files import (
+    as_dtype,
+    blamed_on,
+    read_json,
+    refuse_pointer,
+    replacing,
+    stream_tensors,
+    write_tensors,
+    write_text,
+)
 from lit_model.quantize import Kind
 from lit_model.quantize import quantize as quantize_block
 
@@ -161,9 +170,13 @@ def load_base(
     wanted = _shapes(gpt.state_dict())
     with open_tensors(path, device) as file:
         names = set(file.keys())
+        if strange := sorted(names - wanted.keys()):
+            raise ValueError(f"{path} has a tensor {strange[0]} that the model has no place for")
         for block in (None, *range(gpt.config.n_layer)):  # None: what is in no block
             part = sorted(name for name in names if _block(name) == block)
-            _assign(gpt, {name: file.get_tensor(name).to(dtype) for name in part}, path, wanted)
+            with blamed_on(path):
+                tensors = {name: as_dtype(name, file.get_tensor(name), dtype) for name in part}
+            _assign(gpt, tensors, path, wanted)
             if block is None and not gpt.config.tie and model.Config.load(checkpoint_dir).tie:  # a method parted them
                 gpt.lm_head.weight = nn.Parameter(gpt.wte.weight.detach().clone())
                 names.add("lm_head.weight")

@@ -15,7 +15,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from lit_model.checkpoint import open_tensors, save_checkpoint
-from lit_model.files import DTYPES, blamed_on, read_json, refuse_pointer, refuse_used
+from lit_model.files import as_dtype, blamed_on, read_json, refuse_pointer, refuse_used
 from lit_model.model import Config
 
 _HF_LLAMA = {
@@ -55,15 +55,6 @@ def convert_hf(src_dir: Path, out_dir: Path, dtype: torch.dtype | None = None) -
     with blamed_on(src_dir):
         tensors = ((name, as_dtype(name, t, dtype)) for name, t in rename(_hf_tensors(src_dir)))
         save_checkpoint(out_dir, config, tensors, _name_eos(tokenizer_files(src_dir), src_dir))
-
-
-def as_dtype(name: str, t: Tensor, dtype: torch.dtype | None) -> Tensor:
-    """Raises ValueError for quantized weights, which mean nothing without their scales."""
-    if t.dtype not in DTYPES:
-        raise ValueError(
-            f"{name} is of the type {t.dtype}: quantized weights are not supported, take the original ones"
-        )
-    return t.to(dtype or t.dtype)
 
 
 def tokenizer_files(folder: Path) -> dict[str, bytes]:
@@ -246,6 +237,8 @@ def unpickled(path: Path) -> dict[str, Tensor]:
     for name, t in content.items():
         if t.layout != torch.strided or t.nbytes > t.untyped_storage().nbytes():
             raise ValueError(f"{path}: {name} is a sparse or an expanded tensor, which no network is made of")
+        if t.untyped_storage().nbytes() > path.stat().st_size:  # torch gives it the memory, and nothing is read yet
+            raise ValueError(f"{path}: {name} is larger than the file")
     return content
 
 

@@ -45,6 +45,8 @@ def generate(
     if not ids:
         raise ValueError("the prompt is empty")
     c = gpt.config
+    if max(ids) >= c.vocab_size:
+        raise ValueError(f"the tokenizer has a token {max(ids)}, and the network only {c.vocab_size}")
     room = c.block_size - gpt.n_virtual_keys - gpt.n_virtual_tokens - len(ids)
     if room < 1:
         raise ValueError(
@@ -69,7 +71,10 @@ def _decode(
     packed.has_virtual_tokens, packed.wanted = root is not None, torch.tensor([len(packed.pos) - 1])
     used, idx = len(packed.pos), torch.tensor(ids, device=device)
     for _ in range(n_new):
-        token = choose(gpt(idx, packed.to(device), cache)[-1])
+        logits = gpt(idx, packed.to(device), cache)[-1]
+        if not logits.isfinite().all():
+            raise ValueError("what the network says is not finite: its weights are broken, or too large for this dtype")
+        token = choose(logits)
         if token.item() in stop_ids:
             return
         yield token.item()
