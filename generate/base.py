@@ -85,8 +85,11 @@ def main(options: Options) -> None:
     tokens = Counted(generate(gpt, ids, options.max_new_tokens, *sampling))
     print(text if style == "none" else "", end="", flush=True)
     began = time.perf_counter()
-    for piece in stream_text(tokenizer, tokens, options.stop, after=ids if style == "none" else ()):
-        print(piece, end="", flush=True)
+    try:
+        for piece in stream_text(tokenizer, tokens, options.stop, after=ids if style == "none" else ()):
+            print(piece, end="", flush=True)
+    except ValueError as e:
+        raise ValueError(f"{options.checkpoint_dir}: {e}") from None
     seconds = time.perf_counter() - began
     speed = f"{tokens.n} tokens in {seconds:.1f} s: {tokens.n / seconds:.1f} tokens/s"
     print(f"\n{speed} ({device.type}, {dtype})".replace("torch.", ""), file=sys.stderr)

@@ -5,6 +5,7 @@ other files. Tensors go one by one from file to file, so that a network needs li
 import json
 import pickle
 import re
+import warnings
 import zipfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -218,10 +219,12 @@ def unpickled(path: Path) -> dict[str, Tensor]:
     try:
         if zipfile.is_zipfile(path) and any(i.compress_type for i in zipfile.ZipFile(path).infolist()):
             raise ValueError("it is compressed, which torch.save never does")
-        try:
-            content = torch.load(path, mmap=True, **options)
-        except RuntimeError:  # written by a torch before 1.6
-            content = torch.load(path, **options)
+        with warnings.catch_warnings():  # of pickle's protocols
+            warnings.simplefilter("ignore")
+            try:
+                content = torch.load(path, mmap=True, **options)
+            except RuntimeError:  # written by a torch before 1.6
+                content = torch.load(path, **options)
     except pickle.UnpicklingError as e:
         if "weights_only" in str(e) or "Unsupported" in str(e):
             raise ValueError(f"{path} holds more than tensors, which could run code: it is not read") from None

@@ -70,7 +70,7 @@ def convert_gguf(src: Path, out_dir: Path, dtype: torch.dtype = torch.bfloat16) 
 
 
 class _Reader(GGUFReader):
-    """Believes no length: what the header says is not there ends it, and lists of numbers are read in one piece."""
+    """Believes no length, and reads a list in one go: a piece of its own for each item takes 12 us and 700 bytes."""
 
     n_pieces = 0
 
@@ -78,16 +78,26 @@ class _Reader(GGUFReader):
         if offset + int(count) * np.dtype(dtype).itemsize > len(self.data):
             raise ValueError("it ends before what its header says is there")
         self.n_pieces += 1
-        if self.n_pieces > 1_500_000:  # each takes 300 bytes; LLaMA 3 has 800,000
-            raise ValueError("it has more pieces than any tokenizer")
+        if self.n_pieces > 100_000:
+            raise ValueError("it has more fields, tensors and lists in lists than any network")
         return super()._get(offset, dtype, count, override_order)
 
     def _get_field_parts(self, orig_offs: int, raw_type: int) -> tuple:
         if raw_type == GGUFValueType.ARRAY:
             kind, n = self._get(orig_offs, np.uint32), self._get(orig_offs + 4, np.uint64)
-            if (number := self.gguf_scalar_to_np.get(int(kind[0]))) is not None:
-                values = self._get(orig_offs + 12, number, n[0])
-                return 12 + values.nbytes, [kind, n, values], [2], [GGUFValueType.ARRAY, GGUFValueType(int(kind[0]))]
+            types = [GGUFValueType.ARRAY, GGUFValueType(int(kind[0]))]
+            if types[1] in self.gguf_scalar_to_np:
+                values = self._get(orig_offs + 12, self.gguf_scalar_to_np[types[1]], n[0])
+                return 12 + values.nbytes, [kind, n, values], [2], types
+            if types[1] == GGUFValueType.STRING:
+                content, at, texts = memoryview(self.data), orig_offs + 12, []
+                for _ in range(int(n[0])):
+                    end = at + 8 + int.from_bytes(content[at : at + 8], "little" if self.byte_order == "I" else "big")
+                    if end > len(content):
+                        raise ValueError("it ends before what its header says is there")
+                    texts.append(content[at + 8 : end])
+                    at = end
+                return at - orig_offs, [kind, n, *texts], list(range(2, len(texts) + 2)), types
         return super()._get_field_parts(orig_offs, raw_type)
 
 

@@ -45,8 +45,6 @@ def generate(
     if not ids:
         raise ValueError("the prompt is empty")
     c = gpt.config
-    if max(ids) >= c.vocab_size:
-        raise ValueError(f"the tokenizer has a token {max(ids)}, and the network only {c.vocab_size}")
     room = c.block_size - gpt.n_virtual_keys - gpt.n_virtual_tokens - len(ids)
     if room < 1:
         raise ValueError(
@@ -63,6 +61,8 @@ def _decode(
     gpt: GPT, ids: Sequence[int], n_new: int, choose: Callable[[Tensor], Tensor], stop_ids: Iterable[int]
 ) -> Iterator[int]:
     c, device, stop_ids = gpt.config, gpt.wte.weight.device, set(stop_ids)
+    if max(ids) >= c.vocab_size:
+        raise ValueError(f"the tokenizer has a token {max(ids)}, and the network only {c.vocab_size}")
     dtype = gpt.dtype or gpt.wte.weight.dtype
     cache = KVCache(c.n_layer, gpt.n_virtual_tokens + len(ids) + n_new, c.n_kv_head, c.head_size, dtype, device)
     root = Segment(gpt.n_virtual_tokens) if gpt.n_virtual_tokens else None

@@ -89,7 +89,7 @@ class Tokenizer:
     def decode(self, ids: Sequence[int]) -> str:
         """Text of the ids; special tokens are left out."""
         if self._sp is not None:
-            return self._sp.decode(list(ids))
+            return self._sp.decode([i for i in ids if i < self.vocab_size])  # a network may have rows for more
         return self._hf.decode(list(ids), skip_special_tokens=True)
 
 

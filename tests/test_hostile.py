@@ -8,7 +8,6 @@ import contextlib
 import io
 import json
 import os
-import random
 import re
 import resource
 import shutil
@@ -21,14 +20,17 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
-from corpus import CASES, KINDS, MARKER, Case, fields, put, valid
+from corpus import CASES, KINDS, MARKER, Case, valid
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from lit_model import chat, dataset
 from lit_model.cli import cli
+from lit_model.data import _KNOWN, PromptOptions
+from lit_model.tokenizer import Tokenizer
 
 SECONDS, BYTES = 10, 500 * 2**20  # that a file may take
 
@@ -180,7 +182,6 @@ def tried(case: Case, home: Path, folder: Path, monkeypatch) -> tuple[End, str |
 def test_each_malformed_file_ends_in_one_line_that_names_it(kind, home, tmp_path, monkeypatch):
     cases = [case for case in CASES if case.kind == kind]
     ends, found, slowest, most = Counter(), [], 0.0, 0
-    before = memory("VmRSS")
     for i, case in enumerate(cases):
         end, said = tried(case, home, tmp_path / str(i), monkeypatch)
         if said:
@@ -191,13 +192,11 @@ def test_each_malformed_file_ends_in_one_line_that_names_it(kind, home, tmp_path
             print(f"  {case.what}: {end.seconds:.1f} s, {end.bytes >> 20} MB, {' '.join(end.lines)[:300]}")
         os.chdir(tmp_path)
         shutil.rmtree(tmp_path / str(i))
-    grown = memory("VmRSS") - before
     print(
         f"\n{kind}: files tried {len(cases)}, clear errors {ends['clear']}, legal {ends['legal']}, anything else "
-        f"{ends['wrong']}; the slowest {slowest:.1f} s, most memory {most / 2**20:.0f} MB, kept {grown / 2**20:.0f} MB"
+        f"{ends['wrong']}; the slowest {slowest:.1f} s, most memory {most / 2**20:.0f} MB"
     )
     assert not found, f"{len(found)} of {len(cases)}:\n" + "\n".join(found)
-    assert grown < BYTES
 
 
 def test_the_corpus_has_files_of_every_kind():
@@ -206,3 +205,132 @@ def test_the_corpus_has_files_of_every_kind():
     print(f"\n{len(CASES)} files, {legal} of them odd but legal: {dict(counts)}")
     assert set(counts) == set(KINDS) and min(counts.values()) >= 10 and len(CASES) - legal >= 200
     assert max(Counter((case.kind, case.what) for case in CASES).values()) == 1
+
+
+# --------------------------------------------------------------------------------------------- files damaged at random
+
+
+@dataclass
+class ReadOptions:
+    """Options."""
+
+    data: Path
+    base: Path
+
+
+def read(options: ReadOptions) -> None:
+    dataset.read_dataset(options.data, Tokenizer(options.base), PromptOptions(style="{instruction}", val_fraction=0))
+
+
+READER = SimpleNamespace(main=read, Options=ReadOptions, __doc__="Reads data, and trains on nothing.")
+damage = st.tuples(  # bytes are replaced, among the first ones or anywhere, or cut out, or the end is missing
+    st.lists(st.tuples(st.floats(0, 0.999), st.integers(0, 255), st.booleans()), max_size=6),
+    st.one_of(st.none(), st.floats(0, 1)),
+    st.one_of(st.none(), st.tuples(st.floats(0, 1), st.integers(1, 9))),
+)
+often = settings(
+    derandomize=True,
+    deadline=None,
+    database=None,
+    max_examples=60,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
+anything = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=9) | st.sampled_from([2**63, 10**30]),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=5,
+)
+
+
+def damaged(content: bytes, how: tuple) -> bytes:
+    made, (flips, end, gap) = bytearray(content), how
+    for where, byte, early in flips:
+        made[int(where * (min(len(made), 600) if early else len(made)))] = byte
+    if gap is not None:
+        at = int(gap[0] * len(made))
+        del made[at : at + gap[1]]
+    return bytes(made if end is None else made[: int(end * len(made))])
+
+
+def check_end(end: End, names: tuple[str, ...]) -> None:
+    assert wrong(end, names, legal=end.code is None, size=0) is None, (wrong(end, names, end.code is None, 0), end.err)
+
+
+ROWS = [{"instruction": "a é 日", "output": 'b "c", d\n'}, {"instruction": "e", "output": "f"}]
+DATA = {
+    "json": json.dumps(ROWS, ensure_ascii=False),
+    "jsonl": "".join(json.dumps(row) + "\n" for row in ROWS),
+    "csv": 'instruction,output\n"a é","b ""c"", d\n"\ne,f\n',
+    "txt": "apple river\n\nstone é\n",
+}
+DAMAGED = [  # the kind of its script and of its folder, and the file
+    ("gguf", "m.gguf"),
+    ("checkpoint", "base/lit_model.safetensors"),
+    ("method", "run/lit_method.safetensors"),
+    ("hf safetensors", "hf/model.safetensors"),
+    ("meta", "meta/consolidated.00.pth"),
+    ("sentencepiece", "sp/tokenizer.model"),
+    ("tokenizer", "base/tokenizer.json"),
+    ("tokenizer", "base/tokenizer_config.json"),
+    ("lit_config", "base/lit_config.json"),
+    ("hf config", "hf/config.json"),
+    ("meta", "meta/params.json"),
+]
+
+
+@pytest.fixture
+def work(home, tmp_path, monkeypatch) -> Path:
+    """A copy of the valid files, and there we are."""
+    folder = shutil.copytree(home, tmp_path / "work")
+    monkeypatch.chdir(folder)
+    return folder
+
+
+@pytest.mark.parametrize("kind, name", DAMAGED, ids=[name for _, name in DAMAGED])
+def test_a_file_damaged_at_random_is_read_or_named(kind, name, work, monkeypatch):
+    content, args = (work / name).read_bytes(), KINDS[kind].args.split()
+
+    @often
+    @given(damage)
+    def check(how):
+        (work / name).write_bytes(damaged(content, how))
+        end = run(KINDS[kind].script, args, monkeypatch)
+        check_end(end, (*KINDS[kind].names, name.split("/")[0]))
+        assert end.code is None or not (work / "new").exists()
+        shutil.rmtree(work / "new", ignore_errors=True)
+
+    check()
+
+
+@pytest.mark.parametrize("ending", DATA)
+def test_data_damaged_at_random_are_read_or_named(ending, work, monkeypatch):
+    name = f"d.{ending}"
+
+    @often
+    @given(damage)
+    def check(how):
+        (work / name).write_bytes(damaged(DATA[ending].encode(), how))
+        check_end(run(READER, ["--data", name, "--base", "base"], monkeypatch), (name,))
+
+    check()
+
+
+@often
+@given(rows=st.lists(st.one_of(anything, st.dictionaries(st.sampled_from(sorted(_KNOWN)), anything)), max_size=4))
+def test_rows_of_anything_are_read_or_named(rows, work, monkeypatch):
+    (work / "d.json").write_text(json.dumps(rows))
+    check_end(run(READER, ["--data", "d.json", "--base", "base"], monkeypatch), ("d.json",))
+
+
+@pytest.mark.parametrize("kind, name", [(k, n) for k, n in DAMAGED if n.endswith(("config.json", "params.json"))])
+def test_fields_of_anything_are_read_or_named(kind, name, work, monkeypatch):
+    stated = json.loads((work / name).read_text())
+
+    @often
+    @given(st.dictionaries(st.sampled_from([*stated, "rope_scaling", "chat_template", "window"]), anything, min_size=1))
+    def check(changes):
+        (work / name).write_text(json.dumps(stated | changes))
+        check_end(run(KINDS[kind].script, KINDS[kind].args.split(), monkeypatch), KINDS[kind].names)
+        shutil.rmtree(work / "new", ignore_errors=True)
+
+    check()
