@@ -97,7 +97,7 @@ def valid(folder: Path, tiny: Path) -> None:
     tokenizer = tokenizer_files(tiny / "base")
     gpt = model.GPT(model.Config(**SMALL))
     save_checkpoint(folder / "base", gpt.config, gpt.state_dict(), tokenizer)
-    with_lora = lora.GPT(lora.Config(**SMALL)) if hasattr(lora, "GPT") else gpt
+    with_lora = lora.GPT(lora.Config(**SMALL))
     with_lora.requires_grad_(False)
     for name, p in with_lora.named_parameters():
         p.requires_grad_(".deltas." in name)
@@ -416,7 +416,7 @@ def rezipped(name: str, change: Callable[[str, bytes], bytes | None], compress: 
 
 
 def huge_storage(shape: tuple[int, ...], legacy: bool) -> Make:
-    """A tensor of 4 numbers that says it is of `shape`: torch gives it the memory."""
+    """A tensor of 4 numbers that says it is of `shape`: torch has to refuse it the memory."""
 
     class Lies:
         def __init__(self, t: torch.Tensor):
@@ -424,7 +424,14 @@ def huge_storage(shape: tuple[int, ...], legacy: bool) -> Make:
 
         def __reduce__(self) -> tuple:
             stride = [1] * len(shape)
-            return torch._utils._rebuild_tensor_v2, (self.t.storage(), 0, shape, tuple(stride), False, OrderedDict())
+            return torch._utils._rebuild_tensor_v2, (
+                self.t._typed_storage(),
+                0,
+                shape,
+                tuple(stride),
+                False,
+                OrderedDict(),
+            )
 
     def make(d: Path, name: str) -> None:
         content = {"model.norm.weight": Lies(torch.zeros(4))}
@@ -485,7 +492,12 @@ def hf_bin() -> Iterator[Case]:
         torch.save(load_file(d / "hf/model.safetensors"), d / "hf/pytorch_model.bin")
         (d / "hf/model.safetensors").unlink()
 
-    yield from pickled("hf bin", "hf/pytorch_model.bin", prepare, "model.norm.weight")
+    name = "hf/pytorch_model.bin"
+    yield from pickled("hf bin", name, prepare, "model.norm.weight")
+    for legacy in (False, True):  # the shape is right: it is the file that has not so many
+        lies = huge_storage((2**28,), legacy)
+        make = both(prepare, fields("hf/config.json", hidden_size=2**28), lambda d, lies=lies: lies(d, name))
+        yield Case("hf bin", f"4 numbers that are as many as config.json has{', old' * legacy}", make)
 
 
 def meta() -> Iterator[Case]:
@@ -659,7 +671,7 @@ def tokenizer() -> Iterator[Case]:
         say = lambda what, make, kind=kind, **options: Case(kind, what, make, **options)  # noqa: E731
         # a converter reads tokenizer.json for the end-of-text token that tokenizer_config.json does not name
         first = fields(stated, eos_token=...) if folder == "hf" else lambda d: None
-        for case in no_objects(kind, name, *(["a pointer of Git LFS"] if folder == "x" else [])):
+        for case in no_objects(kind, name):
             if not (folder == "hf" and case.what.endswith(("a folder", "without end"))):  # as if it were not there
                 case.make = both(first, case.make)
                 yield case
