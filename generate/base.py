@@ -13,14 +13,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-import yaml
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from lit_model import hub, load
 from lit_model.checkpoint import method_file, method_header, task_in
 from lit_model.cli import choose_device, choose_dtype, cli
 from lit_model.examples import check_style, render
+from lit_model.files import read_yaml
 from lit_model.generate import generate, stream_text
 from lit_model.model import Config
 from lit_model.quantize import Kind
@@ -86,8 +85,11 @@ def main(options: Options) -> None:
     tokens = Counted(generate(gpt, ids, options.max_new_tokens, *sampling))
     print(text if style == "none" else "", end="", flush=True)
     began = time.perf_counter()
-    for piece in stream_text(tokenizer, tokens, options.stop, after=ids if style == "none" else ()):
-        print(piece, end="", flush=True)
+    try:
+        for piece in stream_text(tokenizer, tokens, options.stop, after=ids if style == "none" else ()):
+            print(piece, end="", flush=True)
+    except ValueError as e:
+        raise ValueError(f"{options.checkpoint_dir}: {e}") from None
     seconds = time.perf_counter() - began
     speed = f"{tokens.n} tokens in {seconds:.1f} s: {tokens.n / seconds:.1f} tokens/s"
     print(f"\n{speed} ({device.type}, {dtype})".replace("torch.", ""), file=sys.stderr)
@@ -111,8 +113,8 @@ def prompt_style(options: Options) -> str:
         return options.style.replace("auto", "none")
     path = method_file(options.method_dir).parent / "hparams.yaml"
     try:
-        style = yaml.safe_load(path.read_text())["prompt"]["style"]
-    except (OSError, KeyError, TypeError, yaml.YAMLError):
+        style = read_yaml(path)["prompt"]["style"]
+    except (OSError, KeyError, TypeError):
         style = None
     if not isinstance(style, str):
         raise ValueError(f"{path} does not say which prompt style the run had; give --style")

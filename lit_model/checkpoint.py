@@ -38,7 +38,16 @@ from lit_model import (
     selective,
     several,
 )
-from lit_model.files import blamed_on, read_json, refuse_pointer, replacing, stream_tensors, write_tensors, write_text
+from lit_model.files import (
+    as_dtype,
+    blamed_on,
+    read_json,
+    refuse_pointer,
+    replacing,
+    stream_tensors,
+    write_tensors,
+    write_text,
+)
 from lit_model.quantize import Kind
 from lit_model.quantize import quantize as quantize_block
 
@@ -84,14 +93,24 @@ def load(
     added = [_install(gpt, folder, checkpoint_dir) for folder in folders]
     trained = [_trained(folder, device) for folder in folders]
     _check_together(gpt, folders, trained)
+    wanted = _shapes(gpt.state_dict())
+    for folder, own, tensors in zip(folders, added, trained, strict=True):  # before any memory is taken
+        _check_trained(folder, own, tensors, wanted)
     load_base(gpt, checkpoint_dir, dtype, device, quantize, keep={name for tensors in trained for name in tensors})
-    for folder, own, tensors in zip(folders, added, trained, strict=True):
+    for tensors in trained:
         tensors = {name: t.to(dtype) if is_base(name) else t for name, t in tensors.items()}
-        _assign(gpt, tensors, method_file(folder), _shapes(gpt.state_dict()))
-        if missing := sorted(own - tensors.keys()):
-            raise ValueError(f"{method_file(folder)} lacks {len(missing)} tensors, such as {missing[0]}")
+        gpt.load_state_dict(tensors, strict=False, assign=True)
         gpt.tie()
     return gpt.requires_grad_(False).eval()
+
+
+def _check_trained(
+    folder: Path | str, own: Collection[str], tensors: Mapping[str, Tensor], wanted: Mapping[str, torch.Size]
+) -> None:
+    """Raises ValueError unless the tensors of a method fit, and are all there."""
+    _check_shapes(tensors, method_file(folder), wanted)
+    if missing := sorted(own - tensors.keys()):
+        raise ValueError(f"{method_file(folder)} lacks {len(missing)} tensors, such as {missing[0]}")
 
 
 def _check_together(gpt: model.GPT, folders: Sequence[Path | str], trained: Sequence[Collection[str]]) -> None:
@@ -123,9 +142,8 @@ def _side_by_side(
         if replaced := sorted(n for n in tensors if is_base(n) or n.startswith("heads.")):
             what = f"{len(replaced)} tensors of the base, such as {replaced[0]}"
             raise ValueError(f"{folder} replaces {what}; side by side go methods that only add to it")
-        _assign(donor, tensors, method_file(folder), _shapes(donor.state_dict()))
-        if missing := sorted(own - tensors.keys()):
-            raise ValueError(f"{method_file(folder)} lacks {len(missing)} tensors, such as {missing[0]}")
+        _check_trained(folder, own, tensors, _shapes(donor.state_dict()))
+        donor.load_state_dict(tensors, strict=False, assign=True)
         gpt.take(name, donor)
     return gpt.requires_grad_(False).eval()
 
@@ -163,17 +181,24 @@ def load_base(
     wanted = _shapes(gpt.state_dict())
     with open_tensors(path, device) as file:
         names = set(file.keys())
+        if strange := sorted(names - wanted.keys()):
+            raise ValueError(f"{path} has a tensor {strange[0]} that the model has no place for")
+        parted = not gpt.config.tie and model.Config.load(checkpoint_dir).tie  # a method did it
+        there = names | {"lm_head.weight"} if parted else names
+        if missing := [name for name in _missing(gpt, wanted, there) if is_base(name)]:
+            what = f"{len(missing)} tensors, such as {missing[0]}"
+            raise ValueError(f"{path} lacks {what}; convert the checkpoint again")
         for block in (None, *range(gpt.config.n_layer)):  # None: what is in no block
             part = sorted(name for name in names if _block(name) == block)
-            _assign(gpt, {name: file.get_tensor(name).to(dtype=dtype) for name in part}, path, wanted)
-            if block is None and not gpt.config.tie and model.Config.load(checkpoint_dir).tie:  # a method parted them
+            with blamed_on(path):
+                tensors = {name: as_dtype(name, file.get_tensor(name), dtype) for name in part}
+            _check_shapes(tensors, path, wanted)
+            gpt.load_state_dict(tensors, strict=False, assign=True)
+            if block is None and parted:
                 gpt.lm_head.weight = nn.Parameter(gpt.wte.weight.detach().clone())
-                names.add("lm_head.weight")
             if block is not None and quantize != "none":
                 kept = [name.removeprefix(f"blocks.{block}.") for name in part if name in keep]
                 quantize_block(gpt.blocks[block], quantize, kept, last=block == gpt.config.n_layer - 1)
-    if missing := [name for name in _missing(gpt, wanted, names) if is_base(name)]:
-        raise ValueError(f"{path} lacks {len(missing)} tensors, such as {missing[0]}; convert the checkpoint again")
     gpt.tie()
     gpt.dtype = dtype
     initialize(gpt, device)
@@ -258,6 +283,8 @@ def method_header(method_dir: Path | str) -> dict[str, str]:
         raise ValueError(
             f"{method_file(method_dir)} is not a method file of lit-model: its header names no known method"
         )
+    with blamed_on(method_file(method_dir)):
+        task_in(header)
     return header
 
 
@@ -366,14 +393,12 @@ def open_tensors(path: Path, device: torch.device | str = "cpu") -> Any:
         raise ValueError(f"{path} is broken or only partly written ({e}); fetch or make it again") from None
 
 
-def _assign(gpt: model.GPT, tensors: Mapping[str, Tensor], path: Path, wanted: Mapping[str, torch.Size]) -> None:
-    """Puts tensors in place of the network's own, as they are, if they have the `wanted` shapes."""
+def _check_shapes(tensors: Mapping[str, Tensor], path: Path, wanted: Mapping[str, torch.Size]) -> None:
     for name, t in tensors.items():
         if name not in wanted:
             raise ValueError(f"{path} has a tensor {name} that the model has no place for")
         if t.shape != wanted[name]:
             raise ValueError(f"{path}: {name} is {tuple(t.shape)}; the model wants {tuple(wanted[name])}")
-    gpt.load_state_dict(tensors, strict=False, assign=True)
 
 
 def _missing(gpt: model.GPT, wanted: Iterable[str], given: Collection[str]) -> list[str]:

@@ -3,25 +3,43 @@
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import fields, is_dataclass
 from difflib import get_close_matches
+from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
 from jsonargparse import ArgumentParser, set_parsing_settings
 
+from lit_model.files import read_yaml
+
 set_parsing_settings(docstring_parse_attribute_docstrings=True)  # the string below a dataclass field is its help
 
 
 def _end(message: object) -> NoReturn:
-    print(f"error: {' '.join(str(message).split())}", file=sys.stderr)
+    line = "".join(c if c.isprintable() else "?" for c in " ".join(str(message).split()))  # it may quote a file
+    print(f"error: {line if len(line) <= 600 else f'{line[:400]} ... {line[-190:]}'}", file=sys.stderr)
     sys.exit(2)
 
 
 class _Parser(ArgumentParser):
+    configs: Sequence[str] = ()
+
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        _end(f"{_plain(message, list(self._option_string_actions))} (see --help)")
+        also = f", and {', '.join(self.configs)}" if self.configs else ""
+        _end(f"{_plain(message, list(self._option_string_actions))} (see --help{also})")
+
+
+def _check_config(path: Path, options_class: type) -> None:
+    """Ends unless the file holds options, and those of a group by name: a text would be taken for another file."""
+    try:
+        content = read_yaml(path)
+    except (ValueError, OSError) as e:
+        _end(e)
+    groups = {f.name for f in fields(options_class) if is_dataclass(f.type)}
+    if odd := [name for name in content if name == "config" or name in groups and not isinstance(content[name], dict)]:
+        _end(f"{path}: {odd[0]} holds no options by name")
 
 
 _KINDS = {"float": "a number", "int": "a whole number", "bool": "true or false", "Path": "a path", "str": "a text"}
@@ -80,12 +98,17 @@ def cli(main: Callable[[Any], None], options_class: type, description: str, posi
     for i, arg in enumerate(args):  # `--overwrite` alone means `--overwrite true`
         if arg in flags and (i + 1 == len(args) or args[i + 1].startswith("-")):
             args[i] = f"{arg}=true"
+    configs = [value for arg, value in zip(args, args[1:]) if arg == "--config"]
+    configs += [arg.split("=", 1)[1] for arg in args if arg.startswith("--config=")]
+    for path in configs:
+        _check_config(Path(path), options_class)
     parser = _Parser(description=description)
+    parser.configs = configs
     about = "a YAML file of options, such as a run's hparams.yaml; options that are given beside it count more"
     parser.add_argument("--config", action="config", help=about)
     parser.add_class_arguments(options_class)
-    given = vars(parser.instantiate(parser.parse_args(args)))
-    options = options_class(**{f.name: given[f.name] for f in fields(options_class)})
+    values = vars(parser.instantiate(parser.parse_args(args)))
+    options = options_class(**{f.name: values[f.name] for f in fields(options_class)})
     try:
         main(options)
     except (ValueError, OSError) as e:

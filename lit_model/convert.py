@@ -5,6 +5,7 @@ other files. Tensors go one by one from file to file, so that a network needs li
 import json
 import pickle
 import re
+import warnings
 import zipfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -15,7 +16,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from lit_model.checkpoint import open_tensors, save_checkpoint
-from lit_model.files import DTYPES, blamed_on, read_json, refuse_pointer, refuse_used
+from lit_model.files import as_dtype, blamed_on, read_json, refuse_pointer, refuse_used
 from lit_model.model import Config
 
 _HF_LLAMA = {
@@ -55,15 +56,6 @@ def convert_hf(src_dir: Path, out_dir: Path, dtype: torch.dtype | None = None) -
     with blamed_on(src_dir):
         tensors = ((name, as_dtype(name, t, dtype)) for name, t in rename(_hf_tensors(src_dir)))
         save_checkpoint(out_dir, config, tensors, _name_eos(tokenizer_files(src_dir), src_dir))
-
-
-def as_dtype(name: str, t: Tensor, dtype: torch.dtype | None) -> Tensor:
-    """Raises ValueError for quantized weights, which mean nothing without their scales."""
-    if t.dtype not in DTYPES:
-        raise ValueError(
-            f"{name} is of the type {t.dtype}: quantized weights are not supported, take the original ones"
-        )
-    return t.to(dtype or t.dtype)
 
 
 def tokenizer_files(folder: Path) -> dict[str, bytes]:
@@ -227,10 +219,12 @@ def unpickled(path: Path) -> dict[str, Tensor]:
     try:
         if zipfile.is_zipfile(path) and any(i.compress_type for i in zipfile.ZipFile(path).infolist()):
             raise ValueError("it is compressed, which torch.save never does")
-        try:
-            content = torch.load(path, mmap=True, **options)
-        except RuntimeError:  # written by a torch before 1.6
-            content = torch.load(path, **options)
+        with warnings.catch_warnings():  # of pickle's protocols
+            warnings.simplefilter("ignore")
+            try:
+                content = torch.load(path, mmap=True, **options)
+            except RuntimeError:  # written by a torch before 1.6
+                content = torch.load(path, **options)
     except pickle.UnpicklingError as e:
         if "weights_only" in str(e) or "Unsupported" in str(e):
             raise ValueError(f"{path} holds more than tensors, which could run code: it is not read") from None

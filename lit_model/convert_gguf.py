@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from gguf import GGUFReader, dequantize
+from gguf import GGUFReader, GGUFValueType, dequantize
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from torch import Tensor
 
@@ -47,7 +47,10 @@ def convert_gguf(src: Path, out_dir: Path, dtype: torch.dtype = torch.bfloat16) 
         raise FileNotFoundError(f"{src} is not there")
     refuse_pointer(src)
     try:
-        reader = GGUFReader(src)
+        with np.errstate(over="raise"):  # offsets beyond 2**64
+            reader = _Reader(src)
+        if sum(t.n_bytes for t in reader.tensors) > len(reader.data):
+            raise ValueError("its tensors lie on top of each other")
     except Exception as e:  # a broken one can raise nearly anything
         raise ValueError(f"{src} is not a whole GGUF file: {e}") from None
     with blamed_on(src):
@@ -64,6 +67,38 @@ def convert_gguf(src: Path, out_dir: Path, dtype: torch.dtype = torch.bfloat16) 
                     yield from _ours(t.name, _unpacked(src, t).to(dtype), config, arch)
 
         save_checkpoint(out_dir, config, tensors(), _gguf_tokenizer(fields))
+
+
+class _Reader(GGUFReader):
+    """Believes no length, and reads a list in one go: a piece of its own for each item takes 12 us and 700 bytes."""
+
+    n_pieces = 0
+
+    def _get(self, offset: int, dtype: Any, count: int = 1, override_order: Any = None) -> np.ndarray:
+        if offset + int(count) * np.dtype(dtype).itemsize > len(self.data):
+            raise ValueError("it ends before what its header says is there")
+        self.n_pieces += 1
+        if self.n_pieces > 100_000:
+            raise ValueError("it has more fields, tensors and lists in lists than any network")
+        return super()._get(offset, dtype, count, override_order)
+
+    def _get_field_parts(self, orig_offs: int, raw_type: int) -> tuple:
+        if raw_type == GGUFValueType.ARRAY:
+            kind, n = self._get(orig_offs, np.uint32), self._get(orig_offs + 4, np.uint64)
+            types = [GGUFValueType.ARRAY, GGUFValueType(int(kind[0]))]
+            if types[1] in self.gguf_scalar_to_np:
+                values = self._get(orig_offs + 12, self.gguf_scalar_to_np[types[1]], n[0])
+                return 12 + values.nbytes, [kind, n, values], [2], types
+            if types[1] == GGUFValueType.STRING:
+                content, at, texts = memoryview(self.data), orig_offs + 12, []
+                for _ in range(int(n[0])):
+                    end = at + 8 + int.from_bytes(content[at : at + 8], "little" if self.byte_order == "I" else "big")
+                    if end > len(content):
+                        raise ValueError("it ends before what its header says is there")
+                    texts.append(content[at + 8 : end])
+                    at = end
+                return at - orig_offs, [kind, n, *texts], list(range(2, len(texts) + 2)), types
+        return super()._get_field_parts(orig_offs, raw_type)
 
 
 def _config(reader: GGUFReader, fields: "_Fields", arch: str) -> Config:

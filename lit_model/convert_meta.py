@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from lit_model.checkpoint import save_checkpoint
-from lit_model.convert import as_dtype, renamed, tokenizer_files, unpickled
+from lit_model.convert import renamed, tokenizer_files, unpickled
 from lit_model.convert_gguf import half_split
-from lit_model.files import blamed_on, read_json, refuse_used
+from lit_model.files import as_dtype, blamed_on, read_json, refuse_used
 from lit_model.model import Config
 
 _META_NAMES = {

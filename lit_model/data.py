@@ -19,6 +19,8 @@ from typing import Any
 
 import numpy as np
 
+from lit_model.files import refuse_pointer
+
 KINDS = {  # what a row must have: what else it may have
     ("text", "label"): (),
     ("messages",): (),
@@ -58,6 +60,7 @@ def read_rows(path: Path | str) -> list[dict[str, Any]]:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path} is not there; --data wants a .json, .jsonl, .csv or .txt file")
+    refuse_pointer(path)
     try:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as e:

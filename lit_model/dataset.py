@@ -80,7 +80,11 @@ def read_dataset(
                 print(f"{kept} is broken: its examples are made again")
     said, began = io.StringIO(), time.perf_counter()
     with redirect_stdout(said):
-        made = _make(files, tokenizer, options, val_data, head, seed, limit)
+        try:
+            made = _make(files, tokenizer, options, val_data, head, seed, limit)
+        except ValueError as e:
+            named = any(str(path) in str(e) for path in (*(path for path, _ in files), val_data))
+            raise ValueError(e if named else f"{data_names(files)}: {e}") from None
     print(said.getvalue(), end="")
     if kept is not None and time.perf_counter() - began > WORTH_KEEPING:
         try:

@@ -11,6 +11,7 @@ from types import NoneType
 from typing import Any, Literal, get_args, get_origin
 
 import torch
+import yaml
 from torch import Tensor
 
 
@@ -19,9 +20,11 @@ def blamed_on(path: Path) -> Iterator[None]:
     """Whatever goes wrong with what a file says ends as a ValueError that names the file."""
     try:
         yield
-    except torch.OutOfMemoryError:
+    except (torch.OutOfMemoryError, MemoryError, OSError):
         raise
-    except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RuntimeError) as e:
+    except BaseException as e:
+        if not isinstance(e, Exception) and type(e).__name__ != "PanicException":  # of libraries in Rust
+            raise
         said = " ".join(str(e).split())[:300]
         if not isinstance(e, ValueError):
             said = f"it is not as such a file should be ({type(e).__name__}: {said})"
@@ -35,12 +38,33 @@ def refuse_pointer(path: Path) -> None:
             raise ValueError(f"{path} is a pointer of Git LFS and not the file itself: fetch it with 'git lfs pull'")
 
 
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The options that a YAML file holds. Raises FileNotFoundError; ValueError if it is none, or has the tags, aliases
+    or depth that can run code, take all memory or end Python."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is not there")
+    with blamed_on(path):
+        text, depth, documents = path.read_text(encoding="utf-8"), 0, 0
+        for event in yaml.parse(text, Loader=yaml.SafeLoader):
+            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            documents += isinstance(event, yaml.DocumentStartEvent)
+            strange = {"an alias": isinstance(event, yaml.AliasEvent), "a tag": getattr(event, "tag", None)}
+            strange |= {"a second document": documents > 1, "more than 50 levels": depth > 50}
+            if found := [what for what, is_there in strange.items() if is_there]:
+                raise ValueError(f"line {event.start_mark.line + 1} has {found[0]}, which a file of options has not")
+        content = yaml.safe_load(text)
+        content = {} if content is None else content
+        if not isinstance(content, dict) or not all(isinstance(name, str) for name in content):
+            raise ValueError("it holds no options by name")
+        return content
+
+
 def read_json(path: Path, *needed: str) -> dict[str, Any]:
     """The object that a JSON file holds. Raises FileNotFoundError; ValueError if it is none or lacks a `needed` key."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is not there")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{path} is not there") from None
     except (ValueError, RecursionError) as e:  # no JSON, or no text
         raise ValueError(f"{path} is broken or only partly written ({e})") from None
     missing = [key for key in needed if key not in content] if isinstance(content, dict) else ["a JSON object"]
@@ -71,6 +95,7 @@ def replacing(path: Path) -> Iterator[Path]:
     """Where to write what is to be the file `path`. It takes that name when it is whole and on the disk: a reader sees
     the old file or the new one, whatever happens. Another process writes to another place."""
     aside = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    aside.unlink(missing_ok=True)  # a link that stands there would be followed
     try:
         yield aside
         with open(aside, "rb+") as file:
@@ -126,6 +151,15 @@ def stream_tensors(
             write(name, t)
         file.seek(0)
         file.write(room.to_bytes(8, "little") + json.dumps(header, separators=(",", ":")).encode().ljust(room))
+
+
+def as_dtype(name: str, t: Tensor, dtype: torch.dtype | None) -> Tensor:
+    """Raises ValueError for quantized weights, which mean nothing without their scales."""
+    if t.dtype not in DTYPES:
+        raise ValueError(
+            f"{name} is of the type {t.dtype}: quantized weights are not supported, take the original ones"
+        )
+    return t.to(dtype or t.dtype)
 
 
 DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}

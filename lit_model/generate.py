@@ -61,6 +61,8 @@ def _decode(
     gpt: GPT, ids: Sequence[int], n_new: int, choose: Callable[[Tensor], Tensor], stop_ids: Iterable[int]
 ) -> Iterator[int]:
     c, device, stop_ids = gpt.config, gpt.wte.weight.device, set(stop_ids)
+    if max(ids) >= c.vocab_size:
+        raise ValueError(f"the tokenizer has a token {max(ids)}, and the network only {c.vocab_size}")
     dtype = gpt.dtype or gpt.wte.weight.dtype
     cache = KVCache(c.n_layer, gpt.n_virtual_tokens + len(ids) + n_new, c.n_kv_head, c.head_size, dtype, device)
     root = Segment(gpt.n_virtual_tokens) if gpt.n_virtual_tokens else None
@@ -69,7 +71,10 @@ def _decode(
     packed.has_virtual_tokens, packed.wanted = root is not None, torch.tensor([len(packed.pos) - 1])
     used, idx = len(packed.pos), torch.tensor(ids, device=device)
     for _ in range(n_new):
-        token = choose(gpt(idx, packed.to(device), cache)[-1])
+        logits = gpt(idx, packed.to(device), cache)[-1]
+        if not logits.isfinite().all():
+            raise ValueError("what the network says is not finite: its weights are broken, or too large for this dtype")
+        token = choose(logits)
         if token.item() in stop_ids:
             return
         yield token.item()

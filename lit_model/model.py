@@ -88,6 +88,10 @@ class Config:
             self.bias = self.arch == "gpt2"
         if self.qkv_bias is None:
             self.qkv_bias = self.bias
+        sizes = dict(vocab_size=self.vocab_size, block_size=self.block_size, n_embd=self.n_embd, n_hidden=self.n_hidden)
+        for name, n in (sizes | {"n_head * head_size": self.n_head * self.head_size}).items():
+            if n > 2**30:
+                raise ValueError(f"{name} is {n if n < 2**64 else 'beyond 2**64'}: no network has so many")
         if self.head_size < 1 or (self.arch == "llama" and self.head_size % 2):
             raise ValueError(f"head_size is {self.head_size}; it must be even: rotary positions turn pairs")
         if self.n_head % self.n_kv_head:

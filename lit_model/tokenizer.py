@@ -23,7 +23,7 @@ class Tokenizer:
     """
 
     def __init__(self, checkpoint_dir: Path | str):
-        folder = Path(checkpoint_dir)
+        self.folder = folder = Path(checkpoint_dir)
         stated = folder / "tokenizer_config.json"
         config = read_json(stated) if stated.is_file() else {}
         with blamed_on(stated):
@@ -81,14 +81,15 @@ class Tokenizer:
         return whole[len(before) :] if whole[: len(before)] == before else self.encode(text)
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        if self._sp is not None:
-            return self._sp.encode(list(texts))
-        return [e.ids for e in self._hf.encode_batch_fast(list(texts), add_special_tokens=False)]
+        with blamed_on(self.folder):  # its expressions may fail on a text
+            if self._sp is not None:
+                return self._sp.encode(list(texts))
+            return [e.ids for e in self._hf.encode_batch_fast(list(texts), add_special_tokens=False)]
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of the ids; special tokens are left out."""
         if self._sp is not None:
-            return self._sp.decode(list(ids))
+            return self._sp.decode([i for i in ids if i < self.vocab_size])  # a network may have rows for more
         return self._hf.decode(list(ids), skip_special_tokens=True)
 
 
