@@ -13,6 +13,7 @@ import os
 import sys
 import threading
 import time
+from collections.abc import Sequence
 from datetime import timedelta
 from functools import partial, partialmethod
 from typing import Any, Literal
@@ -61,7 +62,8 @@ def launch(devices: str, strategy: Strategy) -> Fabric:
     accelerator = "cpu" if kind == "cpu" else "auto"
     fabric = Fabric(accelerator=accelerator, devices=n, num_nodes=machines, strategy=how, precision="32-true")
     parent = os.getppid()
-    fabric.launch()
+    if "LT_CLI_USED" not in os.environ:  # fabric run: it has joined the others already
+        fabric.launch()
     if not fabric.is_global_zero:  # the first process speaks for all
         sys.stdout = open(os.devnull, "w")
         tqdm.__init__ = partialmethod(tqdm.__init__, disable=True)
@@ -111,33 +113,41 @@ def local(t: Tensor) -> Tensor:
 
 
 def shard(gpt: GPT, mesh: DeviceMesh, offload: bool) -> GPT:
-    """Leaves each process its slice of every parameter, on its device or (offload) in the host's memory.
+    """Leaves each process its slice of every matrix of the base, on its device or (offload) in the host's memory.
 
-    The network may lie in a mapped file: of that only the slices are read. Quantized weights stay whole everywhere:
-    they are small already, and to gather them would take time. What is trained becomes float32.
+    What is small stays whole everywhere, since to gather it would take more time than it saves memory: vectors, what a
+    method adds (`sum_gradients` adds up the gradients of these), and quantized weights. The network may lie in a mapped
+    file: of that only the slices are read. What is trained becomes float32.
     """
     on_gpu = mesh.device_type == "cuda" and not offload
     device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
-    whole = {p for m in gpt.modules() if isinstance(m, Linear) and m.weight is None for p in m.parameters(False)}
-    dtypes = {}
-    source: dict[str, Tensor] = {}
-    emptied: dict[nn.Parameter, nn.Parameter] = {}
+    own = torch.device("cuda", torch.cuda.current_device()) if mesh.device_type == "cuda" else torch.device("cpu")
+    quantized = {p for m in gpt.modules() if isinstance(m, Linear) and m.weight is None for p in m.parameters(False)}
+    source: dict[str, tuple[Tensor, torch.dtype]] = {}
+    whole: set[nn.Parameter] = set()
+    replaced: dict[nn.Parameter, nn.Parameter] = {}
     for name, p in gpt.named_parameters(remove_duplicate=False):
-        if p in whole:
-            continue
-        if p not in emptied:
-            dtypes[name] = torch.float32 if p.requires_grad else gpt.dtype
-            empty = torch.empty_like(p, device="meta", dtype=dtypes[name])
-            emptied[p] = nn.Parameter(empty, requires_grad=p.requires_grad)
-            source[name] = p.detach()
-        _set(gpt, name, emptied[p])
+        if p not in replaced:
+            dtype = torch.float32 if p.requires_grad else gpt.dtype
+            if p in quantized:
+                t = p.detach().to(own)
+            elif p.ndim < 2 or not is_base(name):
+                t = p.detach().to(own, dtype)
+            else:
+                t = torch.empty_like(p, device="meta", dtype=dtype)
+                source[name] = p.detach(), dtype
+            replaced[p] = nn.Parameter(t, requires_grad=p.requires_grad)
+            whole |= set() if t.is_meta else {replaced[p]}
+        _set(gpt, name, replaced[p])
+    for module in gpt.modules():  # such as a LoRA's start
+        module._buffers |= {name: b.to(own) for name, b in module._buffers.items() if b is not None}
     # where base weights are trained in float32, blocks are gathered in the dtype that they compute in
-    trains_base = any(p.requires_grad and p.ndim > 1 and is_base(name) for name, p in gpt.named_parameters())
+    trains_base = any(dtype != gpt.dtype for _, dtype in source.values())
     mixed = MixedPrecisionPolicy(gpt.dtype, torch.float32, cast_forward_inputs=False)
     settings = dict(
         mesh=mesh["data_parallel"],
         ignored_params=whole,
-        mp_policy=mixed if trains_base and gpt.dtype != torch.float32 else MixedPrecisionPolicy(),
+        mp_policy=mixed if trains_base else MixedPrecisionPolicy(),
         offload_policy=CPUOffloadPolicy() if offload else OffloadPolicy(),
     )
     for module in (*gpt.blocks, gpt):
@@ -148,15 +158,36 @@ def shard(gpt: GPT, mesh: DeviceMesh, offload: bool) -> GPT:
         if p in whole:
             continue
         if p not in filled:
-            parts = source[name].chunk(n)
-            part = parts[rank] if rank < len(parts) else source[name][:0]
-            part = part.to(device, dtypes[name], copy=True).contiguous()
+            t, dtype = source[name]
+            parts = t.chunk(n)
+            part = parts[rank] if rank < len(parts) else t[:0]
+            part = part.to(device, dtype, copy=True).contiguous()
             spread = DTensor.from_local(
                 part, p.device_mesh, p.placements, run_check=False, shape=p.shape, stride=p.stride()
             )
             filled[p] = nn.Parameter(spread, requires_grad=p.requires_grad)
         _set(gpt, name, filled[p])
     return gpt
+
+
+def sum_gradients(trained: Sequence[nn.Parameter]) -> None:
+    """Beside FSDP: the mean over all processes of the gradients of what each has whole, as FSDP has it of the rest."""
+    grads = [p.grad for p in trained if not isinstance(p, DTensor)]
+    if grads:
+        flat = total(torch.cat([g.flatten() for g in grads])) / dist.get_world_size()
+        torch._foreach_copy_(grads, [part.view_as(g) for part, g in zip(flat.split([g.numel() for g in grads]), grads)])
+
+
+def clip(trained: Sequence[nn.Parameter], most: float) -> Tensor:
+    """Cuts the whole gradient to a norm. Returns the norm that it had."""
+    parts = [[p for p in trained if isinstance(p, DTensor) == spread] for spread in (False, True)]
+    if not parts[1]:
+        return nn.utils.clip_grad_norm_(trained, most)
+    norms = [nn.utils.get_total_norm([p.grad for p in part]) for part in parts if part]
+    norm = torch.stack([t.full_tensor() if isinstance(t, DTensor) else t for t in norms]).norm()
+    for part in parts:
+        nn.utils.clip_grads_with_norm_(part, most, norm)
+    return norm
 
 
 def _set(gpt: GPT, name: str, p: nn.Parameter) -> None:

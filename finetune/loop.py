@@ -25,8 +25,8 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from finetune import memory
-from finetune.devices import total
+from finetune import dry_run, memory
+from finetune.devices import clip, sum_gradients, total
 from finetune.report import Log, Meter, Step, closing_line, n_parameters, peak_memory
 from finetune.setup import Run, Train, compiles
 from finetune.state import Progress
@@ -135,6 +135,11 @@ def fit(
     run, network, optimizer, plan = prepare(run, gpt, share, lr_scale)
     if plan:
         print(plan.report)
+    if options.dry_run:
+        stream = with_rows(batches(run.train_examples, train), gpt, run, share)
+        steps = (train_step(run, network, optimizer, Step(0, train.lr, batch), rows) for batch, rows in stream)
+        dry_run.report(run, gpt, steps, n_steps)
+        return Summary(n_trained, n_total, 0.0, 0, peak_memory(run.device), math.nan)
     header = (method, method_options, fingerprint_of(options.checkpoint_dir), run.task, options.quantize, run.rank == 0)
 
     meter, underway = Meter(run.device), deque()
@@ -235,6 +240,8 @@ def fit(
                 save_state(number)
             if stop:
                 _leave(run, asked.signal or signal.SIGTERM, number)
+    if left_out := number - done.updates:
+        print(f"{left_out} of {number} steps were left out: their gradients were not finite")
     if run.val_examples:
         print(f"validation loss: {done.first:.4f} before, {done.best:.4f} after (best)")
     if done.best_verdict:
@@ -309,8 +316,9 @@ def train_step(
     for group in optimizer.param_groups:
         group["lr"] = step.lr * group["lr_scale"]
     trained = [p for group in optimizer.param_groups for p in group["params"]]
-    norm = torch.nn.utils.clip_grad_norm_(trained, run.options.train.grad_clip or math.inf)
-    norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+    if run.sharded:
+        sum_gradients(trained)
+    norm = clip(trained, run.options.train.grad_clip or math.inf)
     if run.options.train.nonfinite == "stop" or norm.isfinite():
         optimizer.step()
     optimizer.zero_grad()
@@ -324,9 +332,10 @@ def make_optimizer(gpt: GPT, train: Train, lr_scale: LearningRateScale = the_sam
     groups = defaultdict(list)
     for name, p in gpt.named_parameters():
         if p.requires_grad:
-            groups[train.weight_decay if p.ndim > 1 else 0.0, lr_scale(name, gpt.config)].append(p)
-    settings = [dict(params=params, weight_decay=d, lr=train.lr * s, lr_scale=s) for (d, s), params in groups.items()]
-    return torch.optim.AdamW(settings, betas=(0.9, 0.95), fused=True)
+            decay, spread = train.weight_decay if p.ndim > 1 else 0.0, isinstance(p, DTensor)
+            groups[decay, lr_scale(name, gpt.config), spread].append(p)
+    settings = (dict(params=group, weight_decay=d, lr=train.lr * s, lr_scale=s) for (d, s, _), group in groups.items())
+    return torch.optim.AdamW(list(settings), betas=(0.9, 0.95), fused=True)
 
 
 def batches(examples: Sequence[Example], train: Train) -> Iterator[list[Example]]:

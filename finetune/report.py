@@ -172,7 +172,8 @@ class Log:
             return
         self.out_dir.mkdir(parents=True, exist_ok=True)
         self.settings = plain(options)
-        self.settings.pop("overwrite")  # or --config with this file would overwrite another run
+        for name in ("overwrite", "dry_run"):  # or --config with this file would overwrite another run
+            self.settings.pop(name)
         if done:
             self._go_on(done)
         elif (self.out_dir / "hparams.yaml").exists():  # a failed run, or one to overwrite; its tensors stay until ours

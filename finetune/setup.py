@@ -115,6 +115,8 @@ class Options:
     """auto: go on with the run that out_dir holds, if it was interrupted"""
     overwrite: bool = False
     """replace the run that out_dir holds"""
+    dry_run: bool = False
+    """say what the run would need of memory, time and disk, measured in three steps, and write nothing"""
 
 
 @dataclass

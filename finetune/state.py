@@ -14,6 +14,7 @@ import hashlib
 import json
 import os
 import shutil
+import warnings
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
@@ -35,9 +36,12 @@ KEPT = 2
 # options that may differ when a run goes on: what it computes stays the same, up to rounding
 FREE = (
     "checkpoint_dir", "data", "val_data", "out_dir", "devices", "strategy", "compile", "memory_gb", "deterministic",
-    "overwrite", "resume", "train.row_tokens", "train.max_time", "train.sample", "train.save_every_minutes",
+    "overwrite", "resume", "dry_run", "train.row_tokens", "train.max_time", "train.sample", "train.save_every_minutes",
     "train.full_disk",
 )  # fmt: skip
+
+
+HASHED = ("base network", "examples")
 
 
 @dataclass
@@ -72,7 +76,7 @@ def identity(options: Any, examples: list[Example]) -> dict[str, Any]:
         ids.update(np.int64([len(e.ids), e.first_target]).tobytes() + e.ids.tobytes())
         ids.update(b"" if e.learned is None else e.learned.tobytes())
     settings = {name: value for name, value in _flat(plain(options)) if name not in FREE}
-    return settings | {"base network": fingerprint_of(options.checkpoint_dir), "examples": ids.hexdigest()}
+    return settings | dict(zip(HASHED, (fingerprint_of(options.checkpoint_dir), ids.hexdigest())))
 
 
 def _flat(settings: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -120,10 +124,8 @@ class States:
     def same(self, stored: dict[str, Any]) -> None:
         differ = [name for name in {**stored, **self.identity} if stored.get(name) != self.identity.get(name)]
         if differ:
-            what = ", ".join(
-                f"{name} {stored.get(name)} there and {self.identity.get(name)} here" if "." in name or len(name) < 10
-                else f"other {name}" for name in differ
-            )  # fmt: skip
+            values = {name: f"{name} {stored.get(name)} there and {self.identity.get(name)} here" for name in differ}
+            what = ", ".join(f"other {name}" if name in HASHED else values[name] for name in differ)
             where = self.folder.parent
             raise ValueError(f"{where} holds a run with {what}: name another --out_dir, or replace it with --overwrite")
 
@@ -138,7 +140,8 @@ class States:
                 (aside / "tensors").mkdir(parents=True)
             _wait()
             writer = HuggingFaceStorageWriter(str(aside / "tensors"), save_distributed=True)
-            dcp.save(_tensors(network, optimizer), storage_writer=writer, no_dist=not dist.is_initialized())
+            with warnings.catch_warnings(action="ignore"):  # that there is one process alone
+                dcp.save(_tensors(network, optimizer), storage_writer=writer, no_dist=not dist.is_initialized())
             save_file(_random(), aside / f"random-{self.rank}.safetensors")
             sums = {str(file.relative_to(aside)): _to_disk(file) for file in self._own(aside)}
         except Exception as e:  # of whatever dcp does; all processes must hear of it
@@ -174,7 +177,8 @@ class States:
             moments = {name: torch.zeros_like(p) for name in MOMENTS} if progress.updates else {}
             optimizer.state[p] = dict(step=step, **moments) if moments else {}
         reader = HuggingFaceStorageReader(str(path / "tensors"))
-        dcp.load(_tensors(network, optimizer), storage_reader=reader, no_dist=not dist.is_initialized())
+        with warnings.catch_warnings(action="ignore"):
+            dcp.load(_tensors(network, optimizer), storage_reader=reader, no_dist=not dist.is_initialized())
         random = path / f"random-{self.rank}.safetensors"
         if random.is_file():  # otherwise there were fewer processes
             states = load_file(random)

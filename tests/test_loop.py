@@ -1,6 +1,7 @@
 """The training loop: what a step computes, what it must not do, and when it ends."""
 
 from dataclasses import fields, replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -284,3 +285,14 @@ def test_cached_features_skip_the_frozen_blocks(options):
     full = lora.GPT(lora.Config.load(options.checkpoint_dir))
     with pytest.raises(ValueError, match="the first ones are trained"):
         setup.cache_trunk(run, full)
+
+
+def test_a_dry_run_says_what_the_run_needs_and_writes_nothing(options, capsys, monkeypatch):
+    dry = replace(options, dry_run=True, train=replace(options.train, epochs=7))
+    main(dry)
+    said = capsys.readouterr().out
+    assert "56 steps, about 6" in said and "ms a step" in said and "AdamW's two moments" in said
+    assert not options.out_dir.exists()
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=10))
+    with pytest.raises(ValueError, match=r"has 0.0 GiB free, and the run wants"):
+        main(dry)

@@ -1,13 +1,18 @@
 """N processes compute what one does: the same loss, the same gradients, whatever the method, over the same batch."""
 
+import os
+import re
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
 from conftest import FAMILIES, ROOT, randomize
 from safetensors.torch import load_file
 
+from finetune.devices import launch
 from lit_model import model
 from lit_model.checkpoint import save_checkpoint
 
@@ -56,3 +61,106 @@ def test_n_processes_compute_what_one_does(folder, n, strategy):
         if theirs.parent.name in {case[0] for case in many}:
             a, b = load_file(path), load_file(theirs)
             assert a.keys() == b.keys() and all(torch.allclose(a[name], b[name], atol=1e-6) for name in a), path
+
+
+# ------------------------------------------------------------------------------------------------------ real processes
+
+START = "--train.lr=1e-2 --train.batch_size=8 --train.sample= --dtype=float32 --train.eval_interval=4"
+
+
+def started(tiny, out, more: str, by: str = "") -> subprocess.Popen:
+    args = f"--checkpoint_dir={tiny}/base --data={tiny}/data.json --out_dir={out} {START} {more}".split()
+    launcher = [sys.executable, "-m", *by.split()] if by else [sys.executable]
+    return subprocess.Popen(
+        [*launcher, str(ROOT / "finetune/lora.py"), *args], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+TORCHRUN = "torch.distributed.run --standalone --nproc_per_node 2"
+FABRIC_RUN = {
+    "LT_CLI_USED": "1",
+    "LT_ACCELERATOR": "cpu",
+    "LT_DEVICES": "2",
+    "LT_NUM_NODES": "1",
+}  # what it tells torchrun
+
+
+@pytest.mark.parametrize(
+    "by, more, environment",
+    [
+        ("", "--devices cpu:2", {}),
+        (TORCHRUN, "--devices cpu --strategy fsdp", {}),
+        (TORCHRUN, "--devices cpu", FABRIC_RUN),  # which can start only one process itself without a GPU
+    ],
+    ids=["devices", "torchrun", "fabric-run"],
+)
+def test_every_launcher_starts_one_job_that_trains_as_one_process(tiny, tmp_path, by, more, environment, monkeypatch):
+    one = started(tiny, tmp_path / "one", "--devices cpu")
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    two = started(tiny, tmp_path / "two", more, by)
+    said, _ = one.communicate(timeout=200)
+    out, err = two.communicate(timeout=200)
+    assert one.returncode == two.returncode == 0, err[-3000:]
+    assert out.count("steps of 8, 2 x cpu") == 1 and out.count("saved ") == 1  # one process speaks, and writes
+    a, b = (load_file(tmp_path / name / "lit_method.safetensors") for name in ("one", "two"))
+    assert all(torch.allclose(a[name], b[name], rtol=1e-3, atol=1e-5) for name in a)
+    lines = [(tmp_path / name / "metrics.csv").read_text().splitlines() for name in ("one", "two")]
+    assert len(lines[0]) == len(lines[1])
+
+
+def children(pid: int) -> list[int]:
+    listed = subprocess.run(["ps", "-o", "pid=", "--ppid", str(pid)], capture_output=True, text=True).stdout
+    return [int(line) for line in listed.split()]
+
+
+def ended(pids: list[int], within: float) -> bool:
+    end = time.monotonic() + within
+    while time.monotonic() < end:
+        states = subprocess.run(["ps", "-o", "stat=", "-p", ",".join(map(str, pids))], capture_output=True, text=True)
+        if all(state.startswith("Z") for state in states.stdout.split()):
+            return True
+        time.sleep(0.2)
+    return False
+
+
+@pytest.mark.parametrize("who", ["first", "other"])
+def test_a_process_that_dies_ends_the_whole_job_and_the_next_start_goes_on(tiny, tmp_path, who):
+    """Also with another number of processes, under FSDP."""
+    more = "--train.epochs=400 --strategy fsdp --train.save_every_minutes=0"
+    job = started(tiny, tmp_path / "run", f"--devices cpu:2 {more}")
+    end = time.monotonic() + 100
+    while not list((tmp_path / "run/state").glob("step-*[0-9]")) and time.monotonic() < end:
+        time.sleep(0.1)
+    (other,) = children(job.pid)
+    os.kill(job.pid if who == "first" else other, signal.SIGKILL)
+    assert ended([job.pid, other], within=60)
+    _, err = job.communicate(timeout=60)
+    assert "is gone, and this one ends with it" in err or "terminated with code" in err or "Connection closed" in err
+    again = started(tiny, tmp_path / "run", f"--devices cpu:1 {more}")
+    time.sleep(0.1)
+    wait_for_step = time.monotonic() + 100
+    before = {path.name for path in (tmp_path / "run/state").glob("step-*[0-9]")}
+    while {path.name for path in (tmp_path / "run/state").glob("step-*[0-9]")} == before:
+        assert time.monotonic() < wait_for_step and again.poll() is None
+        time.sleep(0.1)
+    again.send_signal(signal.SIGTERM)
+    out, _ = again.communicate(timeout=60)
+    assert "going on after step" in out and again.returncode == 143
+
+
+@pytest.mark.parametrize(
+    "devices, environment, says",
+    [
+        ("two", {}, "--devices is 'two'; it must be auto, cpu, a number of GPUs"),
+        ("cpu:0", {}, "--devices is 'cpu:0'; it must be"),
+        ("64", {}, "--devices 64, but this machine has "),
+        ("cpu:2", {"WORLD_SIZE": "3"}, "--devices cpu:2 makes 2 processes, but WORLD_SIZE is 3"),
+        ("cpu:2", {"LOCAL_WORLD_SIZE": "4", "WORLD_SIZE": "4"}, "but 4 processes were started on this machine"),
+    ],
+)
+def test_numbers_that_disagree_are_refused(devices, environment, says, monkeypatch):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match=re.escape(says)):
+        launch(devices, "auto")
