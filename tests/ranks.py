@@ -3,6 +3,7 @@
 torchrun --nproc_per_node 2 tests/ranks.py FOLDER STRATEGY OUT.pt
 """
 
+import json
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +19,7 @@ from test_methods import METHODS, shake
 from finetune import loop, setup
 from finetune.devices import launch
 from finetune.report import Step
+from lit_model import lora
 from lit_model.checkpoint import fingerprint_of, save_method
 from lit_model.packing import Example
 from lit_model.quantize import Kind
@@ -72,6 +74,23 @@ def compute(run: setup.Run, name: str, row_tokens: int) -> dict:
     )
 
 
+def in_memory() -> dict[str, int]:
+    """Bytes of this process: its own, and those of files that it has mapped."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return {line.split(":")[0]: 1024 * int(line.split()[1]) for line in lines if line.startswith("Rss")}
+
+
+def read_slices(folder: Path, strategy: str, out: Path) -> None:
+    """What loading and spreading the network of `folder`/large takes of the host's memory."""
+    fabric = launch("cpu", strategy)
+    run = setup.Run(setup.Options(checkpoint_dir=folder / "large"), fabric, torch.bfloat16, None, [], [], 4096)
+    before = in_memory()
+    gpt = setup.build(run, lora)
+    fabric.setup_module(gpt)
+    grown = {name: size - before[name] for name, size in in_memory().items()}
+    (out.parent / f"{out.stem}-{fabric.global_rank}.json").write_text(json.dumps(grown))
+
+
 def main(folder: Path, strategy: str, out: Path) -> None:
     fabric = launch("cpu", strategy)
     found = {}
@@ -90,4 +109,5 @@ def main(folder: Path, strategy: str, out: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2], Path(sys.argv[3]))
+    do = read_slices if "slices" in sys.argv[3] else main
+    do(Path(sys.argv[1]), sys.argv[2], Path(sys.argv[3]))

@@ -1,5 +1,6 @@
 """N processes compute what one does: the same loss, the same gradients, whatever the method, over the same batch."""
 
+import json
 import os
 import re
 import signal
@@ -29,13 +30,17 @@ def folder(tmp_path_factory):
     return folder
 
 
+def in_ranks(n: int, *args: object) -> None:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(n)]
+    command += [str(ROOT / "tests/ranks.py"), *map(str, args)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
 def computed(folder, n: int, strategy: str) -> dict:
     out = folder / f"{strategy}-{n}.pt"
     if not out.exists():
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(n)]
-        args = [str(ROOT / "tests/ranks.py"), str(folder), strategy, str(out)]
-        done = subprocess.run([*command, *args], capture_output=True, text=True, timeout=600)
-        assert done.returncode == 0, done.stderr[-3000:]
+        in_ranks(n, folder, strategy, out)
     return torch.load(out, weights_only=True)
 
 
@@ -61,6 +66,19 @@ def test_n_processes_compute_what_one_does(folder, n, strategy):
         if theirs.parent.name in {case[0] for case in many}:
             a, b = load_file(path), load_file(theirs)
             assert a.keys() == b.keys() and all(torch.allclose(a[name], b[name], atol=1e-6) for name in a), path
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_under_fsdp_a_process_reads_only_its_slices(tmp_path):
+    config = model.Config(vocab_size=97, n_layer=3, n_head=16, n_embd=2048, n_hidden=8192)
+    gpt = model.GPT(config).bfloat16()
+    save_checkpoint(tmp_path / "large", config, gpt.state_dict(), {})
+    size = sum(p.nbytes for p in gpt.parameters())
+    in_ranks(2, tmp_path, "fsdp", tmp_path / "slices")
+    for rank in range(2):
+        grown = json.loads((tmp_path / f"slices-{rank}.json").read_text())
+        print({name: f"{bytes / size:.2f} of the network" for name, bytes in grown.items()})
+        assert grown["RssFile"] < 0.75 * size and grown["RssAnon"] < 0.6 * size  # pages read, and the slices themselves
 
 
 # ------------------------------------------------------------------------------------------------------ real processes
