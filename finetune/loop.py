@@ -148,8 +148,6 @@ def fit(
         done = run.states.load(run.state, gpt, optimizer)
         vars(meter).update(done.meter)
         print(f"going on after step {done.step}: {run.state}")
-    elif run.states:
-        run.states.forget()
     stream = ahead(with_rows(islice(batches(run.train_examples, train), done.step, None), gpt, run, share))
     bar = tqdm(total=n_steps, initial=done.step, desc=method, unit="step", dynamic_ncols=True)
     with Asked(train, meter) as asked, closing(Log(options, done.step, run.rank == 0)) as log, bar:
@@ -161,16 +159,15 @@ def fit(
                 step = underway.popleft()
                 loss, norm, *flags = step.receive()
                 wanted = [a or b > 0 for a, b in zip(wanted, flags)]
-                finite = math.isfinite(loss + norm)
-                if not finite and train.nonfinite == "stop":
+                if not math.isfinite(loss + norm) and train.nonfinite == "stop":
                     what = f"loss {loss}, gradient norm {norm} at step {step.number}"
                     raise Diverged(f"{what}: try a lower train.lr; {_kept(run, done.saved)}")
-                if not finite:
+                if not math.isfinite(norm):
                     bar.write(f"step {step.number} is left out: loss {loss}, gradient norm {norm}")
                 elif len(losses) == losses.maxlen and loss > 2 * sum(losses) / len(losses):
                     bar.write(f"step {step.number}: the loss of {loss:.3f} is more than twice that of the steps before")
                 losses.append(loss)
-                done.updates += finite
+                done.updates += math.isfinite(norm)
                 meter.count(step)
                 epoch, speed = step.number / steps_per_epoch, meter.n_tokens / meter.seconds()
                 values = dict(epoch=epoch, loss=loss, lr=step.lr, grad_norm=norm, tokens=meter.n_tokens)
@@ -185,13 +182,14 @@ def fit(
             try:
                 run.states.save(gpt, optimizer, done)
             except OSError as e:
-                if train.full_disk == "stop":
+                if train.full_disk == "stop" or asked.signal:
                     raise
                 bar.write(f"{e}; going on")
             asked.saved_at = time.monotonic()
 
         losses = deque(maxlen=50)
         if not done.step:
+            run.states.forget()
             done.first = done.best = evaluate(network, gpt, run)
             verdict = judge(gpt, run)
             done.first_verdict = done.best_verdict = verdict and asdict(verdict)

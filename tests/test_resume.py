@@ -298,3 +298,19 @@ def test_the_line_for_a_used_folder(options, monkeypatch, capsys):
     run_until(5, options, monkeypatch)
     args = f"--checkpoint_dir {options.checkpoint_dir} --data {options.data} --out_dir {options.out_dir} --devices cpu"
     assert "holds a run with" in fail(lora, capsys, monkeypatch, args)
+
+
+def test_two_runs_do_not_write_to_one_folder(options, monkeypatch):
+    other, take = [], loop.train_step
+
+    def step(*args):
+        if args[3].number == 8 and not other:
+            other.append(states(options))
+            with pytest.raises(ValueError, match="another run is writing to"):
+                main(replace(options, overwrite=True))
+            assert states(options) == other[0]
+        take(*args)
+
+    monkeypatch.setattr(loop, "train_step", step)
+    main(options)
+    assert other == [{"step-3", "step-6"}] and (options.out_dir / "state/finished.json").is_file()
