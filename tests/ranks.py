@@ -53,6 +53,7 @@ def compute(run: setup.Run, name: str, row_tokens: int) -> dict:
         gpt.to(run.device)
     shake(gpt, module)
     run, network, optimizer, _ = loop.prepare(run, gpt)
+    gpt.recompute = "on" if gpt.config.arch == "gpt2" else "off"
     run.row_tokens = row_tokens
     grads = {}
 

@@ -144,27 +144,23 @@ def ended(pids: list[int], within: float) -> bool:
 
 @pytest.mark.parametrize("who", ["first", "other"])
 def test_a_process_that_dies_ends_the_whole_job_and_the_next_start_goes_on(tiny, tmp_path, who):
-    """Also with another number of processes, under FSDP."""
-    more = "--train.epochs=400 --strategy fsdp --train.save_every_minutes=0"
-    job = started(tiny, tmp_path / "run", f"--devices cpu:2 {more}")
+    """Under FSDP also with another number of processes, and it ends as if nothing had happened."""
+    more = "--train.epochs=40 --train.max_steps=60"
+    job = started(tiny, tmp_path / "run", f"--devices cpu:2 --strategy fsdp --train.save_every_minutes=0 {more}")
     end = time.monotonic() + 100
     while not list((tmp_path / "run/state").glob("step-*[0-9]")) and time.monotonic() < end:
-        time.sleep(0.1)
+        time.sleep(0.01)
     (other,) = children(job.pid)
     os.kill(job.pid if who == "first" else other, signal.SIGKILL)
     assert ended([job.pid, other], within=60)
     _, err = job.communicate(timeout=60)
-    assert "is gone, and this one ends with it" in err or "terminated with code" in err or "Connection closed" in err
-    again = started(tiny, tmp_path / "run", f"--devices cpu:1 {more}")
-    time.sleep(0.1)
-    wait_for_step = time.monotonic() + 100
-    before = {path.name for path in (tmp_path / "run/state").glob("step-*[0-9]")}
-    while {path.name for path in (tmp_path / "run/state").glob("step-*[0-9]")} == before:
-        assert time.monotonic() < wait_for_step and again.poll() is None
-        time.sleep(0.1)
-    again.send_signal(signal.SIGTERM)
-    out, _ = again.communicate(timeout=60)
-    assert "going on after step" in out and again.returncode == 143
+    assert any(word in err for word in ("is gone", "terminated with code", "onnection", "remote worker"))
+    again = started(tiny, tmp_path / "run", f"--devices cpu:1 --strategy fsdp {more}")
+    whole = started(tiny, tmp_path / "whole", f"--devices cpu {more}")
+    assert re.search(r"going on after step \d+", again.communicate(timeout=100)[0])
+    whole.communicate(timeout=100)
+    a, b = (load_file(tmp_path / name / "last.safetensors") for name in ("run", "whole"))
+    assert all(torch.allclose(a[name], b[name], rtol=1e-2, atol=1e-4) for name in a)
 
 
 @pytest.mark.parametrize(
