@@ -55,8 +55,12 @@ def launch(devices: str, strategy: Strategy) -> Fabric:
         raise ValueError(f"--devices {n}, but this machine has {torch.cuda.device_count()} GPUs (cpu:{n} needs none)")
     how: Any = "auto"
     if strategy.startswith("fsdp"):
-        split = partial(shard, offload=strategy == "fsdp_offload")
-        how = ModelParallelStrategy(split, data_parallel_size=world, tensor_parallel_size=1, timeout=TIMEOUT)
+        offload = strategy == "fsdp_offload" and kind != "cpu" and torch.cuda.is_available()
+        sizes = dict(data_parallel_size=world, tensor_parallel_size=1)
+        backend = "cpu:gloo,cuda:nccl" if offload else None  # the norm of what waits on the host is summed there
+        how = ModelParallelStrategy(
+            partial(shard, offload=offload), process_group_backend=backend, timeout=TIMEOUT, **sizes
+        )
     elif world > 1:
         how = DDPStrategy(timeout=TIMEOUT, gradient_as_bucket_view=True)
     accelerator = "cpu" if kind == "cpu" else "auto"
@@ -119,9 +123,8 @@ def shard(gpt: GPT, mesh: DeviceMesh, offload: bool) -> GPT:
     method adds (`sum_gradients` adds up the gradients of these), and quantized weights. The network may lie in a mapped
     file: of that only the slices are read. What is trained becomes float32.
     """
-    on_gpu = mesh.device_type == "cuda" and not offload
-    device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
     own = torch.device("cuda", torch.cuda.current_device()) if mesh.device_type == "cuda" else torch.device("cpu")
+    device = torch.device("cpu") if offload else own
     quantized = {p for m in gpt.modules() if isinstance(m, Linear) and m.weight is None for p in m.parameters(False)}
     source: dict[str, tuple[Tensor, torch.dtype]] = {}
     whole: set[nn.Parameter] = set()
@@ -184,7 +187,8 @@ def clip(trained: Sequence[nn.Parameter], most: float) -> Tensor:
     if not parts[1]:
         return nn.utils.clip_grad_norm_(trained, most)
     norms = [nn.utils.get_total_norm([p.grad for p in part]) for part in parts if part]
-    norm = torch.stack([t.full_tensor() if isinstance(t, DTensor) else t for t in norms]).norm()
+    whole = [t.full_tensor() if isinstance(t, DTensor) else t for t in norms]
+    norm = torch.stack([t.to(whole[0].device) for t in whole]).norm()
     for part in parts:
         nn.utils.clip_grads_with_norm_(part, most, norm)
     return norm

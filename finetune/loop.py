@@ -285,7 +285,9 @@ def prepare(
         return run, network, optimizer, None
     some = list(islice(batches(run.train_examples, train), 8))
     with torch.random.fork_rng([run.device]):
-        plan = memory.plan(gpt, run.fabric.backward, some, run.row_tokens, share, options.memory_gb, run.world)
+        plan = memory.plan(
+            gpt, run.fabric.backward, some, run.row_tokens, share, options.memory_gb, run.world, run.device
+        )
     return replace(run, row_tokens=plan.row_tokens), network, optimizer, plan
 
 

@@ -51,6 +51,7 @@ def plan(
     share: bool,
     memory_gb: float | None,
     world: int = 1,
+    device: torch.device | None = None,
 ) -> Plan:
     """Finds rows with which training fits into the memory of a GPU, and sets `gpt.recompute`.
 
@@ -60,10 +61,11 @@ def plan(
         row_tokens: how long a row may be.
         memory_gb: GiB that PyTorch may use, and never more; None: what is free.
         world: number of processes that a batch is spread over. All call this at the same time, and agree.
+        device: where it is computed, if the weights wait somewhere else.
     Raises:
         ValueError: it does not fit; the message says what would help, and by how much.
     """
-    device = torch.device("cuda", torch.cuda.current_device())
+    device = device or gpt.wte.weight.device
     free, total = torch.cuda.mem_get_info(device)
     limit = free + torch.cuda.memory_reserved(device)
     if memory_gb is not None:
@@ -77,7 +79,7 @@ def plan(
     advice = f"{_nf4(gpt)}a smaller network needs less"
     for way, meaning in WAYS.items():
         gpt.recompute = way
-        line = _measure(gpt, backward, batches[0], usual, share)
+        line = _measure(gpt, backward, batches[0], usual, share, device)
         if line is None:
             continue
         fixed, per_token = line
@@ -91,7 +93,7 @@ def plan(
         while fits >= least and tokens >= least // 2:  # a row of up to twice as many ends where an example ends
             rows = _longest_row(gpt, batches, tokens, share, world)
             roomy = fixed + per_token * rows < TIGHT * limit
-            if rows <= fits and (roomy or _runs(gpt, backward, batches, tokens, share, world)):
+            if rows <= fits and (roomy or _runs(gpt, backward, batches, tokens, share, world, device)):
                 change = f"; rows of {tokens:,} tokens instead of {usual:,}" if tokens < usual else ""
                 return Plan(tokens, f"{report}{change}{meaning}", advice)
             tokens = min(tokens, rows) * 9 // 10
@@ -105,10 +107,14 @@ def _longest_row(gpt: GPT, batches: Sequence[list[Example]], row_tokens: int, sh
 
 
 def _measure(
-    gpt: GPT, backward: Callable[[Tensor], None], batch: list[Example], usual: int, share: bool
+    gpt: GPT,
+    backward: Callable[[Tensor], None],
+    batch: list[Example],
+    usual: int,
+    share: bool,
+    device: torch.device,
 ) -> tuple[float, float] | None:
     """The line's two numbers, in bytes; None if even short rows do not fit."""
-    device = torch.device("cuda", torch.cuda.current_device())
     for part in (4, 8, 16, 32):  # the shorter of the two rows, of the usual one
         n = 1 + sum(accumulated < usual // part for accumulated in accumulate(len(e.ids) for e in batch))
         points = []
@@ -125,7 +131,7 @@ def _measure(
         if len(points) == 3:
             _, (short, low), (long, high) = points
             per_token = max(high - low, 1) / max(long - short, 1)
-            return low - per_token * short + _states(gpt), per_token
+            return low - per_token * short + _states(gpt, device), per_token
         torch.cuda.synchronize()
         torch.cuda.empty_cache()
     return None
@@ -138,11 +144,11 @@ def _runs(
     row_tokens: int,
     share: bool,
     world: int,
+    device: torch.device,
 ) -> bool:
     """Whether the longest row of each batch fits in fact."""
-    device = torch.device("cuda", torch.cuda.current_device())
     try:
-        states = torch.empty(_states(gpt), dtype=torch.uint8, device=device)
+        states = torch.empty(_states(gpt, device), dtype=torch.uint8, device=device)
         for batch in batches:
             rows = pack(batch, row_tokens, gpt.n_virtual_tokens, gpt.n_virtual_keys, share, 0, world)
             idx, packed = max(rows, key=lambda row: len(row[0]))
@@ -156,9 +162,9 @@ def _runs(
     return True
 
 
-def _states(gpt: GPT) -> int:
+def _states(gpt: GPT, device: torch.device) -> int:
     """Bytes that AdamW will keep on this device from the first step on."""
-    return 8 * sum(local(p).numel() for p in gpt.parameters() if p.requires_grad and local(p).is_cuda)
+    return 8 * sum(local(p).numel() for p in gpt.parameters() if p.requires_grad and local(p).device == device)
 
 
 def _nf4(gpt: GPT) -> str:

@@ -1,6 +1,7 @@
 """What a run starts from: its options, the data as tokens, the device, and the network with a method in it."""
 
 import copy
+import math
 import os
 import shutil
 import sys
@@ -215,6 +216,9 @@ def start(options: Options) -> Run:
             limit=limit,
             cache_dir=hub.DEMO_DATA.parent / "cache",
         )
+        if (last := max(int(e.ids.max()) for e in data.train + data.val)) >= config.vocab_size:
+            what = f"the tokenizer has a token {last}, and the network only {config.vocab_size}"
+            raise ValueError(f"{options.checkpoint_dir}: {what}")
         options = replace(options, prompt=replace(options.prompt, style=data.style))  # as generation has to ask
         states = States(options.out_dir, identity(options, data.train + data.val), fabric.global_rank)
         state = None
@@ -242,8 +246,9 @@ def check(train: Train) -> None:
     positive = ("batch_size", "row_tokens", "epochs", "max_steps", "max_examples", "eval_interval")
     for name, value in vars(train).items():
         least = 1 if name in positive else 0
-        if isinstance(value, int | float) and not value >= least:  # not: NaN
-            raise ValueError(f"train.{name} is {value}; it must be at least {least}")
+        if isinstance(value, int | float) and not least <= value < math.inf:  # not: NaN
+            limit = "finite" if value == math.inf else f"at least {least}"
+            raise ValueError(f"train.{name} is {value}; it must be {limit}")
 
 
 def compiles(options: Options, config: Config, device: torch.device) -> bool:

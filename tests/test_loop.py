@@ -296,3 +296,11 @@ def test_a_dry_run_says_what_the_run_needs_and_writes_nothing(options, capsys, m
     monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=10))
     with pytest.raises(ValueError, match=r"has 0.0 GiB free, and the run wants"):
         main(dry)
+
+
+def test_a_loss_that_jumps_is_told(options, monkeypatch, capsys):
+    numbers = iter(range(1, 999))
+    monkeypatch.setattr(Step, "receive", lambda step: [9.0 if next(numbers) == 60 else 4.0, 1.0, 0.0, 0.0, 0.0])
+    main(replace(options, train=replace(options.train, epochs=9)))
+    said = capsys.readouterr().out
+    assert said.count("is more than twice that of the steps before") == 1 and "step 60: the loss of 9.000" in said

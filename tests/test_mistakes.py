@@ -48,6 +48,13 @@ def another_base(d: Path) -> None:
     save_checkpoint(d / "base", gpt.config, gpt.state_dict(), files)
 
 
+def fewer_tokens(d: Path) -> None:
+    stated, path = d / "base/lit_config.json", d / "base/lit_model.safetensors"
+    stated.write_text(stated.read_text().replace('"vocab_size": 400', '"vocab_size": 300'))
+    tensors = load_file(path)
+    save_file({n: t[:300].clone() if len(t) == 400 else t.clone() for n, t in tensors.items()}, path)
+
+
 def hf_folder(d: Path, **config) -> None:
     (d / "hf").mkdir()
     sizes = dict(vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1)
@@ -73,6 +80,9 @@ MISTAKES = [  # what is wrong, what is done before, script and arguments, the li
     ("a word for a number", None, TRAIN, "--train.lr fast", "--train.lr is 'fast'; it must be a number"),
     ("a kind that there is not", None, TRAIN, "--quantize nf5", "--quantize is 'nf5'; it must be one of none, nf4, "),
     ("a negative rate", None, TRAIN, "--train.lr -1", "train.lr is -1.0; it must be at least 0"),
+    ("an infinite rate", None, TRAIN, "--train.lr .inf", "train.lr is inf; it must be finite"),
+    ("more tokens than the network has", fewer_tokens, TRAIN, "",
+     "base: the tokenizer has a token 397, and the network only 300"),
     ("rank 0", None, TRAIN, "--lora.r 0", "lora.r is 0; it must be at least 1"),
     ("a rank of no use", None, TRAIN, "--lora.r 65", "lora.r is 65, but blocks.0.attn.q_proj is a matrix of "),
     ("an unknown layer", None, TRAIN, "--lora.targets query", "no layer is called query; there are down_proj"),

@@ -67,7 +67,7 @@ def test_finetune_generate_merge(tiny, tmp_path, method, lr, gain, capsys, monke
     assert "validation loss:" in said and "tokens/s" in said and "peak memory" in said
     assert f"--checkpoint_dir {base} --method_dir {out}" in said
     files = {path.name.split(".")[0] for path in out.iterdir()}
-    assert files == {"lit_method", "last", "hparams", "metrics", "loss", "events"}
+    assert files == {"lit_method", "last", "hparams", "metrics", "loss", "events", "state"}
     with open(out / "metrics.csv") as file:
         log = list(csv.DictReader(file))
     losses = [float(row["loss"]) for row in log if row["loss"]]
@@ -111,9 +111,9 @@ def test_a_run_is_replaced_only_where_the_command_says_so(tiny, tmp_path, capsys
         monkeypatch.setattr(sys, "argv", ["lora.py", *map(str, new), str(out), "--overwrite", "--devices", "cpu"])
         cli(finetune.lora.main, finetune.lora.Options, "")
     capsys.readouterr()
-    before = {path.name: path.read_bytes() for path in (tmp_path / "b").iterdir()}
+    before = {path.name: path.read_bytes() for path in (tmp_path / "b").iterdir() if path.is_file()}
     code, err = start("--train.lr", "5e-3", "--config", tmp_path / "a/hparams.yaml", "--out_dir", tmp_path / "b")
-    assert code == 2 and f"{tmp_path}/b holds a run already" in err
+    assert code == 2 and f"{tmp_path}/b holds a run with train.lr 0.002 there and 0.005 here" in err
     code, err = start(*new, tmp_path / "b", "--train.lr", 1e30, "--train.max_steps", 3, "--overwrite")
     assert code == 2 and "nothing was saved yet" in err
     assert all(
