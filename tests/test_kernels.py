@@ -114,10 +114,14 @@ def test_a_prompt_that_every_token_sees(n_tokens, K, nh, nkv):
     close([(got, expected), *zip(grads, expected_grads)])
 
 
+SLOW = pytest.mark.slow  # 15 s and more each
+
+
 @pytest.mark.parametrize(
     "method, options, n_graphs",
-    [(adapter, {}, 5), (adapter_v2, {}, 5), (bottleneck, {}, 4), (ia3, {}, 4), (lora, {}, 4),
-     (lora, dict(lora=lora.LoRA(dora=True)), 4), (prefix, {}, 4), (prompt, {}, 3)],
+    [(adapter, {}, 5), pytest.param(adapter_v2, {}, 5, marks=SLOW), pytest.param(bottleneck, {}, 4, marks=SLOW),
+     pytest.param(ia3, {}, 4, marks=SLOW), (lora, {}, 4), (lora, dict(lora=lora.LoRA(dora=True)), 4), (prefix, {}, 4),
+     pytest.param(prompt, {}, 3, marks=SLOW)],
 )  # fmt: skip
 def test_nothing_is_compiled_anew_for_rows_of_another_length(method, options, n_graphs, monkeypatch):
     """Blocks are compiled once each for: the first ones, whose input needs no gradient (with and without an adapter);

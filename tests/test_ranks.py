@@ -17,7 +17,7 @@ from finetune.devices import launch
 from lit_model import model
 from lit_model.checkpoint import save_checkpoint
 
-WORLDS = [(2, "ddp"), (2, "fsdp"), (4, "ddp"), (4, "fsdp")]
+WORLDS = [(2, "ddp"), (2, "fsdp"), pytest.param(4, "ddp", marks=pytest.mark.slow), (4, "fsdp")]
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +44,7 @@ def computed(folder, n: int, strategy: str) -> dict:
     return torch.load(out, weights_only=True)
 
 
-@pytest.mark.parametrize("n, strategy", WORLDS, ids=[f"{s}-{n}" for n, s in WORLDS])
+@pytest.mark.parametrize("n, strategy", WORLDS, ids=["ddp-2", "fsdp-2", "ddp-4", "fsdp-4"])
 def test_n_processes_compute_what_one_does(folder, n, strategy):
     one, many = computed(folder, 1, "auto"), computed(folder, n, strategy)
     worst = dict(loss=0.0, norm=0.0, grads=0.0, val=0.0)
@@ -142,7 +142,7 @@ def ended(pids: list[int], within: float) -> bool:
     return False
 
 
-@pytest.mark.parametrize("who", ["first", "other"])
+@pytest.mark.parametrize("who", [pytest.param("first", marks=pytest.mark.slow), "other"])
 def test_a_process_that_dies_ends_the_whole_job_and_the_next_start_goes_on(tiny, tmp_path, who):
     """Under FSDP also with another number of processes, and it ends as if nothing had happened."""
     more = "--train.epochs=40 --train.max_steps=60"
