@@ -2,7 +2,7 @@
 
 ddp   each process holds the whole network; gradients of what is trained are summed
       (DistributedDataParallel, https://arxiv.org/abs/2006.15704)
-fsdp  each holds a slice of every tensor, of its gradient and of what AdamW keeps; a block is gathered when it is
+fsdp  each holds a slice of every matrix, of its gradient and of what AdamW keeps; a block is gathered when it is
       computed (FSDP2, `fully_shard`, https://arxiv.org/abs/2304.11277)
 
 Every process packs the same batch into the same rows and computes its share of them, so that a step is the same however
@@ -16,7 +16,7 @@ import time
 from collections.abc import Sequence
 from datetime import timedelta
 from functools import partial, partialmethod
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 import torch.distributed as dist
@@ -44,6 +44,8 @@ def launch(devices: str, strategy: Strategy) -> Fabric:
     kind, _, number = devices.rpartition(":") if ":" in devices or devices.isdigit() else (devices, "", "")
     if kind not in ("", "auto", "cpu") or (number and not (number.isdigit() and int(number))):
         raise ValueError(f"--devices is {devices!r}; it must be auto, cpu, a number of GPUs, or cpu: and a number")
+    if strategy not in (known := get_args(Strategy)):
+        raise ValueError(f"--strategy is {strategy!r}; it must be one of {', '.join(known)}")
     started, machines = _started()
     n = int(number or started or 1)
     if started and n != started:

@@ -142,6 +142,8 @@ def fit(
         return Summary(n_trained, n_total, 0.0, 0, peak_memory(run.device), math.nan)
     header = (method, method_options, fingerprint_of(options.checkpoint_dir), run.task, options.quantize, run.rank == 0)
 
+    if run.world > 1:  # up to here all have drawn the same numbers; dropout is to differ
+        torch.manual_seed(train.seed + run.rank)
     meter, underway = Meter(run.device), deque()
     done = Progress()
     if run.state is not None:
@@ -189,7 +191,7 @@ def fit(
 
         losses = deque(maxlen=50)
         if not done.step:
-            run.states.forget()
+            run.states.begin()
             done.first = done.best = evaluate(network, gpt, run)
             verdict = judge(gpt, run)
             done.first_verdict = done.best_verdict = verdict and asdict(verdict)

@@ -3,6 +3,7 @@
 out_dir/state/step-N/   tensors/*.safetensors    what is trained and AdamW's two moments of it, a file a process
                         random-R.safetensors     states of the random numbers of process R
                         state.json               everything else, and the sha256 of the other files and of itself
+              run.json                           which run it is, before there is a state
               finished.json                      the run came to its end: there is nothing to go on with
 
 A state is written aside, brought to the disk and renamed; the last two are kept. One that is cut off or altered is told
@@ -29,7 +30,7 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 
 from lit_model.checkpoint import fingerprint_of
-from lit_model.files import write_text
+from lit_model.files import blamed_on, write_text
 from lit_model.packing import Example
 
 KEPT = 2
@@ -39,8 +40,6 @@ FREE = (
     "overwrite", "resume", "dry_run", "train.row_tokens", "train.max_time", "train.sample", "train.save_every_minutes",
     "train.full_disk",
 )  # fmt: skip
-
-
 HASHED = ("base network", "examples")
 
 
@@ -110,6 +109,9 @@ class States:
             return path
         if found:
             raise ValueError(f"no state in {self.folder} is whole: start anew with --overwrite")
+        if (path := self.folder / "run.json").is_file():  # stopped before its first state: it begins again
+            with blamed_on(path):
+                self.same(_read(path))
         return None
 
     def finished(self) -> int | None:
@@ -117,9 +119,10 @@ class States:
         path = self.folder / "finished.json"
         if not path.is_file():
             return None
-        content = _read(path)
-        self.same(content["identity"])
-        return content["step"]
+        with blamed_on(path):
+            content = _read(path)
+            self.same(content["identity"])
+            return content["step"]
 
     def same(self, stored: dict[str, Any]) -> None:
         differ = [name for name in {**stored, **self.identity} if stored.get(name) != self.identity.get(name)]
@@ -194,11 +197,14 @@ class States:
             _write(self.folder / "finished.json", dict(step=step, identity=self.identity))
             for path in self.folder.glob("step-*"):
                 shutil.rmtree(path)
+            (self.folder / "run.json").unlink(missing_ok=True)
 
-    def forget(self) -> None:
+    def begin(self) -> None:
         """Another run begins here."""
         if self.rank == 0:
             shutil.rmtree(self.folder, ignore_errors=True)
+            self.folder.mkdir()
+            _write(self.folder / "run.json", self.identity)
 
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -206,7 +212,8 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 @torch.no_grad()
 def _tensors(network: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """What is trained and AdamW's moments of it, by name: the very tensors, not copies."""
+    """By name what is trained, AdamW's moments of it, and buffers (PiSSA's start: an SVD may differ next time): the
+    tensors themselves."""
     trained = {name: p for name, p in network.named_parameters() if p.requires_grad}
     moments = {
         f"{moment}.{name}": optimizer.state[p][moment]
@@ -214,7 +221,8 @@ def _tensors(network: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, 
         for moment in MOMENTS
         if moment in optimizer.state.get(p, {})
     }
-    return {f"trained.{name}": p.detach() for name, p in trained.items()} | moments
+    buffers = {f"buffer.{name}": b for name, b in network.named_buffers()}
+    return {f"trained.{name}": p.detach() for name, p in trained.items()} | moments | buffers
 
 
 def _random() -> dict[str, Tensor]:

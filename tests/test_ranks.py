@@ -178,3 +178,8 @@ def test_numbers_that_disagree_are_refused(devices, environment, says, monkeypat
         monkeypatch.setenv(name, value)
     with pytest.raises(ValueError, match=re.escape(says)):
         launch(devices, "auto")
+
+
+def test_a_strategy_that_there_is_not_is_refused():
+    with pytest.raises(ValueError, match="--strategy is 'dpp'; it must be one of auto, ddp, fsdp, fsdp_offload"):
+        launch("cpu:2", "dpp")

@@ -182,7 +182,7 @@ def test_a_broken_state_is_named_and_the_one_before_it_taken(options, whole, mon
 
 def test_where_no_state_is_whole_nothing_is_thrown_away(options, monkeypatch):
     run_until(10, options, monkeypatch)
-    for path in (options.out_dir / "state").iterdir():
+    for path in (options.out_dir / "state").glob("step-*"):
         flip(next((path / "tensors").iterdir()))
     with pytest.raises(ValueError, match="no state in .* is whole: start anew with --overwrite"):
         main(options)
@@ -204,7 +204,7 @@ def test_a_full_disk_loses_nothing(options, whole, monkeypatch, capsys, then):
     if then == "stop":
         with pytest.raises(OSError, match="step-9 could not be written, the state before it is kept .*No space left"):
             main(options)
-        assert {path.name for path in (options.out_dir / "state").iterdir()} == {"step-3", "step-6"}
+        assert {path.name for path in (options.out_dir / "state").glob("step-*")} == {"step-3", "step-6"}
     main(options)
     assert tensors(options.out_dir) == tensors(whole)
     if then == "go_on":
@@ -213,7 +213,7 @@ def test_a_full_disk_loses_nothing(options, whole, monkeypatch, capsys, then):
 
 def test_the_last_two_states_are_kept_and_nothing_is_pickled(options, monkeypatch):
     run_until(14, options, monkeypatch)
-    assert {path.name for path in (options.out_dir / "state").iterdir()} == {"step-9", "step-12"}
+    assert {path.name for path in (options.out_dir / "state").glob("step-*")} == {"step-9", "step-12"}
     files = {path.suffix for path in (options.out_dir / "state").rglob("*") if path.is_file()}
     assert files == {".safetensors", ".json"}
 
@@ -246,7 +246,7 @@ def command(options: Options, *more: str) -> list[str]:
 
 
 def states(options: Options) -> set[str]:
-    return {path.name for path in (options.out_dir / "state").glob("*")}
+    return {path.name for path in (options.out_dir / "state").glob("step-*")}
 
 
 def after_a_state(process: subprocess.Popen, options: Options, before: set[str] = frozenset()) -> None:
@@ -314,3 +314,19 @@ def test_two_runs_do_not_write_to_one_folder(options, monkeypatch):
     monkeypatch.setattr(loop, "train_step", step)
     main(options)
     assert other == [{"step-3", "step-6"}] and (options.out_dir / "state/finished.json").is_file()
+
+
+def test_killed_in_its_first_save_it_begins_again_and_another_run_is_refused(options, whole, monkeypatch):
+    """The trained tensors of the first evaluation are there, but no state yet."""
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+
+        def killed(*args):
+            raise Killed
+
+        patch.setattr(state, "save_file", killed)
+        main(options)
+    assert (options.out_dir / "lit_method.safetensors").is_file()
+    with pytest.raises(ValueError, match="holds a run with train.lr 0.01 there and 0.5 here"):
+        main(replace(options, train=replace(options.train, lr=0.5)))
+    main(options)
+    assert tensors(options.out_dir) == tensors(whole)
