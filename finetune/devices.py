@@ -64,6 +64,7 @@ def launch(devices: str, strategy: Strategy) -> Fabric:
             partial(shard, offload=offload), process_group_backend=backend, timeout=TIMEOUT, **sizes
         )
     elif world > 1:
+        torch.autograd.graph.set_warn_on_accumulate_grad_stream_mismatch(False)  # Lightning wraps on another stream
         how = DDPStrategy(timeout=TIMEOUT, gradient_as_bucket_view=True)
     accelerator = "cpu" if kind == "cpu" else "auto"
     fabric = Fabric(accelerator=accelerator, devices=n, num_nodes=machines, strategy=how, precision="32-true")

@@ -33,6 +33,7 @@ from finetune.state import Progress
 from lit_model import classify, hub
 from lit_model.checkpoint import fingerprint_of, is_base, save_method
 from lit_model.examples import render
+from lit_model.files import copy_file
 from lit_model.generate import generate
 from lit_model.model import GPT, Config
 from lit_model.packing import Example, Packed, pack
@@ -231,7 +232,8 @@ def fit(
                 if not done.saved or val_loss < done.best or not run.val_examples:
                     done.saved, done.best, done.stale = True, val_loss, 0
                     done.best_verdict = verdict and asdict(verdict)
-                    save_method(options.out_dir / "lit_method.safetensors", gpt, *header)
+                    if run.rank == 0:
+                        copy_file(options.out_dir / "last.safetensors", options.out_dir / "lit_method.safetensors")
                 if last or (train.patience and done.stale >= train.patience):
                     run.states.finish(number)
                     break

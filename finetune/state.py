@@ -16,8 +16,10 @@ import json
 import os
 import shutil
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -29,11 +31,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 
+from finetune.devices import local
 from lit_model.checkpoint import fingerprint_of
 from lit_model.files import blamed_on, write_text
 from lit_model.packing import Example
 
 KEPT = 2
+PIECE = 2**30  # bytes: a file of tensors is twice in the host's memory while it is written
 # options that may differ when a run goes on: what it computes stays the same, up to rounding
 FREE = (
     "checkpoint_dir", "data", "val_data", "out_dir", "devices", "strategy", "compile", "memory_gb", "deterministic",
@@ -142,11 +146,15 @@ class States:
                 shutil.rmtree(aside, ignore_errors=True)
                 (aside / "tensors").mkdir(parents=True)
             _wait()
-            writer = HuggingFaceStorageWriter(str(aside / "tensors"), save_distributed=True)
+            tensors = _tensors(network, optimizer)
+            ends = accumulate(local(t).nbytes for t in tensors.values())
+            pieces = {name: 1 + end // PIECE for name, end in zip(tensors, ends)}
+            writer = HuggingFaceStorageWriter(str(aside / "tensors"), pieces, save_distributed=True)
             with warnings.catch_warnings(action="ignore"):  # that there is one process alone
-                dcp.save(_tensors(network, optimizer), storage_writer=writer, no_dist=not dist.is_initialized())
+                dcp.save(tensors, storage_writer=writer, no_dist=not dist.is_initialized())
             save_file(_random(), aside / f"random-{self.rank}.safetensors")
-            sums = {str(file.relative_to(aside)): _to_disk(file) for file in self._own(aside)}
+            own = self._own(aside)
+            sums = dict(zip((str(file.relative_to(aside)) for file in own), _each(_to_disk, own)))
         except Exception as e:  # of whatever dcp does; all processes must hear of it
             failure = str(e) or type(e).__name__
         everyones = _gathered((failure, sums))
@@ -234,10 +242,10 @@ def _random() -> dict[str, Tensor]:
 def check(path: Path) -> None:
     """Raises ValueError, with the name of the file, if a state is not whole."""
     sums = _read(path / "state.json")["sha256"]
-    for name, expected in sums.items():
-        if not (path / name).is_file():
-            raise ValueError(f"{name} is missing")
-        if (got := _sha256(path / name)) != expected:
+    if missing := [name for name in sums if not (path / name).is_file()]:
+        raise ValueError(f"{missing[0]} is missing")
+    for (name, expected), got in zip(sums.items(), _each(_sha256, [path / name for name in sums])):
+        if got != expected:
             raise ValueError(f"{name} has the sha256 {got[:12]}... instead of {expected[:12]}...: cut off or altered")
 
 
@@ -256,6 +264,11 @@ def _read(path: Path) -> dict[str, Any]:
 def _sha256(path: Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _each(of: Callable[[Path], str], paths: Sequence[Path]) -> list[str]:
+    with ThreadPoolExecutor(8) as threads:
+        return list(threads.map(of, paths))
 
 
 def _to_disk(path: Path) -> str:

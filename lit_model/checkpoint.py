@@ -241,7 +241,7 @@ def save_method(
     for name, t in tensors.items():
         if isinstance(t, DTensor):
             whole = t.full_tensor()
-            tensors[name] = whole.cpu() if write else whole[:0]
+            tensors[name] = whole.cpu() if write else whole.new_empty(0)
     if write:
         module, _ = METHODS[method]
         if hasattr(module, "finish"):

@@ -88,6 +88,8 @@ class Options:
     """GiB of the GPU's memory to use at most"""
     compile: Literal["auto", "on", "off"] = "auto"
     """torch.compile, as in the finetuning scripts"""
+    recompute: Literal["auto", "on"] = "auto"
+    """on: recompute blocks in the backward pass (activation checkpointing) even if memory suffices without"""
     profile: bool = False
     """also say which kernels take the time of a step"""
     out: Path = Path("out/bench.csv")
@@ -260,6 +262,8 @@ def ours(
     run, network, optimizer, plan = loop.prepare(run, gpt)
     if plan:
         print(plan.report)
+    if options.recompute == "on" and gpt.recompute == "off":
+        gpt.recompute = "on"
     stream = loop.ahead(loop.with_rows(loop.batches(examples, run.options.train), gpt, run, share=True))
 
     def take(n: int) -> list[Step]:

@@ -70,6 +70,7 @@ def whole(options, tmp_path) -> Path:
 def test_a_resumed_run_ends_as_the_uninterrupted_one(options, tmp_path, monkeypatch, capsys, init):
     """Bit for bit: tensors, the best among them, metrics.csv; with dropout, and where LoRA starts from the base."""
     options.lora = replace(options.lora, init=init)
+    monkeypatch.setattr(state, "PIECE", 1000)
     main(replace(options, out_dir=tmp_path / "whole"))
     for step in (5, 11, 18):
         run_until(step, options, monkeypatch)
@@ -212,7 +213,9 @@ def test_a_full_disk_loses_nothing(options, whole, monkeypatch, capsys, then):
 
 
 def test_the_last_two_states_are_kept_and_nothing_is_pickled(options, monkeypatch):
+    monkeypatch.setattr(state, "PIECE", 4000)
     run_until(14, options, monkeypatch)
+    assert len(list((options.out_dir / "state/step-12/tensors").iterdir())) > 1
     assert {path.name for path in (options.out_dir / "state").glob("step-*")} == {"step-9", "step-12"}
     files = {path.suffix for path in (options.out_dir / "state").rglob("*") if path.is_file()}
     assert files == {".safetensors", ".json"}
