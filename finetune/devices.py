@@ -129,7 +129,7 @@ def shard(gpt: GPT, mesh: DeviceMesh, offload: bool) -> GPT:
     own = torch.device("cuda", torch.cuda.current_device()) if mesh.device_type == "cuda" else torch.device("cpu")
     device = torch.device("cpu") if offload else own
     quantized = {p for m in gpt.modules() if isinstance(m, Linear) and m.weight is None for p in m.parameters(False)}
-    source: dict[str, tuple[Tensor, torch.dtype]] = {}
+    source: dict[str, nn.Parameter] = {}
     whole: set[nn.Parameter] = set()
     replaced: dict[nn.Parameter, nn.Parameter] = {}
     for name, p in gpt.named_parameters(remove_duplicate=False):
@@ -141,14 +141,14 @@ def shard(gpt: GPT, mesh: DeviceMesh, offload: bool) -> GPT:
                 t = p.detach().to(own, dtype)
             else:
                 t = torch.empty_like(p, device="meta", dtype=dtype)
-                source[name] = p.detach(), dtype
+                source[name] = p
             replaced[p] = nn.Parameter(t, requires_grad=p.requires_grad)
             whole |= set() if t.is_meta else {replaced[p]}
         _set(gpt, name, replaced[p])
     for module in gpt.modules():  # such as a LoRA's start
         module._buffers |= {name: b.to(own) for name, b in module._buffers.items() if b is not None}
     # where base weights are trained in float32, blocks are gathered in the dtype that they compute in
-    trains_base = any(dtype != gpt.dtype for _, dtype in source.values())
+    trains_base = any(p.requires_grad for p in source.values())
     mixed = MixedPrecisionPolicy(gpt.dtype, torch.float32, cast_forward_inputs=False)
     settings = dict(
         mesh=mesh["data_parallel"],
@@ -164,13 +164,9 @@ def shard(gpt: GPT, mesh: DeviceMesh, offload: bool) -> GPT:
         if p in whole:
             continue
         if p not in filled:
-            t, dtype = source[name]
+            t, spread = source[name].detach(), torch.empty_like(p.detach(), device=device)
             parts = t.chunk(n)
-            part = parts[rank] if rank < len(parts) else t[:0]
-            part = part.to(device, dtype, copy=True).contiguous()
-            spread = DTensor.from_local(
-                part, p.device_mesh, p.placements, run_check=False, shape=p.shape, stride=p.stride()
-            )
+            local(spread).copy_(parts[rank] if rank < len(parts) else t[:0])
             filled[p] = nn.Parameter(spread, requires_grad=p.requires_grad)
         _set(gpt, name, filled[p])
     return gpt

@@ -334,6 +334,7 @@ class GPT(nn.Module):
         options = {
             "triton.multi_kernel": 3,  # reductions read a token once, not twice; 1 dies of its own cache in torch 2.11
             "shape_padding": False,  # would time what to pad in a row of one length
+            "triton.mix_order_reduction_non_strict_mode": True,  # would compile anew for rows of 8192 tokens and more
             "pattern_matcher": False,  # would add to a product in place, for which it copies the sum so far first
         }
         for block in self.blocks:
