@@ -9,6 +9,7 @@ Every process packs the same batch into the same rows and computes its share of 
 many there are: the loss is divided by the target tokens of the whole batch.
 """
 
+import logging
 import os
 import sys
 import threading
@@ -68,6 +69,7 @@ def launch(devices: str, strategy: Strategy) -> Fabric:
         how = DDPStrategy(timeout=TIMEOUT, gradient_as_bucket_view=True)
     accelerator = "cpu" if kind == "cpu" else "auto"
     fabric = Fabric(accelerator=accelerator, devices=n, num_nodes=machines, strategy=how, precision="32-true")
+    logging.getLogger("lightning_fabric").setLevel(logging.WARNING)  # not a banner of each process
     parent = os.getppid()
     if "LT_CLI_USED" not in os.environ:  # fabric run: it has joined the others already
         fabric.launch()

@@ -7,8 +7,6 @@ prints and writes in report.py, how it fits into a GPU's memory in memory.py.
 import math
 import shlex
 import signal
-import sys
-import threading
 import time
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterator, Sequence
@@ -16,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
-from typing import Any, NoReturn, Self
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,6 +25,7 @@ from tqdm import tqdm
 
 from finetune import dry_run, memory
 from finetune.devices import clip, sum_gradients, total
+from finetune.interrupt import Asked, leave
 from finetune.report import Log, Meter, Step, closing_line, n_parameters, peak_memory
 from finetune.setup import Run, Train, compiles
 from finetune.state import Progress
@@ -54,41 +53,6 @@ class Summary:
 
 class Diverged(ValueError):
     """A loss or a gradient is not finite."""
-
-
-class Asked:
-    """What this process is asked to do, by a signal or by the clock. It travels with a step to all processes, so that
-    they do it after the same one."""
-
-    def __init__(self, train: Train, meter: Meter):
-        self.train, self.meter = train, meter
-        self.signal, self.saved_at = 0, time.monotonic()
-        self.handlers: dict[int, Any] = {}
-
-    def __enter__(self) -> Self:
-        if threading.current_thread() is threading.main_thread():
-            names = ("SIGINT", "SIGTERM", "SIGUSR1")  # the last is what SLURM is told to send before it takes a machine
-            for number in (getattr(signal, name) for name in names if hasattr(signal, name)):
-                self.handlers[number] = signal.signal(number, self._receive)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self.handlers.items():
-            signal.signal(number, handler)
-
-    def _receive(self, number: int, _: object) -> None:
-        if self.signal and number == signal.SIGINT:  # asked twice: at once
-            raise KeyboardInterrupt
-        self.signal = number
-
-    def now(self, loss: Tensor) -> Tensor:
-        """(3,) beside the loss of a step: stop, end since the time is over, save."""
-        asked, train = loss.new_zeros(3), self.train
-        over = train.max_time is not None and self.meter.seconds() >= 60 * train.max_time
-        due = time.monotonic() - self.saved_at >= 60 * train.save_every_minutes
-        for i in (i for i, wanted in enumerate((self.signal, over, due)) if wanted):
-            asked[i].fill_(1.0)
-        return asked
 
 
 LearningRateScale = Callable[[str, Config], float]  # of a trained tensor, by its name
@@ -241,7 +205,7 @@ def fit(
             if pause or save or stop:
                 save_state(number)
             if stop:
-                _leave(run, asked.signal or signal.SIGTERM, number)
+                leave(asked.signal or signal.SIGTERM, number, run.rank)
     if left_out := number - done.updates:
         print(f"{left_out} of {number} steps were left out: their gradients were not finite")
     if run.val_examples:
@@ -259,13 +223,6 @@ def fit(
     print(f"saved {options.out_dir}/: lit_method.safetensors, last.safetensors, hparams.yaml, metrics.csv, loss.png")
     print(f"try:  python {'scripts/eval_data.py' if run.task else 'generate/base.py'} {shlex.join(words)}")
     return Summary(n_trained, n_total, meter.seconds(), meter.n_tokens, peak_memory(run.device), done.best)
-
-
-def _leave(run: Run, number: int, step: int) -> NoReturn:
-    """Ends the program as the signal would have."""
-    again = shlex.join(["python", *sys.argv])
-    print(f"stopped by {signal.Signals(number).name} after step {step}; the same command goes on from there: {again}")
-    sys.exit(128 + (signal.SIGTERM if number != signal.SIGINT else number) if run.rank == 0 else 0)
 
 
 def prepare(

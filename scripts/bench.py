@@ -286,7 +286,7 @@ def ours(
         profile(lambda: take(1), f"{method} {precision}", fabric.device)
     tflops = peak_tflops(gpt) if fabric.device.type == "cuda" else None
     _, batches = next(stream)
-    alone = product_seconds(gpt, len(batches), computed / len(steps), own_targets / len(steps))
+    alone = product_seconds(gpt, fabric.device, len(batches), computed / len(steps), own_targets / len(steps))
     return Result(
         "lit-model",
         method,

@@ -15,6 +15,7 @@ from finetune.lora import Options, main
 from finetune.report import Step
 from lit_model import load, lora
 from lit_model.checkpoint import freeze, load_base
+from lit_model.files import copy_file, write_text
 from lit_model.lora import LoRA
 
 
@@ -185,6 +186,7 @@ def test_the_best_is_kept_and_patience_ends_the_run(options, monkeypatch):
     monkeypatch.setattr(loop, "evaluate", lambda *_: next(losses))
     saved = []
     monkeypatch.setattr(loop, "save_method", lambda path, *_: saved.append(path.stem))
+    monkeypatch.setattr(loop, "copy_file", lambda source, target: saved.append(target.stem))
     main(replace(options, train=replace(options.train, epochs=9, eval_interval=2, patience=2)))
     assert saved == ["last", "lit_method"] * 2 + ["last"] * 2
     assert next(losses) == 0.1
@@ -304,3 +306,21 @@ def test_a_loss_that_jumps_is_told(options, monkeypatch, capsys):
     main(replace(options, train=replace(options.train, epochs=9)))
     said = capsys.readouterr().out
     assert said.count("is more than twice that of the steps before") == 1 and "step 60: the loss of 9.000" in said
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_the_best_file_stays_when_the_last_is_replaced(tmp_path, monkeypatch, links):
+    """Of one step they are one file under two names, where the file system knows that."""
+
+    def without(*_):
+        raise OSError("no links here")
+
+    if not links:
+        monkeypatch.setattr("os.link", without)
+    best, last = tmp_path / "best", tmp_path / "last"
+    for text in ("one", "two"):
+        write_text(last, text)
+        copy_file(last, best)
+        assert best.read_text() == text and best.samefile(last) == links
+    write_text(last, "three")
+    assert best.read_text() == "two" and sorted(path.name for path in tmp_path.iterdir()) == ["best", "last"]
