@@ -157,11 +157,7 @@ def main(options: Options) -> None:
         raise ValueError("--peers measures one device")
     examples = demo_examples() if options.data == "demo" else alpaca_lengths(config.vocab_size)
     where = torch.cuda.get_device_name() if fabric.device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    describe = ["git", "describe", "--always", "--dirty"]
-    commit = ""
-    if shutil.which("git"):
-        commit = subprocess.run(describe, cwd=Path(__file__).parent, capture_output=True, text=True).stdout.strip()
-    about = dict(on=where, torch=torch.__version__, commit=commit)
+    about = dict(on=where, torch=torch.__version__, commit=commit())
 
     results, peers = [], {}
     for method, precision in wanted:
@@ -181,11 +177,19 @@ def main(options: Options) -> None:
         raise ValueError("nothing could be measured")
     results += [peer for peer in peers.values() if peer]
     where = f"{fabric.world_size} x {where}" if fabric.world_size > 1 else where
-    where = f"{where}, torch {torch.__version__}, commit {commit}"
+    where = f"{where}, torch {torch.__version__}, commit {about['commit']}"
     each = " and device" if fabric.world_size > 1 else ""
     print(f"\n{options.preset}, {options.batch_size} examples a step{each}, {where}")
     print(table(results))
     print(f"added {len(results)} results to {options.out}")
+
+
+def commit() -> str:
+    """Which version of this code it is, "-dirty" if it was changed since; empty where git does not say."""
+    describe = ["git", "describe", "--always", "--dirty"]
+    if not shutil.which("git"):
+        return ""
+    return subprocess.run(describe, cwd=Path(__file__).parent, capture_output=True, text=True).stdout.strip()
 
 
 def one_after_the_other(series: list[tuple[str, str]], options: Options) -> None:

@@ -3,7 +3,9 @@
 import csv
 import importlib
 import json
+import re
 import runpy
+import shutil
 import subprocess
 import sys
 from fnmatch import fnmatch
@@ -308,6 +310,9 @@ def test_download_converts_what_the_hub_gives(weights, tiny, tmp_path, rows, mon
         ("scripts/bench.py --steps 0", "steps is 0; it must be at least 1"),
         ("scripts/bench.py --devices cpu --memory_gb 4", "memory_gb is a positive number of GiB"),
         ("scripts/bench.py --preset gpt-5", "there is no preset 'gpt-5'"),
+        ("scripts/whole_run.py --methods lore", "there is no finetune/lore.py"),
+        ("scripts/whole_run.py --precision bf8", "there is no finetune/adapter.py in bf8: precisions are bf16,"),
+        ("scripts/whole_run.py --checkpoint_dir nowhere", "nowhere/lit_config.json is not there"),
         ("scripts/random_checkpoint.py --n_rows 1", "n_rows is 1; it must be at least 2"),
     ],
 )
@@ -341,6 +346,17 @@ def test_bench_measures_on_a_cpu(tmp_path):
         (row,) = csv.DictReader(file)
     assert f"| lit-model: lora fp32 | 1 rows of 130 tokens | {float(row['tokens_per_second']):,.0f} |" in said
     assert 8 < float(row["loss"]) < 13
+
+
+def test_whole_runs_are_timed_and_replaced(tiny, tmp_path):
+    shutil.copytree(tiny / "base", tmp_path / "base")
+    shutil.copy(tiny / "data.json", tmp_path / "base/rows.json")
+    args = "--checkpoint_dir base --devices cpu --precision fp32,int8 --methods lora --epochs 1 --batch_size 8".split()
+    for _ in range(2):
+        said = run("scripts/whole_run.py", *args, cwd=tmp_path)
+        lines = [line for line in said.splitlines() if line.startswith("| cpu ")]
+        assert [line.split("|")[2].strip() for line in lines] == ["lora fp32", "lora int8"]
+        assert all(re.search(r"\| \d+ s \| \d+ s \| [1-9][\d,]* \|", line) for line in lines)
 
 
 @pytest.mark.parametrize("script", sorted(str(p.relative_to(ROOT)) for d in ("finetune", "generate", "scripts")
