@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from finetune import loop, setup
 from finetune.report import Step
-from lit_model import adapter, generate, lora, model
+from lit_model import adapter, full, generate, lora, model
 from lit_model.checkpoint import freeze
 from lit_model.packing import Example, pack
 from lit_model.quantize import FP8MLP, quantize
@@ -32,7 +32,8 @@ def examples(n: int, seed: int) -> list[Example]:
 
 def build(family: dict, method: str) -> model.GPT:
     gpt = model.GPT(model.Config(**family))
-    module, options = {"adapter": (adapter, adapter.Adapter(start_layer=1)), "lora": (lora, lora.LoRA())}[method]
+    methods = {"adapter": (adapter, adapter.Adapter(start_layer=1)), "full": (full, None), "lora": (lora, lora.LoRA())}
+    module, options = methods[method]
     module.install(gpt, options)
     randomize(gpt, std=0.1)
     freeze(gpt, module.trainable)
@@ -64,7 +65,7 @@ def test_bfloat16_rows_on_the_gpu_equal_float32_on_the_cpu(family, method):
         assert abs(got_loss - loss) < tolerance * loss and error < tolerance
 
 
-@pytest.mark.parametrize("method", ["adapter", "lora"])
+@pytest.mark.parametrize("method", ["adapter", "full", "lora"])
 def test_compiled_blocks_equal_eager_ones_and_rows_of_new_shapes_compile_nothing(family, method):
     gpt = build(family, method).cuda()
     gpt.dtype = torch.bfloat16
