@@ -124,9 +124,9 @@ def local(t: Tensor) -> Tensor:
 def shard(gpt: GPT, mesh: DeviceMesh, offload: bool) -> GPT:
     """Leaves each process its slice of every matrix of the base, on its device or (offload) in the host's memory.
 
-    What is small stays whole everywhere, since to gather it would take more time than it saves memory: vectors, what a
-    method adds (`sum_gradients` adds up the gradients of these), and quantized weights. The network may lie in a mapped
-    file: of that only the slices are read. What is trained becomes float32.
+    What is small stays whole everywhere, since slices of it would save next to nothing: vectors, what a method adds
+    (`sum_gradients` adds up the gradients of these), and quantized weights. The network may lie in a mapped file: of
+    that only the slices are read. What is trained becomes float32.
     """
     own = torch.device("cuda", torch.cuda.current_device()) if mesh.device_type == "cuda" else torch.device("cpu")
     device = torch.device("cpu") if offload else own

@@ -50,8 +50,8 @@ def plan(
     row_tokens: int,
     share: bool,
     memory_gb: float | None,
-    world: int = 1,
-    device: torch.device | None = None,
+    world: int,
+    device: torch.device,
 ) -> Plan:
     """Finds rows with which training fits into the memory of a GPU, and sets `gpt.recompute`.
 
@@ -61,11 +61,10 @@ def plan(
         row_tokens: how long a row may be.
         memory_gb: GiB that PyTorch may use, and never more; None: what is free.
         world: number of processes that a batch is spread over. All call this at the same time, and agree.
-        device: where it is computed, if the weights wait somewhere else.
+        device: where it is computed; the weights may wait somewhere else.
     Raises:
         ValueError: it does not fit; the message says what would help, and by how much.
     """
-    device = device or gpt.wte.weight.device
     free, total = torch.cuda.mem_get_info(device)
     limit = free + torch.cuda.memory_reserved(device)
     if memory_gb is not None:

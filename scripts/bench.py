@@ -7,15 +7,12 @@ are those of the examples, whatever is computed for them. The figures are those 
 added to a CSV file and printed as a table.
 """
 
-import csv
 import gc
 import os
-import shutil
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields
-from datetime import datetime
+from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
@@ -35,6 +32,7 @@ from lit_model.checkpoint import freeze, initialize
 from lit_model.cli import cli
 from lit_model.packing import Example
 from lit_model.quantize import quantize
+from scripts.bench_table import Result, commit, open_table, read_lines, save, scaling_table, series, table
 from scripts.kernel_time import product_seconds, profile, sync
 from scripts.workload import alpaca_lengths, demo_examples
 
@@ -96,32 +94,6 @@ class Options:
     """file that the results are added to"""
 
 
-@dataclass
-class Result:
-    """One line of the table."""
-
-    system: str
-    method: str
-    precision: str
-    setting: str
-    tokens_per_second: float
-    """real tokens"""
-    step_ms: float
-    peak_gib: float | None
-    """None on a CPU, where only the peak of the whole process is known"""
-    loss: float
-    targets: float
-    """share of the tokens that are predicted"""
-    mfu: float | None = None
-    """share of the GPU's peak that the computed tokens' matrix products make"""
-    products: float | None = None
-    """share of the step's time that these products take alone, measured in the same run"""
-    ratio: float | None = None
-    """tokens a second, of the peer's"""
-    world: int = 1
-    """number of processes"""
-
-
 def main(options: Options) -> None:
     wanted = [(m.strip(), p.strip()) for m in options.methods.split(",") for p in options.precision.split(",")]
     for method, precision in wanted:
@@ -130,9 +102,8 @@ def main(options: Options) -> None:
             raise ValueError(f"there is no {method!r} in {precision!r}: {known}")
         if method == "full" and PRECISIONS[precision] != "none":
             raise ValueError(f"full finetuning trains the weights that {precision} would freeze")
-    series = [(d.strip(), s.strip()) for d in options.devices.split(",") for s in options.strategy.split(",")]
-    if len(series) > 1:
-        return one_after_the_other(series, options)
+    if "," in options.devices + options.strategy:
+        return one_after_the_other(options)
     for name in ("batch_size", "row_tokens", "steps"):
         if getattr(options, name) < 1:
             raise ValueError(f"{name} is {getattr(options, name)}; it must be at least 1")
@@ -157,7 +128,7 @@ def main(options: Options) -> None:
         raise ValueError("--peers measures one device")
     examples = demo_examples() if options.data == "demo" else alpaca_lengths(config.vocab_size)
     where = torch.cuda.get_device_name() if fabric.device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    about = dict(on=where, torch=torch.__version__, commit=commit())
+    about = asdict(options) | dict(on=where, torch=torch.__version__, commit=commit())
 
     results, peers = [], {}
     for method, precision in wanted:
@@ -166,13 +137,13 @@ def main(options: Options) -> None:
         if options.peers and (method, theirs_in) not in peers:
             peers[method, theirs_in] = _try(theirs, method, theirs_in, config, examples, fabric, options)
             if peers[method, theirs_in] and fabric.is_global_zero:
-                save(peers[method, theirs_in], options, about)
+                save(options.out, peers[method, theirs_in], about)
         if result:
             peer = peers.get((method, theirs_in))
             result.ratio = peer and result.tokens_per_second / peer.tokens_per_second
             results.append(result)
             if fabric.is_global_zero:
-                save(result, options, about)
+                save(options.out, result, about)
     if not results:
         raise ValueError("nothing could be measured")
     results += [peer for peer in peers.values() if peer]
@@ -184,47 +155,19 @@ def main(options: Options) -> None:
     print(f"added {len(results)} results to {options.out}")
 
 
-def commit() -> str:
-    """Which version of this code it is, "-dirty" if it was changed since; empty where git does not say."""
-    describe = ["git", "describe", "--always", "--dirty"]
-    if not shutil.which("git"):
-        return ""
-    return subprocess.run(describe, cwd=Path(__file__).parent, capture_output=True, text=True).stdout.strip()
-
-
-def one_after_the_other(series: list[tuple[str, str]], options: Options) -> None:
+def one_after_the_other(options: Options) -> None:
     """Starts this script once for each number of devices and strategy, and shows all results as one table."""
     open_table(options.out)
-    with open(options.out, newline="") as file:
-        before = sum(1 for _ in csv.DictReader(file))
-    failed, alone = [], set()
-    for devices, strategy in series:
-        one = devices in ("1", "auto", "cpu", "cpu:1")
-        if one and devices in alone:
-            continue
-        alone.add(devices)
-        given = {f.name: getattr(options, f.name) for f in fields(options)}
-        given |= dict(devices=devices, strategy="auto" if one else strategy)
+    before, failed = len(read_lines(options.out)), []
+    for devices, strategy in series(options.devices, options.strategy):
+        given = asdict(options) | dict(devices=devices, strategy=strategy)
         args = [f"--{name}={value}" for name, value in given.items() if value is not None]
         done = subprocess.run([sys.executable, str(Path(__file__).resolve()), *args])
         failed += [f"{devices} {strategy}"] * (done.returncode != 0)
-    with open(options.out, newline="") as file:
-        rows = list(csv.DictReader(file))[before:]
-    lines = ["| devices | run | real tokens/s | a device | scaling | step | memory a device | MFU |"]
-    lines.append("|---|---|---|---|---|---|---|---|")
-    first = {}
-    for r in rows:
-        speed, world = float(r["tokens_per_second"]), int(r["world"])
-        first.setdefault((r["method"], r["precision"]), speed / world)
-        scaling = speed / first[r["method"], r["precision"]]
-        name = f"{world} {r['strategy'] if world > 1 else ''} | {r['method']} {r['precision']}, {r['setting']}"
-        memory = f"{float(r['peak_gib']):.1f} GiB" if r["peak_gib"] else ""
-        mfu = f"{100 * float(r['mfu']):.0f} %" if r["mfu"] else ""
-        speeds = f"{speed:,.0f} | {speed / world:,.0f} | {scaling:.2f} x | {float(r['step_ms']):,.0f} ms"
-        lines.append(f"| {name} | {speeds} | {memory} | {mfu} |")
+    rows = read_lines(options.out)[before:]
     on = f"{rows[0]['on']}, torch {rows[0]['torch']}, commit {rows[0]['commit']}" if rows else "nothing measured"
     print(f"\n{options.preset}, {options.batch_size} examples a step and device, {on}")
-    print("\n".join(lines))
+    print(scaling_table(rows))
     if failed:
         raise ValueError(f"could not be measured: {', '.join(failed)}")
 
@@ -394,47 +337,6 @@ def theirs(
     if best is None:
         raise ValueError(f"transformers: {method} {precision} does not fit")
     return best
-
-
-# ---------------------------------------------------------------------------------------------------------- the table
-
-
-COLUMNS = ["when", "on", "torch", "commit", "preset", "data", "batch_size", "row_tokens", "steps", "memory_gb"]
-COLUMNS += ["strategy"]
-COLUMNS += [f.name for f in fields(Result)]
-
-
-def open_table(path: Path) -> None:
-    """Makes the CSV file, unless it is there. Raises ValueError if it is something else, OSError if it cannot be."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "a+", newline="") as file:
-        file.seek(0)
-        header = file.readline().strip()
-        if not header:
-            csv.writer(file).writerow(COLUMNS)
-        elif header != ",".join(COLUMNS):
-            raise ValueError(f"{path} is no table of this script, or one of another version: name another --out")
-
-
-def save(result: Result, options: Options, about: dict[str, str]) -> None:
-    row = dict(when=datetime.now().isoformat(timespec="minutes"), **about) | asdict(options) | asdict(result)
-    with open(options.out, "a", newline="") as file:
-        csv.DictWriter(file, COLUMNS, extrasaction="ignore").writerow(row)
-
-
-def table(results: list[Result]) -> str:
-    def percent(x: float | None) -> str:
-        return "" if x is None else f"{100 * x:.0f} %"
-
-    lines = ["| run | how | real tokens/s | of the peer's | step | peak memory | products alone | MFU | loss |"]
-    lines.append("|---|---|---|---|---|---|---|---|---|")
-    for r in results:
-        run = f"{r.system}: {r.method} {r.precision} | {r.setting}"
-        speed = f"{r.tokens_per_second:,.0f} | {f'{r.ratio:.2f} x' if r.ratio else ''} | {r.step_ms:,.0f} ms"
-        shares = f"{percent(r.products)} | {percent(r.mfu)} | {r.loss:.3f}"
-        memory = f"{r.peak_gib:.1f} GiB" if r.peak_gib else ""
-        lines.append(f"| {run} | {speed} | {memory} | {shares} |")
-    return "\n".join(lines)
 
 
 if __name__ == "__main__":

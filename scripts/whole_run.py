@@ -11,15 +11,18 @@ import time
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # so that it runs from a bare clone
 
+from lit_model.checkpoint import METHODS
 from lit_model.cli import cli
 from lit_model.model import Config
-from scripts.bench import PRECISIONS, commit
+from scripts.bench import PRECISIONS
+from scripts.bench_table import commit, series
 
 
 @dataclass
@@ -45,23 +48,29 @@ class Options:
 
 
 def main(options: Options) -> None:
-    wanted = [[part.strip() for part in text.split(",")] for text in (options.devices, options.strategy)]
-    wanted += [[part.strip() for part in text.split(",")] for text in (options.methods, options.precision)]
-    for method, precision in product(*wanted[2:]):
-        if not (ROOT / f"finetune/{method}.py").is_file() or precision not in PRECISIONS:
-            raise ValueError(f"there is no finetune/{method}.py in {precision}: precisions are {', '.join(PRECISIONS)}")
+    methods, precisions = ([part.strip() for part in text.split(",")] for text in (options.methods, options.precision))
+    for method, precision in product(methods, precisions):
+        if method not in METHODS or precision not in PRECISIONS:
+            known = f"methods are {', '.join(METHODS)}; precisions are {', '.join(PRECISIONS)}"
+            raise ValueError(f"there is no {method!r} in {precision!r}: {known}")
     Config.load(options.checkpoint_dir)
-    rows = options.checkpoint_dir / "rows.json"
-    if not rows.is_file():
-        raise FileNotFoundError(f"{rows} is not there: scripts/random_checkpoint.py makes such a folder")
+    if not (options.checkpoint_dir / "rows.json").is_file():
+        raise FileNotFoundError(
+            f"{options.checkpoint_dir}/rows.json is not there: scripts/random_checkpoint.py makes such a folder"
+        )
     lines = ["| devices | run | launch to file | training | tokens/s | a device | memory a device |"]
     lines.append("|---|---|---|---|---|---|---|")
     failed = []
-    for devices, strategy, method, precision in product(*wanted):
-        world = int(number) if (number := devices.split(":")[-1]).isdigit() else 1
-        name = f"{method}-{precision}-{devices.replace(':', '')}-{strategy}"
+    for (devices, strategy), method, precision in product(
+        series(options.devices, options.strategy), methods, precisions
+    ):
+        number = devices.split(":")[-1]
+        world = int(number) if number.isdigit() else 1
+        args = dict(devices=devices, strategy=strategy, quantize=PRECISIONS[precision])
+        args |= dict(dtype="float32" if precision == "fp32" else "bfloat16")
+        name = f"{method}-{precision}-{world}-{strategy}"
         began = time.perf_counter()
-        said = finetune(options, rows, world, devices, strategy, method, precision, options.out_dir / name)
+        said = finetune(method, options, world, **args, out_dir=options.out_dir / name)
         seconds = time.perf_counter() - began
         closing = re.search(r"trained [\d,]+ tokens in (\d+) s: (\d+) tokens/s.*peak memory ([\d.]+) GiB", said)
         if closing is None:
@@ -69,7 +78,7 @@ def main(options: Options) -> None:
             continue
         training, speed, memory = closing.groups()
         speeds = f"{int(speed):,} | {int(speed) / world:,.0f}"
-        how = f"{devices} {strategy if world > 1 else ''} | {method} {precision}"
+        how = f"{world} {strategy if world > 1 else ''} | {method} {precision}"
         lines.append(f"| {how} | {seconds:.0f} s | {training} s | {speeds} | {memory} GiB |")
     what = f"{options.checkpoint_dir}, --epochs {options.epochs}, {options.batch_size} examples a step and device"
     where = f"{torch.cuda.get_device_name()}, " if torch.cuda.is_available() else ""
@@ -79,16 +88,13 @@ def main(options: Options) -> None:
         raise ValueError(f"did not come to their end: {', '.join(failed)}")
 
 
-def finetune(
-    options: Options, rows: Path, world: int, devices: str, strategy: str, method: str, precision: str, out_dir: Path
-) -> str:
-    """Runs a script, shows what it says, and returns it."""
-    args = dict(checkpoint_dir=options.checkpoint_dir, data=rows, out_dir=out_dir, devices=devices, strategy=strategy)
-    args |= dict(dtype="float32" if precision == "fp32" else "bfloat16", quantize=PRECISIONS[precision])
+def finetune(method: str, options: Options, world: int, **args: Any) -> str:
+    """Runs a script of finetune/ with `args`, shows what it says, and returns it."""
+    rows = options.checkpoint_dir / "rows.json"
+    args |= {"checkpoint_dir": options.checkpoint_dir, "data": rows, "overwrite": True}
+    args |= {"train.batch_size": options.batch_size * world, "train.epochs": options.epochs, "train.sample": ""}
+    args |= {"prompt.val_fraction": 0, "prompt.max_length": 512, "prompt.style": "alpaca"}
     flags = [f"--{name}={value}" for name, value in args.items()]
-    flags += [f"--train.batch_size={options.batch_size * world}", f"--train.epochs={options.epochs}"]
-    flags += ["--prompt.val_fraction=0", "--prompt.max_length=512", "--train.sample=", "--prompt.style=alpaca"]
-    flags += ["--overwrite=true"]
     command = [sys.executable, "-u", str(ROOT / f"finetune/{method}.py"), *flags]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, errors="replace") as run:
         said = []

@@ -44,7 +44,7 @@ def plan(monkeypatch):
         nonlocal size, gaps
         size, gaps = mib, lost
         some = [batch[:n] for batch in batches]
-        made = memory.plan(gpt, lambda loss: loss.backward(), some, 4096, True, memory_gb)
+        made = memory.plan(gpt, lambda loss: loss.backward(), some, 4096, True, memory_gb, 1, gpt.wte.weight.device)
         assert all(p.grad is None for p in gpt.parameters())
         return made, gpt.recompute, limits
 

@@ -310,8 +310,11 @@ def test_download_converts_what_the_hub_gives(weights, tiny, tmp_path, rows, mon
         ("scripts/bench.py --steps 0", "steps is 0; it must be at least 1"),
         ("scripts/bench.py --devices cpu --memory_gb 4", "memory_gb is a positive number of GiB"),
         ("scripts/bench.py --preset gpt-5", "there is no preset 'gpt-5'"),
-        ("scripts/whole_run.py --methods lore", "there is no finetune/lore.py"),
-        ("scripts/whole_run.py --precision bf8", "there is no finetune/adapter.py in bf8: precisions are bf16,"),
+        (
+            "scripts/whole_run.py --methods loop",
+            "there is no 'loop' in 'bf16': methods are adapter, adapter_v2, bottleneck",
+        ),
+        ("scripts/whole_run.py --precision bf8", "there is no 'adapter' in 'bf8': methods are"),
         ("scripts/whole_run.py --checkpoint_dir nowhere", "nowhere/lit_config.json is not there"),
         ("scripts/random_checkpoint.py --n_rows 1", "n_rows is 1; it must be at least 2"),
     ],
@@ -340,11 +343,14 @@ def test_bench_measures_on_a_cpu(tmp_path):
     """One step of a real shape: a table with our row, and the same in the CSV file."""
     said = run(
         "scripts/bench.py", "--preset", "smollm2-135m", "--methods", "lora", "--precision", "fp32", "--devices", "cpu",
-        "--batch_size", 2, "--steps", 1, "--out", tmp_path / "bench.csv", cwd=ROOT,
+        "--batch_size", 2, "--steps", 1, "--recompute", "on", "--out", tmp_path / "bench.csv", cwd=ROOT,
     )  # fmt: skip
     with open(tmp_path / "bench.csv") as file:
         (row,) = csv.DictReader(file)
-    assert f"| lit-model: lora fp32 | 1 rows of 130 tokens | {float(row['tokens_per_second']):,.0f} |" in said
+    assert (
+        f"| lit-model: lora fp32 | 1 rows of 130 tokens, blocks recomputed | {float(row['tokens_per_second']):,.0f} |"
+        in said
+    )
     assert 8 < float(row["loss"]) < 13
 
 
@@ -354,7 +360,7 @@ def test_whole_runs_are_timed_and_replaced(tiny, tmp_path):
     args = "--checkpoint_dir base --devices cpu --precision fp32,int8 --methods lora --epochs 1 --batch_size 8".split()
     for _ in range(2):
         said = run("scripts/whole_run.py", *args, cwd=tmp_path)
-        lines = [line for line in said.splitlines() if line.startswith("| cpu ")]
+        lines = [line for line in said.splitlines() if line.startswith("| 1 ")]
         assert [line.split("|")[2].strip() for line in lines] == ["lora fp32", "lora int8"]
         assert all(re.search(r"\| \d+ s \| \d+ s \| [1-9][\d,]* \|", line) for line in lines)
 
