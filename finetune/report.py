@@ -16,13 +16,8 @@ from matplotlib.figure import Figure
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
-try:
-    import fcntl
-except ImportError:  # not on Windows
-    fcntl = None
-
 from finetune.state import plain
-from lit_model.files import replacing, write_text
+from lit_model.files import lock, replacing, write_text
 from lit_model.model import GPT, Config, Linear
 from lit_model.packing import Example
 from lit_model.quantize import FP8Linear
@@ -176,7 +171,10 @@ class Log:
         if not writes:
             return
         self.out_dir.mkdir(parents=True, exist_ok=True)
-        self._lock()
+        try:
+            self.lock = lock(self.out_dir / ".lock")
+        except BlockingIOError:
+            raise ValueError(f"another run is writing to {self.out_dir}: name another --out_dir") from None
         self.settings = plain(options)
         for name in ("overwrite", "dry_run"):  # or --config with this file would overwrite another run
             self.settings.pop(name)
@@ -193,14 +191,6 @@ class Log:
         if not done:
             self.csv.writeheader()
         self.events = SummaryWriter(str(self.out_dir), purge_step=done + 1 if done else None)
-
-    def _lock(self) -> None:
-        self.lock = open(self.out_dir / ".lock", "w")
-        try:
-            if fcntl:
-                fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(f"another run is writing to {self.out_dir}: name another --out_dir") from None
 
     def _go_on(self, done: int) -> None:
         path = self.out_dir / "metrics.csv"

@@ -9,11 +9,16 @@ from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
 from types import NoneType
-from typing import Any, Literal, get_args, get_origin
+from typing import IO, Any, Literal, get_args, get_origin
 
 import torch
 import yaml
 from torch import Tensor
+
+try:
+    import fcntl
+except ImportError:  # not on Windows
+    fcntl = None
 
 
 @contextmanager
@@ -30,6 +35,15 @@ def blamed_on(path: Path) -> Iterator[None]:
         if not isinstance(e, ValueError):
             said = f"it is not as such a file should be ({type(e).__name__}: {said})"
         raise ValueError(said if str(path) in said else f"{path}: {said}") from e
+
+
+def lock(path: Path, wait: bool = False) -> IO:
+    """A lock file, held until it is closed or this process ends. Raises BlockingIOError if another process holds it,
+    unless we are to wait. On Windows nothing is held."""
+    file = open(path, "w")
+    if fcntl:
+        fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+    return file
 
 
 def refuse_pointer(path: Path) -> None:

@@ -17,12 +17,14 @@ import tempfile
 import urllib.error
 import urllib.request
 import zipfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from tqdm import tqdm
 
 from lit_model.convert_gguf import convert_gguf
+from lit_model.files import lock
 
 ROOT = Path(__file__).resolve().parents[1]
 DEMO_CHECKPOINT = ROOT / "checkpoints" / "smollm2-135m-instruct"
@@ -67,35 +69,43 @@ def fetch_reviews(source: str) -> Path:
 
     Returns the path of a .csv file with text and label."""
     path = DEMO_DATA.parent / f"{source}.csv"
-    if not path.is_file():
-        path.parent.mkdir(exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-            with open(fetch(REVIEWS, Path(folder)), newline="", encoding="utf-8") as file:
-                rows = [(r["text"], ("negative", "positive")[int(r["label"])]) for r in csv.DictReader(file)
-                        if r["source"] == source]  # fmt: skip
-            with open(Path(folder) / "rows.csv", "w", newline="", encoding="utf-8") as file:
-                csv.writer(file).writerows([("text", "label"), *dict.fromkeys(rows)])  # each only once
-            os.replace(Path(folder) / "rows.csv", path)
-    return path
+
+    def make(folder: Path) -> None:
+        with open(fetch(REVIEWS, folder), newline="", encoding="utf-8") as file:
+            rows = [(r["text"], ("negative", "positive")[int(r["label"])]) for r in csv.DictReader(file)
+                    if r["source"] == source]  # fmt: skip
+        with open(folder / "rows.csv", "w", newline="", encoding="utf-8") as file:
+            csv.writer(file).writerows([("text", "label"), *dict.fromkeys(rows)])  # each only once
+        os.replace(folder / "rows.csv", path)
+
+    return _once(path, make)
 
 
 def fetch_demo_model() -> Path:
     """Fetches and converts the demo model, unless it is there. Returns its checkpoint folder."""
-    if not (DEMO_CHECKPOINT / "lit_config.json").is_file():
-        with tempfile.TemporaryDirectory() as folder:
-            gguf = fetch(MODEL, Path(folder))
-            print(f"converting it to {DEMO_CHECKPOINT}", flush=True)
-            convert_gguf(gguf, DEMO_CHECKPOINT)
-    return DEMO_CHECKPOINT
+
+    def make(folder: Path) -> None:
+        gguf = fetch(MODEL, folder)
+        print(f"converting it to {DEMO_CHECKPOINT}", flush=True)
+        convert_gguf(gguf, DEMO_CHECKPOINT)
+
+    return _once(DEMO_CHECKPOINT / "lit_config.json", make).parent
 
 
 def fetch_demo_data() -> Path:
     """Fetches the demo data, unless it is there. Returns its path."""
-    if not DEMO_DATA.is_file():
+    return _once(DEMO_DATA, lambda folder: os.replace(fetch(DATA, folder), DEMO_DATA))
+
+
+def _once(path: Path, make: Callable[[Path], None]) -> Path:
+    """Has a file made, in an empty folder of the same disk, unless it is there. Of several processes, as torchrun
+    starts them, one makes it, and the others wait for it."""
+    if not path.is_file():
         DEMO_DATA.parent.mkdir(exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=DEMO_DATA.parent) as folder:
-            os.replace(fetch(DATA, Path(folder)), DEMO_DATA)
-    return DEMO_DATA
+        with lock(DEMO_DATA.parent / ".lock", wait=True), tempfile.TemporaryDirectory(dir=DEMO_DATA.parent) as folder:
+            if not path.is_file():
+                make(Path(folder))
+    return path
 
 
 def download_from_hub(repo_id: str, folder: Path) -> Path:

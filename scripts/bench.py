@@ -176,7 +176,8 @@ def _try(measure: Callable[..., Result], method: str, precision: str, *rest: Any
     """What fails does not take the others' results with it."""
     try:
         result = measure(method, precision, *rest)
-        print(f"{result.system}: {method} {precision} {result.tokens_per_second:.0f} tokens/s", flush=True)
+        after = f", after a start of {result.start_s:.0f} s" if result.start_s else ""
+        print(f"{result.system}: {method} {precision} {result.tokens_per_second:.0f} tokens/s{after}", flush=True)
     except Exception as e:  # of whatever library the peer uses
         if os.environ.get("LIT_TRACEBACK"):
             raise
@@ -205,6 +206,7 @@ def ours(
     dtype = torch.float32 if precision == "fp32" else torch.bfloat16
     run = setup.Run(settings, fabric, dtype, None, examples, [], options.row_tokens)
     torch.manual_seed(0)
+    began = sync(fabric.device)
     gpt = build(method, precision, config, dtype, fabric.device)
     run, network, optimizer, plan = loop.prepare(run, gpt)
     if plan:
@@ -243,6 +245,7 @@ def ours(
         + (", inputs on the host" if gpt.recompute == "offload" else ""),
         tokens_per_second=real / seconds,
         step_ms=1e3 * seconds / len(steps),
+        start_s=start - began,
         peak_gib=peak,
         loss=steps[-1].receive()[0],
         targets=targets / real,

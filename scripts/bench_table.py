@@ -25,6 +25,8 @@ class Result:
     loss: float
     targets: float
     """share of the tokens that are predicted"""
+    start_s: float | None = None
+    """from the random weights to the first step that counts: planning memory, compiling, warming up"""
     mfu: float | None = None
     """share of the GPU's peak that the computed tokens' matrix products make"""
     products: float | None = None

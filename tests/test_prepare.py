@@ -3,6 +3,8 @@
 import hashlib
 import json
 import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
@@ -86,3 +88,22 @@ def test_each_script_makes_rows_of_a_file_that_one_has(tmp_path, capsys, monkeyp
     (tmp_path / "dolly.jsonl").write_text('{"instruction": "a"}\n')
     args = f"--source {tmp_path}/dolly.jsonl --out {tmp_path}/z.json"
     assert "dolly.jsonl, line 1: no row of instruction" in fail(prepare_dolly, capsys, monkeypatch, args)
+
+
+def test_the_demo_is_fetched_once_however_many_want_it(tmp_path, monkeypatch):
+    """As torchrun starts them: threads with a file of their own each are to flock what processes are."""
+    fetched = []
+
+    def fetch(asset, folder):
+        fetched.append(asset)
+        time.sleep(0.5)
+        (folder / "rows.json").write_text("[1]")
+        return folder / "rows.json"
+
+    monkeypatch.setattr(hub, "DEMO_DATA", tmp_path / "data/demo.json")
+    monkeypatch.setattr(hub, "fetch", fetch)
+    with ThreadPoolExecutor(4) as threads:
+        wanted = [threads.submit(hub.fetch_demo_data) for _ in range(4)]
+        assert [w.result().read_text() for w in wanted] == ["[1]"] * 4
+    assert fetched == [hub.DATA]
+    assert sorted(path.name for path in (tmp_path / "data").iterdir()) == [".lock", "demo.json"]
