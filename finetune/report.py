@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 import yaml
-from matplotlib.figure import Figure
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
@@ -222,6 +221,8 @@ class Log:
             return
         self.file.close()
         self.events.close()
+        from matplotlib.figure import Figure  # a tenth of what starting a run takes, if it were imported there
+
         figure = Figure(figsize=(7, 4), layout="constrained")
         axes = figure.subplots()
         for name, style in (("loss", dict(lw=1, alpha=0.5)), ("val_loss", dict(marker="o"))):

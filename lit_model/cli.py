@@ -3,6 +3,7 @@
 import os
 import re
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import fields, is_dataclass
 from difflib import get_close_matches
@@ -18,6 +19,10 @@ set_parsing_settings(docstring_parse_attribute_docstrings=True)  # the string be
 
 
 def _end(message: object) -> NoReturn:
+    if os.environ.get("LOCAL_RANK", "0") != "0":  # the first process most likely says the same, and takes us with it
+        said, sys.stderr = sys.stderr, open(os.devnull, "w")
+        time.sleep(5)
+        sys.stderr = said
     line = "".join(c if c.isprintable() else "?" for c in " ".join(str(message).split()))  # it may quote a file
     print(f"error: {line if len(line) <= 600 else f'{line[:400]} ... {line[-190:]}'}", file=sys.stderr)
     sys.exit(2)

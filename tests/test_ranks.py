@@ -154,11 +154,11 @@ def test_a_process_that_dies_ends_the_whole_job_and_the_next_start_goes_on(tiny,
     os.kill(job.pid if who == "first" else other, signal.SIGKILL)
     assert ended([job.pid, other], within=60)
     _, err = job.communicate(timeout=60)
-    assert any(word in err for word in ("is gone", "terminated with code", "onnection", "remote worker"))
+    assert any(word in err for word in ("is gone", "terminated with code", "onnection", "remote worker")), err
     again = started(tiny, tmp_path / "run", f"--devices cpu:1 --strategy fsdp {more}")
     whole = started(tiny, tmp_path / "whole", f"--devices cpu {more}")
-    assert re.search(r"going on after step \d+", again.communicate(timeout=100)[0])
-    whole.communicate(timeout=100)
+    assert re.search(r"going on after step \d+", again.communicate(timeout=300)[0])
+    whole.communicate(timeout=300)
     a, b = (load_file(tmp_path / name / "last.safetensors") for name in ("run", "whole"))
     assert all(torch.allclose(a[name], b[name], rtol=1e-2, atol=1e-4) for name in a)
 
@@ -178,6 +178,16 @@ def test_numbers_that_disagree_are_refused(devices, environment, says, monkeypat
         monkeypatch.setenv(name, value)
     with pytest.raises(ValueError, match=re.escape(says)):
         launch(devices, "auto")
+
+
+@pytest.mark.parametrize(
+    "by, more", [("", "--devices cpu:2"), (TORCHRUN, "--devices cpu")], ids=["devices", "torchrun"]
+)
+def test_a_mistake_is_told_once(tiny, tmp_path, by, more):
+    job = started(tiny, tmp_path / "run", f"{more} --prompt.max_length 3", by)
+    _, err = job.communicate(timeout=200)
+    assert job.returncode == (1 if by else 2)  # torchrun's own
+    assert err.count("error: ") == 1, err
 
 
 def test_a_strategy_that_there_is_not_is_refused():
