@@ -55,8 +55,8 @@ class Options:
     """replace the features that out_dir holds"""
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
     """auto: bfloat16 on a GPU, float32 on a CPU"""
-    device: Literal["auto", "cpu"] = "auto"
-    """auto: the GPU if there is one"""
+    device: str = "auto"
+    """auto: the GPU if there is one; or cpu, cuda, cuda:1"""
 
 
 def main(options: Options) -> None:
@@ -77,8 +77,7 @@ def main(options: Options) -> None:
             raise ValueError("it is no classifier")
     except (ImportError, AttributeError, ValueError, TypeError) as e:
         raise ValueError(f"--classifier {options.classifier} with {options.classifier_options}: {e}") from None
-    if options.checkpoint_dir.absolute() == hub.DEMO_CHECKPOINT:
-        hub.fetch_demo_model()
+    hub.fetch_if_demo(options.checkpoint_dir)
     tokenizer = Tokenizer(options.checkpoint_dir)
     task = classify.task_of(rows, "linear", options.prompt.question)
     device = choose_device(options.device)
@@ -111,6 +110,7 @@ def read_classifier(folder: Path) -> Any:
 def features(gpt: GPT, examples: list[Example], pool: str, row_tokens: int, name: str) -> np.ndarray:
     """(examples, n_embd) in float32: the normed output of the last layer, at the last token or on average over all."""
     gpt.check_length(max(len(e.ids) for e in examples))
+    gpt.check_tokens(max(e.ids.max() for e in examples))
     gpt.heads["features"] = torch.nn.Identity()
     device, found = gpt.wte.weight.device, []
     for idx, packed in tqdm(pack(examples, row_tokens, share=False), desc=f"features of {name} rows", leave=False):

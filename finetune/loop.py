@@ -378,10 +378,10 @@ def sample(gpt: GPT, run: Run) -> None:
     instruction = run.options.train.sample
     if not instruction or run.task is not None:
         return
-    bos = [] if run.tokenizer.bos_id is None else [run.tokenizer.bos_id]
-    ids = bos + run.tokenizer.encode(render(run.options.prompt.style, instruction, tokenizer=run.tokenizer))
+    tokenizer = run.tokenizer
+    ids = tokenizer.bos + tokenizer.encode(render(run.options.prompt.style, instruction, tokenizer=tokenizer))
     gpt.eval()
     with torch.compiler.set_stance("force_eager"):  # the shapes of decoding are not worth compiling for one answer
-        tokens = list(generate(gpt, ids, max_new_tokens=64, temperature=0, stop_ids=run.tokenizer.stop_ids))
+        tokens = list(generate(gpt, ids, max_new_tokens=64, temperature=0, stop_ids=tokenizer.stop_ids))
     gpt.train()
-    tqdm.write(f"  {instruction}\n  -> {' '.join(run.tokenizer.decode(tokens).split())}")
+    tqdm.write(f"  {instruction}\n  -> {' '.join(tokenizer.decode(tokens).split())}")

@@ -175,8 +175,7 @@ def start(options: Options) -> Run:
         raise ValueError(
             f"{options.out_dir} holds a run already; name another --out_dir, or replace it with --overwrite"
         )
-    if options.checkpoint_dir.absolute() == hub.DEMO_CHECKPOINT:
-        hub.fetch_demo_model()
+    hub.fetch_if_demo(options.checkpoint_dir)
     config = Config.load(options.checkpoint_dir)  # says what is wrong with the folder before anything else is done
     if demo := Path(options.data).absolute() == hub.DEMO_DATA:
         hub.fetch_demo_data()

@@ -8,8 +8,8 @@ as it is, unless --style names one.
 
 import sys
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import count
 from pathlib import Path
 from typing import Literal
 
@@ -62,8 +62,7 @@ class Options:
 
 
 def main(options: Options) -> None:
-    if options.checkpoint_dir == hub.DEMO_CHECKPOINT:
-        hub.fetch_demo_model()
+    hub.fetch_if_demo(options.checkpoint_dir)
     Config.load(options.checkpoint_dir)  # says what is wrong with the folder before anything else is done
     if options.method_dir is not None:
         if (task := task_in(method_header(options.method_dir))) and task.head == "linear":
@@ -80,9 +79,10 @@ def main(options: Options) -> None:
     gpt = load(options.checkpoint_dir, options.method_dir, device, dtype, options.quantize)
 
     text = options.prompt if style == "none" else render(style, options.prompt, options.input, tokenizer)
-    ids = ([] if tokenizer.bos_id is None else [tokenizer.bos_id]) + tokenizer.encode(text)
+    ids = tokenizer.bos + tokenizer.encode(text)
     sampling = (options.temperature, options.top_k, options.top_p, tokenizer.stop_ids, options.seed)
-    tokens = Counted(generate(gpt, ids, options.max_new_tokens, *sampling))
+    made = count()  # zip takes a number for each token
+    tokens = (token for token, _ in zip(generate(gpt, ids, options.max_new_tokens, *sampling), made))
     print(text if style == "none" else "", end="", flush=True)
     began = time.perf_counter()
     try:
@@ -91,26 +91,15 @@ def main(options: Options) -> None:
     except ValueError as e:
         raise ValueError(f"{options.checkpoint_dir}: {e}") from None
     seconds = time.perf_counter() - began
-    speed = f"{tokens.n} tokens in {seconds:.1f} s: {tokens.n / seconds:.1f} tokens/s"
+    n = next(made)
+    speed = f"{n} tokens in {seconds:.1f} s: {n / seconds:.1f} tokens/s"
     print(f"\n{speed} ({device.type}, {dtype})".replace("torch.", ""), file=sys.stderr)
-
-
-class Counted:
-    """An iterator that knows how many items it has given."""
-
-    def __init__(self, items: Iterator[int]):
-        self.items, self.n = items, 0
-
-    def __iter__(self) -> Iterator[int]:
-        for item in self.items:
-            self.n += 1
-            yield item
 
 
 def prompt_style(options: Options) -> str:
     """The style asked for, or that of the run in method_dir, or none."""
     if options.style != "auto" or options.method_dir is None:
-        return options.style.replace("auto", "none")
+        return "none" if options.style == "auto" else options.style
     path = method_file(options.method_dir).parent / "hparams.yaml"
     try:
         style = read_yaml(path)["prompt"]["style"]

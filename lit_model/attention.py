@@ -27,7 +27,8 @@ _VARLEN_GQA = varlen_attn is not None and "enable_gqa" in inspect.signature(varl
 HAS_TRITON = find_spec("triton") is not None
 
 Rope = tuple[Tensor, Tensor]  # of each token: cos (T, 1, 1, hs / 2) and, of either half, sin (T, 1, 2, hs / 2)
-Prompt = tuple[Tensor, Tensor, Tensor]  # k, v (K, nkv, hs) and a gate (nh,), see attend
+Prompt = tuple[Tensor, Tensor, Tensor]  # k, v (K, nkv, hs) and a gate (nh,) or (T, nh), see attend
+MOST_PROMPT_KEYS = 128  # that a kernel takes: with head size 128 they fit into the 99 KiB of an RTX 40's shared memory
 
 
 def rotate(x: Tensor, rope: Rope) -> Tensor:
@@ -74,8 +75,9 @@ def attend(
     Returns: (T, nh, hs).
     """
     if packed.blocks is not None and window is None and _has_kernels(q):
-        y = _kernels().packed_attention(q, k, v, packed.blocks, rope, prompts[0] if prompts else None)
-        prompts = prompts[1:]
+        small = prompts[:1] if prompts and len(prompts[0][0]) <= MOST_PROMPT_KEYS else ()
+        y = _kernels().packed_attention(q, k, v, packed.blocks, rope, *small)
+        prompts = prompts[len(small) :]
     else:
         q, k = (q, k) if rope is None else (rotate(q, rope), rotate(k, rope))
         y = _attend_gathered(q, k, v, packed, window)
@@ -105,7 +107,7 @@ def _fast_16_bit(q: Tensor) -> bool:
 
 def _has_kernels(q: Tensor) -> bool:
     hs = q.shape[-1]
-    return _fast_16_bit(q) and HAS_TRITON and 16 <= hs <= 256 and hs & (hs - 1) == 0
+    return _fast_16_bit(q) and HAS_TRITON and 16 <= hs <= 128 and hs & (hs - 1) == 0
 
 
 def _kernels() -> ModuleType:

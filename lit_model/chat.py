@@ -14,6 +14,7 @@ from typing import Any, NoReturn
 
 from jinja2 import Template, TemplateError
 from jinja2.exceptions import SecurityError
+from jinja2.ext import Extension
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from lit_model.tokenizer import Tokenizer
@@ -88,6 +89,16 @@ class _Sandbox(ImmutableSandboxedEnvironment):
         raise SecurityError(f"{left} {operator} {right}")
 
 
+class _Generation(Extension):
+    """transformers' tag around what the assistant says: what stands in it, as it stands."""
+
+    tags = {"generation"}
+
+    def parse(self, parser: Any) -> list[Any]:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
 @contextmanager
 def _limited(seconds: int, size: int) -> Iterator[None]:
     """Stops what does not end or takes `size` bytes more than there are in use: in the main thread and on Linux, where
@@ -116,9 +127,9 @@ def _limited(seconds: int, size: int) -> Iterator[None]:
 
 @cache
 def _compiled(template: str) -> Template:
-    options = dict(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
+    options = dict(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", _Generation])
     environment = _Sandbox(**options)
-    environment.filters["tojson"] = lambda value, **options: json.dumps(value, ensure_ascii=False, **options)
+    environment.filters["tojson"] = lambda value, **options: json.dumps(value, **{"ensure_ascii": False, **options})
     environment.globals |= dict(raise_exception=_refuse, strftime_now=lambda form: datetime.now().strftime(form))
     return environment.from_string(template)
 

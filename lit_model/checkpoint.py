@@ -183,9 +183,9 @@ def load_base(
         names = set(file.keys())
         if strange := sorted(names - wanted.keys()):
             raise ValueError(f"{path} has a tensor {strange[0]} that the model has no place for")
-        parted = not gpt.config.tie and model.Config.load(checkpoint_dir).tie  # a method did it
-        there = names | {"lm_head.weight"} if parted else names
-        if missing := [name for name in _missing(gpt, wanted, there) if is_base(name)]:
+        tied = model.Config.load(checkpoint_dir).tie  # then lm_head.weight is not stored
+        parted = tied and not gpt.config.tie  # a method did it
+        if missing := [n for n in wanted if is_base(n) and n not in names and not (tied and n == "lm_head.weight")]:
             what = f"{len(missing)} tensors, such as {missing[0]}"
             raise ValueError(f"{path} lacks {what}; convert the checkpoint again")
         for block in (None, *range(gpt.config.n_layer)):  # None: what is in no block
@@ -361,11 +361,6 @@ def combined(digests: Mapping[str, str]) -> str:
     return hashlib.sha256("".join(digests[name] for name in sorted(digests)).encode()).hexdigest()
 
 
-def fingerprint(tensors: Mapping[str, Tensor]) -> str:
-    """sha256 over the names, dtypes, shapes and bytes of all tensors. Made once, at conversion; loading compares it."""
-    return combined({name: digest(name, t.detach().cpu().contiguous()) for name, t in tensors.items()})
-
-
 def fingerprint_of(checkpoint_dir: Path | str) -> str:
     return read_json(Path(checkpoint_dir) / "lit_config.json", "fingerprint")["fingerprint"]
 
@@ -399,11 +394,6 @@ def _check_shapes(tensors: Mapping[str, Tensor], path: Path, wanted: Mapping[str
             raise ValueError(f"{path} has a tensor {name} that the model has no place for")
         if t.shape != wanted[name]:
             raise ValueError(f"{path}: {name} is {tuple(t.shape)}; the model wants {tuple(wanted[name])}")
-
-
-def _missing(gpt: model.GPT, wanted: Iterable[str], given: Collection[str]) -> list[str]:
-    tied = {"lm_head.weight"} if gpt.config.tie else set()  # a tied head is not stored
-    return [name for name in wanted if name not in given and name not in tied]
 
 
 def _block(name: str) -> int | None:

@@ -113,11 +113,11 @@ def scores(
     """
     if row_tokens < 1 or not len(prompts):
         raise ValueError(f"row_tokens is {row_tokens}, and there are {len(prompts)} texts; both must be at least 1")
-    c, device = gpt.config, gpt.wte.weight.device
+    device = gpt.wte.weight.device
     gpt.check_length(len(before) + max(map(len, prompts)) + max(map(len, labels)) - 1)
+    gpt.check_tokens(max(int(np.max(ids)) for ids in (*prompts, *labels, before) if len(ids)))
     costs = np.array([len(prompt) for prompt in prompts]) + sum(len(label) - 1 for label in labels)
-    slots = gpt.n_virtual_tokens + len(before) + row_tokens + int(costs.max())
-    cache = KVCache(c.n_layer, slots, c.n_kv_head, c.head_size, gpt.dtype or gpt.wte.weight.dtype, device)
+    cache = gpt.new_cache(gpt.n_virtual_tokens + len(before) + row_tokens + int(costs.max()))
     root = _first(gpt, before, cache)
     used = gpt.n_virtual_tokens + len(before)
     found, row = [], (costs.cumsum() - costs) // row_tokens

@@ -118,7 +118,8 @@ def _config(reader: GGUFReader, fields: "_Fields", arch: str) -> Config:
     )
     if arch == "gpt2":
         return Config(arch="gpt2", norm_eps=_float(fields[f"{arch}.attention.layer_norm_epsilon"]), **sizes)
-    scaling = fields.get(f"{arch}.rope.scaling.type", "none")
+    factors = (fields.get(f"{arch}.rope.{name}", 0.0) for name in ("scaling.factor", "scale_linear"))
+    scaling = fields.get(f"{arch}.rope.scaling.type", "linear" if {*factors} - {0.0, 1.0} else "none")
     if scaling != "none":
         raise ValueError(f"{src}: rope scaling of type {scaling!r} is not supported")
     config = Config(

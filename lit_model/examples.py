@@ -80,7 +80,7 @@ def tokenize(rows: Sequence[dict], tokenizer: Tokenizer, options: PromptOptions,
                 examples += make(batch, tokenizer, options, counts)
                 bar.update(len(batch))
     for count, what in (
-        (counts["empty"], "left out: their output is empty"),
+        (counts["empty"], "left out: they have nothing to learn"),
         (counts["long"], f"left out: their prompt alone fills prompt.max_length {options.max_length}"),
         (counts["cut"], f"cut to prompt.max_length {options.max_length}"),
     ):
@@ -105,10 +105,6 @@ def _as_chat(row: dict) -> dict:
     return {"messages": [dict(role=role, content=content) for role, content in turn.items()]}
 
 
-def _bos(tokenizer: Tokenizer) -> list[int]:
-    return [] if tokenizer.bos_id is None else [tokenizer.bos_id]
-
-
 def _responses(batch: Sequence[dict], tokenizer: Tokenizer, options: PromptOptions, counts: dict) -> Iterator[Example]:
     """Of rows of instruction, input and output, or prompt and completion."""
     prompts = tokenizer.encode_batch(
@@ -119,7 +115,7 @@ def _responses(batch: Sequence[dict], tokenizer: Tokenizer, options: PromptOptio
     )
     said = [row["completion"] if "completion" in row else row["output"] for row in batch]
     for text, prompt, response in zip(said, prompts, tokenizer.encode_batch(said), strict=True):
-        prompt = _bos(tokenizer) + prompt
+        prompt = tokenizer.bos + prompt
         room = options.max_length - len(prompt) - 1
         if not text.strip():
             counts["empty"] += 1
@@ -133,8 +129,10 @@ def _responses(batch: Sequence[dict], tokenizer: Tokenizer, options: PromptOptio
 
 def _texts(batch: Sequence[dict], tokenizer: Tokenizer, options: PromptOptions, counts: dict) -> Iterator[Example]:
     """Of texts to learn as they are, in pieces of max_length tokens."""
-    for ids in tokenizer.encode_batch([row["text"] for row in batch]):
-        ids = np.array([*_bos(tokenizer), *ids, tokenizer.eos_id], dtype=np.int32)
+    texts = [row["text"] for row in batch if row["text"].strip()]
+    counts["empty"] += len(batch) - len(texts)
+    for ids in tokenizer.encode_batch(texts):
+        ids = np.array([*tokenizer.bos, *ids, tokenizer.eos_id], dtype=np.int32)
         for start in range(0, len(ids) - 1, options.max_length - 1):  # neighbours share a token, learned by the first
             yield Example(ids[start : start + options.max_length], 1)
 
@@ -149,7 +147,7 @@ def _conversations(
     chats = [turns(tokenizer, style, row["messages"]) for row, empty in zip(batch, said_nothing) if not empty]
     pieces = iter(tokenizer.encode_batch([text for chat in chats for text, _ in chat]))
     for chat in chats:
-        ids, learned = _bos(tokenizer), [False] * len(_bos(tokenizer))
+        ids, learned = [*tokenizer.bos], [False] * len(tokenizer.bos)
         for (_, said), piece in zip(chat, pieces):
             ids += piece
             learned += [said or not options.mask] * len(piece)

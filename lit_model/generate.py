@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from lit_model.attention import KVCache
 from lit_model.model import GPT
 from lit_model.packing import Segment, lay_out
 from lit_model.tokenizer import Tokenizer
@@ -60,11 +59,9 @@ def generate(
 def _decode(
     gpt: GPT, ids: Sequence[int], n_new: int, choose: Callable[[Tensor], Tensor], stop_ids: Iterable[int]
 ) -> Iterator[int]:
-    c, device, stop_ids = gpt.config, gpt.wte.weight.device, set(stop_ids)
-    if max(ids) >= c.vocab_size:
-        raise ValueError(f"the tokenizer has a token {max(ids)}, and the network only {c.vocab_size}")
-    dtype = gpt.dtype or gpt.wte.weight.dtype
-    cache = KVCache(c.n_layer, gpt.n_virtual_tokens + len(ids) + n_new, c.n_kv_head, c.head_size, dtype, device)
+    device, stop_ids = gpt.wte.weight.device, set(stop_ids)
+    gpt.check_tokens(max(ids))
+    cache = gpt.new_cache(gpt.n_virtual_tokens + len(ids) + n_new)
     root = Segment(gpt.n_virtual_tokens) if gpt.n_virtual_tokens else None
     tail = Segment(len(ids), root)
     packed = lay_out([root, tail] if root else [tail], gpt.n_virtual_keys, cached=0)
@@ -87,7 +84,7 @@ def sample(
     logits: Tensor, temperature: float, top_k: int | None, top_p: float | None, generator: torch.Generator | None
 ) -> Tensor:
     """One token id () from logits (V,)."""
-    if temperature == 0:
+    if temperature < 1e-5:  # logits divided by less are no numbers; the likeliest token has all the probability
         return logits.argmax()
     logits = logits.float() / temperature
     if top_k is not None:

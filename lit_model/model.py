@@ -1,7 +1,7 @@
 """GPT-2 and LLaMA in one file. Every batch is a packed row: a flat list of tokens plus a `Packed` that says which token
 may see which (packing.py). There is no padding and no other attention path.
 
-No finetuning method is known here. A method adds small modules to four slots:
+No finetuning method is known here. A method adds small modules to five slots:
   Linear.deltas                y = delta(linear, x, y)      after a linear layer (LoRA)
   CausalSelfAttention.deltas   k, v, gate = delta(attention, dtype)   what every token sees in a softmax of its
                                own, times a gate: (K, nkv, hs), (K, nkv, hs), (nh,) or (T, nh); or None (LLaMA-Adapter)
@@ -372,6 +372,16 @@ class GPT(nn.Module):
                 f"room for {room}: lower prompt.max_length or take fewer demonstrations "
                 f"({sum(n > room for n in lengths)} of {len(lengths)} examples are too long)"
             )
+
+    def check_tokens(self, highest: int) -> None:
+        """Raises ValueError if the network has no row for this token id."""
+        if highest >= self.config.vocab_size:
+            raise ValueError(f"the tokenizer has a token {highest}, and the network only {self.config.vocab_size}")
+
+    def new_cache(self, slots: int) -> KVCache:
+        """For so many keys and values, the virtual tokens' among them."""
+        c, dtype = self.config, self.dtype or self.wte.weight.dtype
+        return KVCache(c.n_layer, slots, c.n_kv_head, c.head_size, dtype, self.wte.weight.device)
 
     @property
     def n_virtual_tokens(self) -> int:

@@ -20,7 +20,6 @@ import torch
 from torch import Tensor, nn
 
 from lit_model import model
-from lit_model.attention import KVCache
 from lit_model.packing import Segment, lay_out
 
 
@@ -100,8 +99,7 @@ def start(gpt: model.GPT, ids: Sequence[int]) -> None:
     if not ids:
         raise ValueError("prefix.text is empty: give it a text, or --prefix.init zero")
     prefix = gpt.virtual_keys.pop("prefix")
-    c, device = gpt.config, gpt.wte.weight.device
-    cache = KVCache(c.n_layer, prefix.length, c.n_kv_head, c.head_size, gpt.dtype or gpt.wte.weight.dtype, device)
+    device, cache = gpt.wte.weight.device, gpt.new_cache(prefix.length)
     idx = torch.tensor(list(islice(cycle(ids), prefix.length)), device=device)
     gpt(idx, lay_out([Segment(prefix.length)], cached=0).to(device), cache)
     prefix.kv.copy_(torch.stack((cache.k, cache.v), dim=1))

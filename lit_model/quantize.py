@@ -55,7 +55,7 @@ class _Dequantized(torch.autograd.Function):
     """x W^T, with W made again for the backward pass."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, linear: "NF4Linear | Int8Linear") -> Tensor:
+    def forward(ctx: Any, x: Tensor, linear: "_DequantizedLinear") -> Tensor:
         ctx.linear = linear
         return F.linear(x, linear.dequantized(x.dtype))
 
@@ -64,14 +64,7 @@ class _Dequantized(torch.autograd.Function):
         return grad @ ctx.linear.dequantized(grad.dtype), None
 
 
-class Int8Linear(Linear):
-    def quantized(self, weight: Tensor) -> dict[str, Tensor]:
-        scale = weight.float().abs().amax(-1, keepdim=True).clamp(min=1e-12) / 127
-        return dict(codes=(weight.float() / scale).round().to(torch.int8), scale=scale)
-
-    def dequantized(self, dtype: torch.dtype) -> Tensor:
-        return (self.codes * self.scale).to(dtype)
-
+class _DequantizedLinear(Linear):
     def dense(self) -> Tensor:
         return self.dequantized(torch.float32)
 
@@ -79,7 +72,16 @@ class Int8Linear(Linear):
         return _Dequantized.apply(x, self)
 
 
-class NF4Linear(Linear):
+class Int8Linear(_DequantizedLinear):
+    def quantized(self, weight: Tensor) -> dict[str, Tensor]:
+        scale = weight.float().abs().amax(-1, keepdim=True).clamp(min=1e-12) / 127
+        return dict(codes=(weight.float() / scale).round().to(torch.int8), scale=scale)
+
+    def dequantized(self, dtype: torch.dtype) -> Tensor:
+        return (self.codes * self.scale).to(dtype)
+
+
+class NF4Linear(_DequantizedLinear):
     def quantized(self, weight: Tensor) -> dict[str, Tensor]:
         if weight.numel() % 64:
             raise ValueError(f"nf4 quantizes 64 weights at a time; {tuple(weight.shape)} is no multiple of that")
@@ -106,12 +108,6 @@ class NF4Linear(Linear):
         scale = scale.flatten()[: self.codes.numel() // 32, None]  # (n, 1)
         levels = self.levels[torch.stack((self.codes >> 4, self.codes & 15), dim=-1).int()]
         return (levels.view(-1, 64) * scale).to(dtype).view(self.out_features, self.in_features)
-
-    def dense(self) -> Tensor:
-        return self.dequantized(torch.float32)
-
-    def matmul(self, x: Tensor) -> Tensor:
-        return _Dequantized.apply(x, self)
 
 
 def _scale_levels() -> Tensor:

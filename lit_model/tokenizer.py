@@ -15,8 +15,8 @@ TURN_ENDS = ("<|im_end|>", "<|eot_id|>", "<end_of_turn>", "<|end|>")  # of ChatM
 class Tokenizer:
     """The tokenizer of a checkpoint folder.
 
-    bos_id is the token that every text of this family begins with, or None if there is none; `encode` never adds it,
-    nor any other special token: whoever puts an example together does that, once.
+    bos_id is the token that every text of this family begins with, or None if there is none; bos is a list of it.
+    `encode` never adds it, nor any other special token: whoever puts an example together does that, once.
     eos_id ends a response; stop_ids are it and the tokens that end a turn of a chat, turn_ends their text.
 
     Raises FileNotFoundError if the folder has no tokenizer, ValueError if it does not say which token ends a text.
@@ -40,7 +40,8 @@ class Tokenizer:
                 self._hf = HFTokenizer.from_file(str(folder / "tokenizer.json"))
             except Exception as e:  # tokenizers raises nothing more special
                 raise ValueError(f"{folder / 'tokenizer.json'} is broken or only partly written ({e})") from None
-            self.vocab_size = self._hf.get_vocab_size()
+            self._hf.no_truncation()  # a file may keep what its last user had set
+            self._hf.no_padding()
             bos, eos = (self._id(config.get(f"{kind}_token")) for kind in ("bos", "eos"))
             adds_bos = config.get("add_bos_token", self._hf.encode("").ids[:1] == [bos])
         elif (folder / "tokenizer.model").is_file():
@@ -48,7 +49,6 @@ class Tokenizer:
                 self._sp = SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
             except (RuntimeError, OSError) as e:
                 raise ValueError(f"{folder / 'tokenizer.model'} is broken or only partly written ({e})") from None
-            self.vocab_size = self._sp.get_piece_size()
             bos, eos = self._sp.bos_id(), self._sp.eos_id()
             adds_bos = config.get("add_bos_token", True)
         else:
@@ -57,6 +57,7 @@ class Tokenizer:
             raise ValueError(f"{stated} must name the eos_token, the token that ends a text")
         self.eos_id: int = eos
         self.bos_id: int | None = bos if adds_bos and bos is not None and bos >= 0 else None
+        self.bos = [] if self.bos_id is None else [self.bos_id]
         self.is_sentencepiece = self._sp is not None
         token_of = self._hf.id_to_token if self._sp is None else self._sp.id_to_piece
         self.eos_token, self.bos_token = token_of(eos), None if self.bos_id is None else token_of(self.bos_id)
@@ -89,7 +90,8 @@ class Tokenizer:
     def decode(self, ids: Sequence[int]) -> str:
         """Text of the ids; special tokens are left out."""
         if self._sp is not None:
-            return self._sp.decode([i for i in ids if i < self.vocab_size])  # a network may have rows for more
+            n = self._sp.get_piece_size()
+            return self._sp.decode([i for i in ids if i < n])  # a network may have rows for more
         return self._hf.decode(list(ids), skip_special_tokens=True)
 
 

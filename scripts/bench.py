@@ -61,7 +61,7 @@ class Options:
     """What to measure."""
 
     preset: str = "llama-7b"
-    """shape of the network: a name of lit_model/model.py's presets"""
+    """shape of the network: a name in lit_model/presets.py"""
     methods: str = "adapter,lora"
     """of adapter, adapter_v2, bottleneck, dora, full, ia3, lora (rank 8 on q and v), lora-all, dora-all (rank 16 on all
     linear layers), prefix, prompt"""

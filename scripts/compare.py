@@ -199,8 +199,7 @@ def prepare(options: Options) -> Bench:
     on_gpu = options.devices == "auto" and torch.cuda.is_available()
     if options.max_memory_gb is not None and not on_gpu:
         raise ValueError("max_memory_gb is about the memory of a GPU, and none is used here")
-    if options.checkpoint_dir.absolute() == hub.DEMO_CHECKPOINT:
-        hub.fetch_demo_model()
+    hub.fetch_if_demo(options.checkpoint_dir)
     if options.peers and Config.load(options.checkpoint_dir).arch != "llama":
         raise ValueError("--peers needs a network of LLaMA's family")
     path = hub.fetch_reviews(options.data) if options.data in ("rotten_tomatoes", "imdb") else Path(options.data)

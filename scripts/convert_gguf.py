@@ -1,4 +1,4 @@
-"""Convert a GGUF file of a LLaMA network: weights (dequantized), tokenizer and chat template.
+"""Convert a GGUF file of llama, qwen2 or gpt2: weights (dequantized), tokenizer and chat template.
 
 python scripts/convert_gguf.py model.Q8_0.gguf checkpoints/my-model
 """

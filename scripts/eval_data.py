@@ -51,15 +51,16 @@ class Options:
     """auto: bfloat16 on a GPU, float32 on a CPU"""
     quantize: Kind = "none"
     """keep the base weights in fewer bits, as in training"""
-    device: Literal["auto", "cpu"] = "auto"
-    """auto: the GPU if there is one"""
+    device: str = "auto"
+    """auto: the GPU if there is one; or cpu, cuda, cuda:1"""
 
 
 def main(options: Options) -> None:
+    if options.shots < 0:
+        raise ValueError(f"--shots is {options.shots}; it must be at least 0")
     if (options.shots > 0) != (options.shots_from is not None):
         raise ValueError("--shots and --shots_from go together: how many demonstrations, and from which rows")
-    if options.checkpoint_dir.absolute() == hub.DEMO_CHECKPOINT:
-        hub.fetch_demo_model()
+    hub.fetch_if_demo(options.checkpoint_dir)
     if options.max_examples is not None and options.max_examples < 1:
         raise ValueError(f"max_examples is {options.max_examples}; it must be at least 1")
     tokenizer = Tokenizer(options.checkpoint_dir)
@@ -120,7 +121,7 @@ def demonstration_ids(
 ) -> list[int]:
     """The demonstrations one after the other, an empty line behind each, as a text begins; of none: nothing."""
     gap = tokenizer.encode_within("\n\n")
-    ids = [] if tokenizer.bos_id is None or not rows else [tokenizer.bos_id]
+    ids = [*tokenizer.bos] if rows else []
     for e in classify.examples(rows, tokenizer, prompt, task, bos=False):
         ids += [*e.ids.tolist(), *gap]
     return ids

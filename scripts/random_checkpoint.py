@@ -30,7 +30,7 @@ class Options:
     """Options."""
 
     preset: str = "llama-7b"
-    """shape of the network: a name of lit_model/model.py's presets"""
+    """shape of the network: a name in lit_model/presets.py"""
     out_dir: Path = Path("checkpoints/random")
     """folder for the checkpoint; the rows are in it too, as rows.json"""
     n_rows: int = 52_002

@@ -26,6 +26,7 @@ LLAMA_3 = (
     "{{ bos_token }}{% for m in messages %}<|start|>{{ m['role'] }}<|end_of|>\n\n{{ m['content'] | trim }}<|im_end|>"
     "{% endfor %}{% if add_generation_prompt %}<|start|>assistant<|end_of|>\n\n{% endif %}"
 )
+MARKED = CHATML.replace("{{ m.content }}", "{% generation %}{{ m.content }}{% endgeneration %}")  # as SmolLM3's is
 CHAT = [
     {"role": "system", "content": "makes stone"},
     {"role": "user", "content": "apple river?"},
@@ -52,7 +53,7 @@ def chatty(tiny, tmp_path):
     return make
 
 
-@pytest.mark.parametrize("template", [CHATML, LLAMA_3, None], ids=["chatml", "llama-3", "none"])
+@pytest.mark.parametrize("template", [CHATML, LLAMA_3, MARKED, None], ids=["chatml", "llama-3", "marked", "none"])
 def test_only_the_assistants_turns_are_learned(chatty, template):
     tokenizer = chatty(template)
     (e,) = tokenize([{"messages": CHAT}], tokenizer, PromptOptions(max_length=500))

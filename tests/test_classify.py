@@ -2,6 +2,8 @@
 
 import csv
 import json
+import re
+import shutil
 import sys
 from importlib import import_module
 
@@ -11,6 +13,7 @@ import torch
 from conftest import FAMILIES, fail, randomize, say
 from safetensors.torch import load_file
 from sentencepiece import SentencePieceTrainer
+from test_mistakes import fewer_tokens
 
 import generate.base as generate_base
 from finetune import features as finetune_features
@@ -167,6 +170,7 @@ def test_what_is_longer_than_the_context_is_refused(labelled, tiny):
     "script, args, says",
     [
         (eval_data, "--shots 500 --shots_from {more}", "--shots 500: there are 9 rows to show"),
+        (eval_data, "--shots -1", "--shots is -1; it must be at least 0"),
         (eval_data, "--shots 2", "--shots and --shots_from go together"),
         (eval_data, "--max_examples 0", "max_examples is 0"),
         (eval_data, "--row_tokens 0", "row_tokens is 0"),
@@ -195,6 +199,18 @@ def test_mistakes_end_in_one_line(script, args, says, labelled, tiny, tmp_path, 
     words = args.format(**paths, instructions=tiny / "data.json") if "{}" not in args else args
     said = fail(script, capsys, monkeypatch, " ".join(f"{k} {v}" for k, v in given.items()) + " " + words)
     assert says in said
+
+
+@pytest.mark.parametrize(
+    "script, more", [(eval_data, ""), (finetune_features, "--out_dir {}/run")], ids=["eval", "features"]
+)
+def test_a_token_that_the_network_has_not_is_named(script, more, labelled, tiny, tmp_path, capsys, monkeypatch):
+    shutil.copytree(tiny / "base", tmp_path / "base")
+    fewer_tokens(tmp_path)
+    said = fail(
+        script, capsys, monkeypatch, f"--checkpoint_dir {tmp_path}/base --data {labelled} {more.format(tmp_path)}"
+    )
+    assert re.search(r"the tokenizer has a token 3\d\d, and the network only 300", said)
 
 
 def test_demonstrations_are_not_those_that_are_judged(labelled, tiny, capsys, monkeypatch):

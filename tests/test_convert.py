@@ -13,7 +13,7 @@ from conftest import LLAMA, WORDS, randomize
 from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
 
 from lit_model import load, model
-from lit_model.checkpoint import fingerprint, fingerprint_of, save_checkpoint
+from lit_model.checkpoint import fingerprint_of, save_checkpoint
 from lit_model.convert import convert_hf
 from lit_model.convert_gguf import _GGUF_NAMES, convert_gguf
 from lit_model.generate import stream_text
@@ -25,9 +25,11 @@ WHOLE = dict(model_type="llama", vocab_size=8, max_position_embeddings=8, num_hi
 QUANTS = gguf.GGMLQuantizationType
 
 
-def write_gguf(path, gpt: model.GPT, kind: QUANTS, tokenizer: dict, arch: str = "llama", quantize=None) -> None:
+def write_gguf(
+    path, gpt: model.GPT, kind: QUANTS, tokenizer: dict, arch: str = "llama", quantize=None, rope=None
+) -> None:
     """Writes `gpt` as llama.cpp does: of llama q and k in Meta's rope order, of gpt2 q, k and v in one; matrices of the
-    given kind, as `quantize(name, data)` makes them, vectors in float32."""
+    given kind, as `quantize(name, data)` makes them, vectors in float32. rope: more numbers about it."""
     quantize = quantize or (lambda name, data: gguf.quantize(data, kind))
     c, writer = gpt.config, gguf.GGUFWriter(path, arch)
     writer.add_context_length(c.block_size)
@@ -41,6 +43,8 @@ def write_gguf(path, gpt: model.GPT, kind: QUANTS, tokenizer: dict, arch: str = 
         writer.add_head_count_kv(c.n_kv_head)
         writer.add_rope_freq_base(c.rope_base)
         writer.add_layer_norm_rms_eps(c.norm_eps)
+    for name, value in (rope or {}).items():
+        writer.add_float32(f"{arch}.rope.{name}", value)
     for name, value in tokenizer.items():
         add = {str: writer.add_string, int: writer.add_uint32, bool: writer.add_bool, list: writer.add_array}
         add[type(value)](f"tokenizer.{name}", value)
@@ -145,9 +149,10 @@ def test_the_fingerprint_names_the_weights(tmp_path):
     gpt = model.GPT(model.Config(**LLAMA))
     save_checkpoint(tmp_path / "a", gpt.config, gpt.state_dict(), {})
     save_checkpoint(tmp_path / "b", gpt.config, dict(reversed(gpt.state_dict().items())), {})
-    assert fingerprint_of(tmp_path / "a") == fingerprint_of(tmp_path / "b") == fingerprint(gpt.state_dict())
     gpt.blocks[1].norm_1.weight.data[3] += 1e-6
-    assert fingerprint(gpt.state_dict()) != fingerprint_of(tmp_path / "a")
+    save_checkpoint(tmp_path / "c", gpt.config, gpt.state_dict(), {})
+    a, b, c = (fingerprint_of(tmp_path / name) for name in "abc")
+    assert a == b != c
 
 
 def test_an_interrupted_conversion_does_not_look_complete(tmp_path):

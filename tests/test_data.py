@@ -57,7 +57,16 @@ def test_rows_without_output_or_room_are_left_out_and_counted(tokenizer, capsys)
     rows.append(dict(instruction="stone " * 300, input="", output="b"))
     assert len(tokenize(rows, tokenizer, PromptOptions(max_length=200))) == 1
     said = capsys.readouterr().out
-    assert "2 of 4 rows left out: their output is empty" in said and "1 of 4 rows left out: their prompt alone" in said
+    assert (
+        "2 of 4 rows left out: they have nothing to learn" in said
+        and "1 of 4 rows left out: their prompt alone" in said
+    )
+
+
+def test_a_text_of_nothing_is_left_out_and_counted(tokenizer, capsys):
+    rows = [dict(text=text) for text in ("apple", "", " ")]
+    assert len(tokenize(rows, tokenizer, PromptOptions())) == 1
+    assert "2 of 3 rows left out: they have nothing to learn" in capsys.readouterr().out
 
 
 def test_json_and_jsonl_are_read_alike(tmp_path, rows):
@@ -207,7 +216,9 @@ def test_examples_are_kept_until_anything_changes(files, tokenizer, monkeypatch,
         return made, capsys.readouterr().out
 
     (first, said), (second, again) = make(), make()
-    assert again == said + f"examples taken from {next((files / 'cache').glob('*.npz'))}\n" and "is empty" in said
+    assert (
+        again == said + f"examples taken from {next((files / 'cache').glob('*.npz'))}\n" and "nothing to learn" in said
+    )
     for a, b in zip(first.train + first.val, second.train + second.val, strict=True):
         assert np.array_equal(a.ids, b.ids) and a.first_target == b.first_target and a.ids.dtype == b.ids.dtype
         assert np.array_equal(a.learned, b.learned) if a.learned is not None else b.learned is None

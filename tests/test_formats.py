@@ -31,6 +31,17 @@ def split(tensors: dict[str, Tensor], n: int) -> list[dict[str, Tensor]]:
     return [{name: tensors[name] for name in names[i::n]} for i in range(n)]
 
 
+@pytest.mark.parametrize("named", ["scaling.factor", "scale_linear"])
+def test_gguf_with_linear_rope_scaling_is_refused(named, tiny, tmp_path):
+    """llama.cpp takes a factor without a type for linear."""
+    gpt = model.GPT(model.Config(**{**LLAMA, "vocab_size": 400}))
+    write_gguf(tmp_path / "m.gguf", gpt, QUANTS.F32, bpe_fields(tiny), rope={named: 1.0})
+    convert_gguf(tmp_path / "m.gguf", tmp_path / "lit", torch.float32)
+    write_gguf(tmp_path / "m.gguf", gpt, QUANTS.F32, bpe_fields(tiny), rope={named: 4.0})
+    with pytest.raises(ValueError, match="m.gguf: rope scaling of type 'linear' is not supported"):
+        convert_gguf(tmp_path / "m.gguf", tmp_path / "other", torch.float32)
+
+
 @pytest.mark.parametrize("kind", ["safetensors", "bin"])
 @pytest.mark.parametrize("n", [1, 3])
 def test_shards_of_either_kind_give_the_same_checkpoint(kind, n, tmp_path):

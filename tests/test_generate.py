@@ -4,6 +4,7 @@ import pytest
 import torch
 from conftest import LLAMA, randomize
 
+from generate.base import Options, prompt_style
 from lit_model import generate, model
 from lit_model.generate import sample, stream_text
 
@@ -45,6 +46,7 @@ def test_top_k_and_top_p_cut_the_tail():
 
 def test_temperature_scales_the_logits():
     logits, n = torch.tensor([1.0, 0.0]), 4000
+    assert {sample(logits, t, None, None, None).item() for t in (0, 1e-40, 1e-6, 1e-4)} == {0}
     share = sum(sample(logits, 2.0, None, None, None).item() == 0 for _ in range(n)) / n
     assert abs(share - torch.sigmoid(torch.tensor(0.5)).item()) < 0.03
 
@@ -69,3 +71,8 @@ def test_text_streams_as_whole_characters_and_ends_at_a_stop(text, stops, expect
     pieces = list(stream_text(Bytes(), text.encode(), stops))
     assert "".join(pieces) == expected
     assert not any("\ufffd" in piece for piece in pieces) and len(pieces) >= min(2, len(expected)) - 1
+
+
+def test_a_style_of_ones_own_is_taken_as_it_stands():
+    styles = ("auto", "none", "An automobile: {instruction}")
+    assert [prompt_style(Options(style=style)) for style in styles] == ["none", "none", styles[2]]

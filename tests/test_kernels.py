@@ -112,6 +112,10 @@ def test_a_prompt_that_every_token_sees(n_tokens, K, nh, nkv):
     towards = torch.randn_like(q)
     grads, expected_grads = (torch.autograd.grad(out, (q, k, v, *prompt), towards) for out in (got, expected))
     close([(got, expected), *zip(grads, expected_grads)])
+    got = kernels.packed_attention(
+        *(t.detach() for t in (q, k, v)), packed.blocks, prompt=(pk.detach(), pv.detach(), gate)
+    )
+    close([(torch.autograd.grad(got, gate, towards)[0], expected_grads[-1])])  # where only the gate is trained
 
 
 SLOW = pytest.mark.slow  # 15 s and more each
