@@ -157,6 +157,7 @@ def shard(gpt: GPT, mesh: DeviceMesh, offload: bool) -> GPT:
         ignored_params=whole,
         mp_policy=mixed if trains_base else MixedPrecisionPolicy(),
         offload_policy=CPUOffloadPolicy() if offload else OffloadPolicy(),
+        reshard_after_forward=True,  # by default what lies in no block stays gathered after an evaluation
     )
     for module in (*gpt.blocks, gpt):
         fully_shard(module, **settings)

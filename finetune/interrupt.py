@@ -1,5 +1,7 @@
 """A run that is to stop, or to save its state, ends the step that it is in first, with all its processes together."""
 
+import os
+import re
 import shlex
 import signal
 import sys
@@ -8,6 +10,7 @@ import time
 from typing import Any, NoReturn, Self
 
 from torch import Tensor
+from tqdm import tqdm
 
 from finetune.report import Meter
 from finetune.setup import Train
@@ -17,8 +20,8 @@ class Asked:
     """What this process is asked to do, by a signal or by the clock. It travels with a step to all processes, so that
     they do it after the same one."""
 
-    def __init__(self, train: Train, meter: Meter):
-        self.train, self.meter = train, meter
+    def __init__(self, train: Train, meter: Meter, rank: int):
+        self.train, self.meter, self.rank = train, meter, rank
         self.signal, self.saved_at = 0, time.monotonic()
         self.handlers: dict[int, Any] = {}
 
@@ -36,6 +39,9 @@ class Asked:
     def _receive(self, number: int, _: object) -> None:
         if self.signal and number == signal.SIGINT:  # asked twice: at once
             raise KeyboardInterrupt
+        if not self.signal and self.rank == 0:  # not print, which this may have interrupted
+            again = "; again: at once" if number == signal.SIGINT else ""
+            os.write(2, f"\n{signal.Signals(number).name}: the run ends after this step{again}\n".encode())
         self.signal = number
 
     def now(self, loss: Tensor) -> Tensor:
@@ -50,6 +56,6 @@ class Asked:
 
 def leave(number: int, step: int, rank: int) -> NoReturn:
     """Ends the program as the signal of this number would have."""
-    again = shlex.join(["python", *sys.argv])
-    print(f"stopped by {signal.Signals(number).name} after step {step}; the same command goes on from there: {again}")
+    again = re.sub(r" --(overwrite|resume)([= ](?!-)\S+)?", "", shlex.join(["python", *sys.argv]))  # or it begins anew
+    tqdm.write(f"stopped by {signal.Signals(number).name} after step {step}; this goes on from there: {again}")
     sys.exit(128 + (signal.SIGTERM if number != signal.SIGINT else number) if rank == 0 else 0)

@@ -7,6 +7,7 @@ prints and writes in report.py, how it fits into a GPU's memory in memory.py.
 import math
 import shlex
 import signal
+import sys
 import time
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterator, Sequence
@@ -114,10 +115,13 @@ def fit(
     if run.state is not None:
         done = run.states.load(run.state, gpt, optimizer)
         vars(meter).update(done.meter)
+        if train.max_time is not None and meter.before >= 60 * train.max_time:
+            print(f"this run has had its train.max_time of {train.max_time} minutes; a higher one goes on: {run.state}")
+            sys.exit(0)
         print(f"going on after step {done.step}: {run.state}")
     stream = ahead(with_rows(islice(batches(run.train_examples, train), done.step, None), gpt, run, share))
     bar = tqdm(total=n_steps, initial=done.step, desc=method, unit="step", dynamic_ncols=True)
-    with Asked(train, meter) as asked, closing(Log(options, done.step, run.rank == 0)) as log, bar:
+    with Asked(train, meter, run.rank) as asked, closing(Log(options, done.step, run.rank == 0)) as log, bar:
 
         def receive(n: int) -> tuple[bool, bool, bool]:
             """Takes what came of all steps but the last n. Returns what was asked for with them."""
@@ -177,7 +181,6 @@ def fit(
 
             pause = number == n_steps or number % interval == 0
             stop, over, save = receive(0 if pause else meter.lag)
-            last = number == n_steps or over
             if over or stop or save:
                 stop = receive(0)[0] or stop
             if pause or over:
@@ -198,8 +201,11 @@ def fit(
                     done.best_verdict = verdict and asdict(verdict)
                     if run.rank == 0:
                         copy_file(options.out_dir / "last.safetensors", options.out_dir / "lit_method.safetensors")
-                if last or (train.patience and done.stale >= train.patience):
+                if number == n_steps or (train.patience and done.stale >= train.patience):
                     run.states.finish(number)
+                    break
+                if over:
+                    save_state(number)
                     break
                 meter.start()
             if pause or save or stop:
@@ -209,7 +215,8 @@ def fit(
     if left_out := number - done.updates:
         print(f"{left_out} of {number} steps were left out: their gradients were not finite")
     if run.val_examples:
-        print(f"validation loss: {done.first:.4f} before, {done.best:.4f} after (best)")
+        worse = "; that is worse: try a lower train.lr, or train longer" if done.best > done.first else ""
+        print(f"validation loss: {done.first:.4f} before, {done.best:.4f} after (best){worse}")
     if done.best_verdict:
         before, after = classify.Verdict(**done.first_verdict), classify.Verdict(**done.best_verdict)
         print(f"before: {before}\nafter: {after}, see {options.out_dir}/confusion.png")

@@ -227,9 +227,11 @@ class Log:
         axes = figure.subplots()
         for name, style in (("loss", dict(lw=1, alpha=0.5)), ("val_loss", dict(marker="o"))):
             points = [(row["step"], row[name]) for row in self.rows if name in row]
-            axes.plot(*zip(*points), label={"loss": "training", "val_loss": "validation"}[name], **style)
+            if points:
+                axes.plot(*zip(*points), label={"loss": "training", "val_loss": "validation"}[name], **style)
         axes.set(xlabel="step", ylabel="loss per target token")
-        axes.legend()
+        if axes.lines:  # not of a run that ended at once
+            axes.legend()
         figure.savefig(self.out_dir / "loss.png", dpi=120)
         (self.out_dir / ".lock").unlink(missing_ok=True)
         self.lock.close()

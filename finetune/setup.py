@@ -170,7 +170,9 @@ def start(options: Options) -> Run:
     check(options.train)
     if (options.out_dir / "lit_config.json").is_file():
         raise ValueError(f"{options.out_dir} is a checkpoint folder; name another --out_dir")
-    states = options.resume == "auto" and any(options.out_dir.glob("state/*"))  # state.py compares the runs
+    if options.out_dir.exists() and not options.out_dir.is_dir():
+        raise ValueError(f"{options.out_dir} is a file; name another --out_dir")
+    states = options.resume == "auto" and States.any_in(options.out_dir)  # they compare the runs
     if any(options.out_dir.glob("*.safetensors")) and not (options.overwrite or states):
         raise ValueError(
             f"{options.out_dir} holds a run already; name another --out_dir, or replace it with --overwrite"
@@ -225,7 +227,13 @@ def start(options: Options) -> Run:
             if (step := states.finished()) is not None:
                 print(f"{options.out_dir} holds this very run, which ended after step {step}: there is nothing to do")
                 sys.exit(0)
-            state = fabric.broadcast(states.newest() if fabric.is_global_zero else None)
+            try:
+                found = (states.newest() if fabric.is_global_zero else None), ""
+            except ValueError as e:
+                found = None, str(e)
+            state, mistake = fabric.broadcast(found)
+            if mistake:
+                raise ValueError(mistake)
         return Run(
             options,
             fabric,

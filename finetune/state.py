@@ -29,6 +29,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 
 from finetune.devices import local
@@ -96,6 +97,11 @@ class States:
     def __init__(self, out_dir: Path, identity: dict[str, Any], rank: int = 0):
         self.folder, self.identity, self.rank = out_dir / "state", identity, rank
 
+    @staticmethod
+    def any_in(out_dir: Path) -> bool:
+        """Whether a run is there."""
+        return any((out_dir / "state" / name).is_file() for name in ("run.json", "finished.json"))
+
     def newest(self) -> Path | None:
         """The newest state that is whole; None if there is none. Says which ones are broken.
 
@@ -115,7 +121,8 @@ class States:
             raise ValueError(f"no state in {self.folder} is whole: start anew with --overwrite")
         if (path := self.folder / "run.json").is_file():  # stopped before its first state: it begins again
             with blamed_on(path):
-                self.same(_read(path))
+                identity = _read(path)
+            self.same(identity)
         return None
 
     def finished(self) -> int | None:
@@ -125,8 +132,9 @@ class States:
             return None
         with blamed_on(path):
             content = _read(path)
-            self.same(content["identity"])
-            return content["step"]
+            identity, step = content["identity"], content["step"]
+        self.same(identity)
+        return step
 
     def same(self, stored: dict[str, Any]) -> None:
         differ = [name for name in {**stored, **self.identity} if stored.get(name) != self.identity.get(name)]
@@ -140,40 +148,43 @@ class States:
         """Called by all processes at the same time. Raises OSError in all of them, and leaves what was there, if it
         cannot be written in one."""
         path = self.folder / f"step-{progress.step}"
-        aside, failure, sums = path.with_suffix(".partial"), "", {}
+        aside = path.with_suffix(".partial")
         try:
+            _together(lambda: self._empty(aside))
+            sums = _together(lambda: self._write_own(aside, _tensors(network, optimizer)))
+            _together(lambda: self._complete(aside, path, progress, {k: v for own in sums for k, v in own.items()}))
+        except OSError as e:
             if self.rank == 0:
                 shutil.rmtree(aside, ignore_errors=True)
-                (aside / "tensors").mkdir(parents=True)
-            _wait()
-            tensors = _tensors(network, optimizer)
-            ends = accumulate(local(t).nbytes for t in tensors.values())
-            pieces = {name: 1 + end // PIECE for name, end in zip(tensors, ends)}
-            writer = HuggingFaceStorageWriter(str(aside / "tensors"), pieces, save_distributed=True)
-            with warnings.catch_warnings(action="ignore"):  # that there is one process alone
-                dcp.save(tensors, storage_writer=writer, no_dist=not dist.is_initialized())
-            save_file(_random(), aside / f"random-{self.rank}.safetensors")
-            own = self._own(aside)
-            sums = dict(zip((str(file.relative_to(aside)) for file in own), _each(_to_disk, own)))
-        except Exception as e:  # of whatever dcp does; all processes must hear of it
-            failure = str(e) or type(e).__name__
-        everyones = _gathered((failure, sums))
-        if failed := [said for said, _ in everyones if said]:
-            if self.rank == 0:
-                shutil.rmtree(aside, ignore_errors=True)
-            why = " ".join(failed[0].split())[-200:]
-            raise OSError(f"{path} could not be written, the state before it is kept ({why})")
+            raise OSError(f"{path} could not be written, the state before it is kept ({e})") from None
+
+    def _empty(self, aside: Path) -> None:
         if self.rank == 0:
-            sums = {name: value for _, part in everyones for name, value in part.items()}
-            _write(aside / "state.json", dict(progress=asdict(progress), identity=self.identity, sha256=sums))
-            shutil.rmtree(path, ignore_errors=True)
-            os.replace(aside, path)
-            _to_disk(self.folder)
-            for cut_off in self.folder.glob("*.partial"):
-                shutil.rmtree(cut_off)
-            for old in sorted(self.folder.glob("step-*"), key=_number)[:-KEPT]:
-                shutil.rmtree(old)
-        _wait()
+            shutil.rmtree(aside, ignore_errors=True)
+            (aside / "tensors").mkdir(parents=True)
+
+    def _write_own(self, aside: Path, tensors: dict[str, Tensor]) -> dict[str, str]:
+        """Writes what this process has. Returns the sha256 of each of its files."""
+        ends = accumulate(local(t).nbytes for t in tensors.values())
+        pieces = {name: 1 + end // PIECE for name, end in zip(tensors, ends)}
+        writer = HuggingFaceStorageWriter(str(aside / "tensors"), pieces, save_distributed=True)
+        with warnings.catch_warnings(action="ignore"):  # that there is one process alone
+            dcp.save(tensors, storage_writer=writer, no_dist=not dist.is_initialized())
+        save_file(_random(), aside / f"random-{self.rank}.safetensors")
+        own = self._own(aside)
+        return dict(zip((str(file.relative_to(aside)) for file in own), _each(_to_disk, own)))
+
+    def _complete(self, aside: Path, path: Path, progress: Progress, sums: dict[str, str]) -> None:
+        if self.rank > 0:
+            return
+        _write(aside / "state.json", dict(progress=asdict(progress), identity=self.identity, sha256=sums))
+        shutil.rmtree(path, ignore_errors=True)
+        os.replace(aside, path)
+        _to_disk(self.folder)
+        for cut_off in self.folder.glob("*.partial"):
+            shutil.rmtree(cut_off)
+        for old in sorted(self.folder.glob("step-*"), key=_number)[:-KEPT]:
+            shutil.rmtree(old)
 
     def _own(self, folder: Path) -> list[Path]:
         """The files that this process has written."""
@@ -208,10 +219,12 @@ class States:
             (self.folder / "run.json").unlink(missing_ok=True)
 
     def begin(self) -> None:
-        """Another run begins here."""
+        """Another run begins here. What is not ours stays."""
         if self.rank == 0:
-            shutil.rmtree(self.folder, ignore_errors=True)
-            self.folder.mkdir()
+            for path in self.folder.glob("step-*"):
+                shutil.rmtree(path)
+            (self.folder / "finished.json").unlink(missing_ok=True)
+            self.folder.mkdir(exist_ok=True)
             _write(self.folder / "run.json", self.identity)
 
 
@@ -286,15 +299,17 @@ def _number(path: Path) -> int:
     return int(number) if number.isdigit() else -1
 
 
-def _wait() -> None:
-    if dist.is_initialized():
-        dist.barrier()
-
-
-def _gathered(value: Any) -> list[Any]:
-    """What each process has to say."""
-    everyones = [value]
+def _together(do: Callable[[], Any]) -> list[Any]:
+    """What it returns in each process. Raises OSError in all of them if it fails in one."""
+    try:
+        said = "", do()
+    except (Exception, CheckpointException) as e:  # of whatever dcp does; that is no Exception
+        said = " ".join(str(e).split())[-200:] or type(e).__name__, None
+    everyones = [said]
     if dist.is_initialized():
         everyones = [None] * dist.get_world_size()
-        dist.all_gather_object(everyones, value)
-    return everyones
+        dist.all_gather_object(everyones, said)
+    for failure, _ in everyones:
+        if failure:
+            raise OSError(failure)
+    return [value for _, value in everyones]

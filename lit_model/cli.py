@@ -95,10 +95,12 @@ def cli(main: Callable[[Any], None], options_class: type, description: str, posi
         if len(args) <= i or args[i].startswith("-"):
             break
         args[i] = f"--{name}={args[i]}"
+    front = 0
     for i, arg in enumerate(args):
         if arg.split("=")[0] == "--config":  # first, so that the other options count wherever they stand
-            end = i + (1 if "=" in arg else 2)
-            args = args[i:end] + args[:i] + args[end:]
+            n = 1 if "=" in arg else 2
+            args = args[:front] + args[i : i + n] + args[front:i] + args[i + n :]
+            front += n
     flags = set(_flags(options_class))
     for i, arg in enumerate(args):  # `--overwrite` alone means `--overwrite true`
         if arg in flags and (i + 1 == len(args) or args[i + 1].startswith("-")):

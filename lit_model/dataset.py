@@ -8,7 +8,7 @@ import time
 import zipfile
 from collections.abc import Sequence
 from contextlib import redirect_stdout
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -133,10 +133,13 @@ def _make(
         print(f"{overlap} rows left out of training: {val_data} holds them, too")
     if len(files) > 1:
         train = [train[i] for i in np.random.default_rng(seed).permutation(len(train))]
-    style = options.style
+    style, instructions = options.style, any("instruction" in row for row in everything)
     if any("messages" in row for row in everything):
         style = conversation_style(style, tokenizer)
-    elif task is None and not any("instruction" in row for row in everything):
+        if instructions and style != options.style:
+            print(f"instructions become turns, too, in the style {style}, as they go with messages")
+        options = replace(options, style=style)
+    elif task is None and not instructions:
         style = "none"
     return Dataset(examples(train[:limit], "training rows"), examples(val, "validation rows"), task, style)
 

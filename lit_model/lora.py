@@ -32,6 +32,8 @@ from torch import Tensor, nn
 
 from lit_model import model
 
+TINY = 1e-30  # DoRA's row of zeros, such as a pruned one, stays one
+
 
 @dataclass
 class LoRA:
@@ -106,8 +108,8 @@ class LoRADelta(nn.Module):
             A, B = (t.to(dtype) for t in self.factors())
             p = linear.matmul(A).T  # (n_out, r)
             base = linear.dense().to(self.B.dtype).square().sum(-1)
-            norm = (base + ((2 * self.scale) * p + (self.scale**2) * (B @ (A @ A.T))).mul(B).sum(-1)).sqrt()
-        return (base.sqrt() + self.magnitude) / norm
+            square = base + ((2 * self.scale) * p + (self.scale**2) * (B @ (A @ A.T))).mul(B).sum(-1)
+        return (base.sqrt() + self.magnitude) / square.clamp(min=TINY).sqrt()
 
     def delta_weight(self) -> Tensor:
         """The correction as a matrix (n_out, n_in), in float32."""
@@ -117,7 +119,7 @@ class LoRADelta(nn.Module):
     def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         merged = weight + self.delta_weight()
         if self.magnitude is not None:
-            merged *= ((weight.norm(dim=-1) + self.magnitude) / merged.norm(dim=-1))[:, None]
+            merged *= ((weight.norm(dim=-1) + self.magnitude) / merged.norm(dim=-1).clamp(min=TINY**0.5))[:, None]
         return merged, bias
 
 

@@ -413,13 +413,15 @@ class GPT(nn.Module):
             where `packed` has targets, the float32 *sum* of the cross-entropy over them: the caller divides it by the
             number of targets of the whole batch, however many rows that is spread over.
         Raises:
-            ValueError: `packed` was made for another number of virtual keys than this network has.
+            ValueError: `packed` was made for another number of virtual tokens or keys than this network has.
         """
         if packed is None:
             packed = equal_examples(*idx.shape, self.n_virtual_tokens, self.n_virtual_keys).to(idx.device)
             return self(idx.flatten(), packed).unflatten(0, idx.shape)
         if packed.n_virtual_keys != self.n_virtual_keys:
             raise ValueError(f"packed for {packed.n_virtual_keys} virtual keys; the network has {self.n_virtual_keys}")
+        if cache is None and packed.x is None and packed.has_virtual_tokens != bool(self.n_virtual_tokens):
+            raise ValueError(f"packed with or without virtual tokens; the network has {self.n_virtual_tokens}")
         x = self.embed(idx, packed) if packed.x is None else packed.x  # (T, C)
         rope = None if self.wpe is not None else rope_angles(packed.pos, self.config, x.dtype)
         recompute = self.recompute != "off" and torch.is_grad_enabled()

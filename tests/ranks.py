@@ -55,7 +55,7 @@ def compute(run: setup.Run, name: str, row_tokens: int) -> dict:
     run, network, optimizer, _ = loop.prepare(run, gpt)
     gpt.recompute = "on" if gpt.config.arch == "gpt2" else "off"
     run.row_tokens = row_tokens
-    grads = {}
+    grads, kinds = {}, {n: type(p) for n, p in gpt.named_parameters()}
 
     def keep() -> None:
         grads.update({n: whole(p.grad) for n, p in gpt.named_parameters() if p.requires_grad})
@@ -69,10 +69,10 @@ def compute(run: setup.Run, name: str, row_tokens: int) -> dict:
     method = module.__name__.split(".")[-1]
     save_method(path, gpt, method, options, fingerprint_of(run.options.checkpoint_dir), write=run.rank == 0)
     loss, norm = step.receive()[:2]
+    val = loop.evaluate(network, gpt, run)
+    assert {n: type(p) for n, p in gpt.named_parameters()} == kinds  # slices again, or they would be saved as gathered
     trained = {n: whole(p) for n, p in gpt.named_parameters() if p.requires_grad}
-    return dict(
-        loss=loss, norm=norm, grads=grads, trained=trained, val=loop.evaluate(network, gpt, run), rows=len(rows)
-    )
+    return dict(loss=loss, norm=norm, grads=grads, trained=trained, val=val, rows=len(rows))
 
 
 def in_memory() -> dict[str, int]:

@@ -163,6 +163,31 @@ def test_a_process_that_dies_ends_the_whole_job_and_the_next_start_goes_on(tiny,
     assert all(torch.allclose(a[name], b[name], rtol=1e-2, atol=1e-4) for name in a)
 
 
+def test_a_disk_that_is_full_for_one_process_stops_none(tiny, tmp_path):
+    """The first one writes the last file of a state alone."""
+    (tmp_path / "full.py").write_text(
+        f"""import sys
+sys.path.insert(0, {str(ROOT)!r})
+from finetune import lora, state
+from lit_model.cli import cli
+write, n = state._write, iter(range(99))
+
+def full(path, content):
+    if path.name == "state.json" and next(n) == 1:
+        raise OSError(28, "No space left on device")
+    write(path, content)
+
+state._write = full
+cli(lora.main, lora.Options, "")
+"""
+    )
+    args = f"--checkpoint_dir={tiny}/base --data={tiny}/data.json --out_dir={tmp_path}/run --devices cpu {START}"
+    command = [sys.executable, "-m", *TORCHRUN.split(), str(tmp_path / "full.py"), *args.split(), "--train.epochs=2"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert (done.stdout + done.stderr).count("step-8 could not be written, the state before it is kept") == 1
+
+
 @pytest.mark.parametrize(
     "devices, environment, says",
     [

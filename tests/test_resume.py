@@ -190,18 +190,19 @@ def test_where_no_state_is_whole_nothing_is_thrown_away(options, monkeypatch):
     assert (options.out_dir / "lit_method.safetensors").is_file()
 
 
-@pytest.mark.parametrize("then", ["go_on", "stop"])
-def test_a_full_disk_loses_nothing(options, whole, monkeypatch, capsys, then):
+@pytest.mark.parametrize("then, where", [("go_on", "random"), ("go_on", "tensors"), ("stop", "tensors")])
+def test_a_full_disk_loses_nothing(options, whole, monkeypatch, capsys, then, where):
     """The third state does not fit; a folder of its own that small would need rights that a test has not."""
     options.train = replace(options.train, full_disk=then)
-    save, n = state.save_file, iter(range(99))
+    of, name = {"random": (state, "save_file"), "tensors": (state.HuggingFaceStorageWriter, "write_data")}[where]
+    write, n = getattr(of, name), iter(range(99))
 
     def full(*args):
         if next(n) == 2:
             raise OSError(28, "No space left on device")
-        save(*args)
+        return write(*args)
 
-    monkeypatch.setattr(state, "save_file", full)
+    monkeypatch.setattr(of, name, full)
     if then == "stop":
         with pytest.raises(OSError, match="step-9 could not be written, the state before it is kept .*No space left"):
             main(options)
@@ -287,13 +288,16 @@ def test_killed_at_any_moment_it_ends_the_same(options, tmp_path, n):
 @pytest.mark.parametrize("name, code", [("SIGTERM", 143), ("SIGINT", 130)])
 def test_a_signal_ends_a_run_after_its_step_with_the_state_saved(options, name, code):
     process = subprocess.Popen(
-        command(options, "--train.save_every_minutes=60", "--train.epochs=2000"), stdout=subprocess.PIPE, text=True,
-        stderr=subprocess.PIPE,
+        command(options, "--train.save_every_minutes=60", "--train.epochs=2000", "--overwrite"), stdout=subprocess.PIPE,
+        text=True, stderr=subprocess.PIPE,
     )  # fmt: skip
     after_a_state(process, options)
     process.send_signal(getattr(signal, name))
-    out, _ = process.communicate(timeout=60)
-    step = int(re.search(rf"stopped by {name} after step (\d+); the same command goes on from there: python", out)[1])
+    out, err = process.communicate(timeout=60)
+    said = re.search(rf"^stopped by {name} after step (\d+); this goes on from there: (python .*)$", out, re.MULTILINE)
+    assert f"\n{name}: the run ends after this step" in err and "--train.epochs=2000" in said[2]
+    assert "overwrite" not in said[2]  # or it would begin anew
+    step = int(said[1])
     assert process.returncode == code and f"step-{step}" in states(options)
 
 
@@ -301,6 +305,24 @@ def test_the_line_for_a_used_folder(options, monkeypatch, capsys):
     run_until(5, options, monkeypatch)
     args = f"--checkpoint_dir {options.checkpoint_dir} --data {options.data} --out_dir {options.out_dir} --devices cpu"
     assert "holds a run with" in fail(lora, capsys, monkeypatch, args)
+
+
+def test_what_lies_beside_the_states_stays(options):
+    (options.out_dir / "state").mkdir(parents=True)
+    (options.out_dir / "state/mine.txt").write_text("mine")
+    main(options)
+    main(replace(options, overwrite=True))
+    assert (options.out_dir / "state/mine.txt").read_text() == "mine"
+
+
+def test_a_run_whose_time_was_over_goes_on_with_more(options, whole, monkeypatch, capsys):
+    some = replace(options.train, max_time=1e-9)
+    main(replace(options, train=some))
+    with pytest.raises(SystemExit) as end:
+        main(replace(options, train=some))
+    assert end.value.code == 0 and "a higher one goes on" in capsys.readouterr().out
+    main(options)
+    assert "going on after step 1" in capsys.readouterr().out and tensors(options.out_dir) == tensors(whole)
 
 
 def test_two_runs_do_not_write_to_one_folder(options, monkeypatch):
