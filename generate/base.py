@@ -49,8 +49,8 @@ class Options:
     """sample from the k likeliest tokens only"""
     top_p: float | None = None
     """sample from the smallest set of tokens that has this probability"""
-    stop: list[str] = field(default_factory=list)
-    """texts before which the answer ends, as a list: '["###"]'"""
+    stop: list[str] | str = field(default_factory=list)
+    """a text before which the answer ends, or a list of some: '["###", "Q:"]'"""
     seed: int | None = None
     """the same seed gives the same answer"""
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
@@ -70,7 +70,8 @@ def main(options: Options) -> None:
     tokenizer = Tokenizer(options.checkpoint_dir)
     style = prompt_style(options)
     check_style(style, tokenizer)
-    if "" in options.stop:
+    stops = [options.stop] if isinstance(options.stop, str) else options.stop
+    if "" in stops:
         raise ValueError("an empty --stop would end every answer before it begins")
     if options.input and style == "none":
         raise ValueError("--input goes with a --style, such as alpaca")
@@ -86,7 +87,7 @@ def main(options: Options) -> None:
     print(text if style == "none" else "", end="", flush=True)
     began = time.perf_counter()
     try:
-        for piece in stream_text(tokenizer, tokens, options.stop, after=ids if style == "none" else ()):
+        for piece in stream_text(tokenizer, tokens, stops, after=ids if style == "none" else ()):
             print(piece, end="", flush=True)
     except ValueError as e:
         raise ValueError(f"{options.checkpoint_dir}: {e}") from None

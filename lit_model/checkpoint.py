@@ -42,6 +42,7 @@ from lit_model.files import (
     as_dtype,
     blamed_on,
     read_json,
+    read_yaml,
     refuse_pointer,
     replacing,
     stream_tensors,
@@ -152,7 +153,10 @@ def _install(gpt: model.GPT, method_dir: Path | str, checkpoint_dir: Path | str)
     """Adds the method of a folder to a network on the meta device. Returns the names of the tensors that it adds."""
     header = method_header(method_dir)
     if header["fingerprint"] != fingerprint_of(checkpoint_dir):
-        raise ValueError(f"{method_dir} was trained on another base than {checkpoint_dir}")
+        settings = method_file(method_dir).parent / "hparams.yaml"
+        named = read_yaml(settings).get("checkpoint_dir") if settings.is_file() else None
+        hint = f"; its hparams.yaml names {named}" if named else ""
+        raise ValueError(f"{method_dir} was trained on another base than {checkpoint_dir}{hint}")
     method, options = METHODS[header["method"]]
     before = gpt.state_dict().keys()
     with blamed_on(method_file(method_dir)), torch.device("meta"):

@@ -4,6 +4,7 @@ import os
 import re
 import sys
 import time
+from argparse import RawDescriptionHelpFormatter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import fields, is_dataclass
 from difflib import get_close_matches
@@ -11,7 +12,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
-from jsonargparse import ArgumentParser, set_parsing_settings
+from jsonargparse import ArgumentParser, DefaultHelpFormatter, set_parsing_settings
 
 from lit_model.files import read_yaml
 
@@ -26,6 +27,10 @@ def _end(message: object) -> NoReturn:
     line = "".join(c if c.isprintable() else "?" for c in " ".join(str(message).split()))  # it may quote a file
     print(f"error: {line if len(line) <= 600 else f'{line[:400]} ... {line[-190:]}'}", file=sys.stderr)
     sys.exit(2)
+
+
+class _Formatter(RawDescriptionHelpFormatter, DefaultHelpFormatter):
+    """Leaves the lines of a docstring as they are: some are commands."""
 
 
 class _Parser(ArgumentParser):
@@ -109,7 +114,7 @@ def cli(main: Callable[[Any], None], options_class: type, description: str, posi
     configs += [arg.split("=", 1)[1] for arg in args if arg.startswith("--config=")]
     for path in configs:
         _check_config(Path(path), options_class)
-    parser = _Parser(description=description)
+    parser = _Parser(description=description, formatter_class=_Formatter)
     parser.configs = configs
     about = "a YAML file of options, such as a run's hparams.yaml; options that are given beside it count more"
     parser.add_argument("--config", action="config", help=about)

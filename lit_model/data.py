@@ -95,7 +95,10 @@ def _checked(row: Any, needed: tuple[str, ...], where: str) -> dict[str, Any]:
         has = f"it is {json.dumps(row)[:40]}"
         if isinstance(row, dict):
             has = f"it has {', '.join(map(str, row)) or 'nothing'}"
-        others = " (docs/finetune.md has the other kinds of rows)" if needed == ("instruction", "output") else ""
+        others = ""
+        if needed == ("instruction", "output"):  # it is of no kind
+            kinds = "; or ".join(" and ".join(kind) for kind in KINDS if kind != needed and kind != ("conversations",))
+            others = f" (or {kinds}; in small letters, between commas)"
         raise ValueError(f"{where}: a row needs {' and '.join(needed)}; {has}{others}")
     if needed[0] in ("messages", "conversations"):
         return {"messages": _messages(row[needed[0]], where)}

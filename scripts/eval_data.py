@@ -79,7 +79,7 @@ def main(options: Options) -> None:
     dtype = choose_dtype(options.dtype, device)
     gpt = load(options.checkpoint_dir, options.method_dir, device, dtype, options.quantize)
     verdict = classify.judge(gpt, examples, task, classify.label_ids(task, tokenizer), options.row_tokens, before)
-    print(f"{verdict}, {options.shots} demonstrations of {len(before)} tokens")
+    print(f"{verdict}, {options.shots} demonstrations of {len(before)} tokens" if shown else verdict)
     if options.draw:
         verdict.draw(options.draw)
 

@@ -18,6 +18,7 @@ from lit_model.chat import CHATML, chat_text, turns
 from lit_model.checkpoint import save_checkpoint
 from lit_model.convert import tokenizer_files
 from lit_model.data import PromptOptions, read_rows
+from lit_model.dataset import read_dataset
 from lit_model.examples import render, tokenize
 from lit_model.packing import Example, pack
 from lit_model.tokenizer import Tokenizer
@@ -77,6 +78,20 @@ def test_instructions_in_the_style_chat_are_a_turn_of_each(chatty):
     prompt = tokenizer.encode(render("chat", "apple?", "stone", tokenizer))
     assert e.ids.tolist()[: e.first_target] == [tokenizer.bos_id, *prompt] and e.ids.tolist().count(0) == 1
     assert tokenizer._hf.decode(e.ids[e.first_target :], skip_special_tokens=False) == "seven<|im_end|>"
+
+
+def test_instructions_beside_messages_are_asked_as_these_are(chatty, tmp_path):
+    """The style that a run keeps is that of all its rows: what --config repeats, and generation asks in."""
+    tokenizer, n = chatty(LLAMA_3), 20
+    rows = [dict(instruction=f"apple {i}?", output="seven") for i in range(n)]
+    (tmp_path / "a.json").write_text(json.dumps(rows))
+    (tmp_path / "b.json").write_text(json.dumps([{"messages": CHAT[:3]}]))
+    of_both, again = (
+        read_dataset(f"{tmp_path}/a.json,{tmp_path}/b.json", tokenizer, PromptOptions(style=style, val_fraction=0.2))
+        for style in ("alpaca", "chat")
+    )
+    assert of_both.style == "chat" and len(of_both.train) > n // 2
+    assert [e.ids.tolist() for e in of_both.train] == [e.ids.tolist() for e in again.train]
 
 
 def test_holes_in_what_is_learned_cost_the_loss_nothing_else():

@@ -236,7 +236,7 @@ def test_a_label_among_other_columns_does_not_make_a_classifier(tmp_path):
 
 def test_zero_shot_few_shot_and_features(labelled, tiny, tmp_path, capsys, monkeypatch):
     args = f"--checkpoint_dir {tiny}/base --data {labelled} --device cpu"
-    assert "on 120 rows, 0 demonstrations of 0 tokens" in say(eval_data, capsys, monkeypatch, args)
+    assert "on 120 rows\n" in say(eval_data, capsys, monkeypatch, args)
     with open(tmp_path / "others.csv", "w") as file:
         file.write("text,label\n" + "".join(f"{word} number {i},{word}\n" for i in range(3) for word in CLASSES))
     more = f"{args} --shots 4 --shots_from {tmp_path}/others.csv --draw {tmp_path}/x.png"

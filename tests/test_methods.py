@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import FAMILIES
+from conftest import FAMILIES, LLAMA
 
 from lit_model import adapter, adapter_v2, bottleneck, full, generate, ia3, load, lora, model, prefix, prompt, selective
 from lit_model.attention import KVCache
@@ -355,3 +355,17 @@ def test_layers_ranks_and_alphas_by_name_and_by_regular_expression(checkpoint):
     expected = {f"blocks.{i}.attn.v_proj": (8, 2.0) for i in range(3)}
     expected |= {f"blocks.{i}.mlp.{part}_proj": (4, 4.0) for i in (1, 2) for part in ("up", "down")}
     assert found == expected | {"blocks.0.attn.q_proj": (2, 0.0175)}
+
+
+def test_doras_row_of_zeros_stays_one():
+    gpt = lora.GPT(lora.Config(**LLAMA, lora=lora.LoRA(r=3, dora=True)))
+    base = model.GPT(model.Config(**LLAMA))
+    with torch.no_grad():
+        gpt.blocks[0].attn.v_proj.weight[3] = 0
+    base.load_state_dict({n: t for n, t in gpt.state_dict().items() if ".deltas." not in n})
+    idx = torch.arange(9)[None]
+    torch.testing.assert_close(gpt(idx), base(idx))
+    gpt(idx).sum().backward()
+    assert all(p.grad.isfinite().all() for p in gpt.parameters() if p.grad is not None)
+    gpt.merge()
+    torch.testing.assert_close(gpt(idx), base(idx))

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import randomize
+from conftest import LLAMA, randomize
 from torch import Tensor, nn
 
 from lit_model import adapter, attention, attention_cpu, model, packing, prefix, prompt
@@ -237,3 +237,10 @@ def test_training_attention_on_the_cpu_agrees_with_the_fused_one(monkeypatch):
     assert (taken.double() - expected).norm() / expected.norm() < 1e-2
     monkeypatch.setattr(attention_cpu, "MOST_SCORES", 1000)
     assert not attention_cpu.can_take(short[0], lengths)
+
+
+def test_rows_packed_without_the_virtual_tokens_are_refused():
+    gpt = prompt.GPT(prompt.Config(**LLAMA, prompt=prompt.Prompt(length=3)))
+    (row,) = pack([Example(np.arange(9, dtype=np.int32), 4)], 100)
+    with pytest.raises(ValueError, match="packed with or without virtual tokens; the network has 3"):
+        gpt(*row)

@@ -280,7 +280,8 @@ def test_download_converts_what_the_hub_gives(weights, tiny, tmp_path, rows, mon
     """The Hub is a folder here. Like GPT-2's repository it names no end-of-text token in tokenizer_config.json."""
     config = GPT2Config(vocab_size=400, n_embd=64, n_layer=2, n_head=4, n_positions=64, bos_token_id=0, eos_token_id=1)
 
-    def snapshot_download(repo_id, local_dir, allow_patterns):
+    def snapshot_download(repo_id, local_dir, allow_patterns, ignore_patterns=()):
+        assert not any(fnmatch(weights, pattern) for pattern in ignore_patterns)
         if any(fnmatch(weights, pattern) for pattern in allow_patterns):
             GPT2LMHeadModel(config).save_pretrained(local_dir)
             if weights.endswith(".bin"):
@@ -380,3 +381,13 @@ def test_help_explains_every_option(script, capsys, monkeypatch):
         if line in options:
             text = line.strip().split("  ", 1)[1] if "  " in line.strip() else following
             assert len(text.split("(type:")[0].strip()) > 8, f"{script}: no help for {line}"
+
+
+def test_of_two_config_files_the_later_one_counts(tmp_path, monkeypatch):
+    for name, top_k in (("a", 1), ("b", 2)):
+        (tmp_path / f"{name}.yaml").write_text(f"top_k: {top_k}\nseed: {top_k}\n")
+    got = []
+    args = f"--config {tmp_path}/a.yaml --seed 9 --config={tmp_path}/b.yaml".split()
+    monkeypatch.setattr(sys, "argv", ["base.py", *args])
+    cli(got.append, generate.base.Options, "")
+    assert (got[0].top_k, got[0].seed) == (2, 9)
