@@ -85,7 +85,10 @@ def test_instructions_beside_messages_are_asked_as_these_are(chatty, tmp_path):
     tokenizer, n = chatty(LLAMA_3), 20
     rows = [dict(instruction=f"apple {i}?", output="seven") for i in range(n)]
     (tmp_path / "a.json").write_text(json.dumps(rows))
-    (tmp_path / "b.json").write_text(json.dumps([{"messages": CHAT[:3]}]))
+    chats = [
+        {"messages": [CHAT[0], {"role": "user", "content": word}, CHAT[2]]} for word in "apple river stone".split()
+    ]
+    (tmp_path / "b.json").write_text(json.dumps(chats))
     of_both, again = (
         read_dataset(f"{tmp_path}/a.json,{tmp_path}/b.json", tokenizer, PromptOptions(style=style, val_fraction=0.2))
         for style in ("alpaca", "chat")
