@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import asdict, dataclass, replace
-from itertools import islice
+from itertools import islice, takewhile
 from typing import Any
 
 import numpy as np
@@ -389,6 +389,8 @@ def sample(gpt: GPT, run: Run) -> None:
     ids = tokenizer.bos + tokenizer.encode(render(run.options.prompt.style, instruction, tokenizer=tokenizer))
     gpt.eval()
     with torch.compiler.set_stance("force_eager"):  # the shapes of decoding are not worth compiling for one answer
-        tokens = list(generate(gpt, ids, max_new_tokens=64, temperature=0, stop_ids=tokenizer.stop_ids))
+        stop_ids = () if run.sharded else tokenizer.stop_ids  # each pass is one of all processes: they make as many
+        tokens = list(generate(gpt, ids, max_new_tokens=64, temperature=0, stop_ids=stop_ids))
     gpt.train()
-    tqdm.write(f"  {instruction}\n  -> {' '.join(tokenizer.decode(tokens).split())}")
+    tokens = takewhile(lambda token: token not in tokenizer.stop_ids, tokens)
+    tqdm.write(f"  {instruction}\n  -> {' '.join(tokenizer.decode(list(tokens)).split())}")
