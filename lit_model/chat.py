@@ -26,7 +26,7 @@ CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-Message = dict[str, str]  # role and content
+Message = dict[str, Any]  # role and content; weight 0: not learned
 SECONDS, BYTES = 5, 2**29  # that a template may take for one conversation
 
 
@@ -54,7 +54,15 @@ def chat_text(tokenizer: Tokenizer, style: str, messages: Sequence[Message], ask
         raise ValueError(f"the checkpoint's chat template does what a template must not: {e}") from None
     except Exception as e:  # a template is a program: it may do anything wrong
         raise ValueError(f"the checkpoint's chat template cannot take {json.dumps(messages)[:80]}: {e}") from None
-    return text.removeprefix(bos)  # it is added once, where examples are made
+    return text.removeprefix(bos) if tokenizer and tokenizer.bos else text  # it is added once, where examples are made
+
+
+def is_learned(messages: Sequence[Message]) -> list[bool]:
+    """Of each message, whether it is: what the assistant says, but not to begin with, and not nothing."""
+    return [
+        i > 0 and m["role"] == "assistant" and bool(m["content"].strip()) and m.get("weight") != 0
+        for i, m in enumerate(messages)
+    ]
 
 
 def turns(tokenizer: Tokenizer, style: str, messages: Sequence[Message]) -> list[tuple[str, bool]]:
@@ -64,16 +72,17 @@ def turns(tokenizer: Tokenizer, style: str, messages: Sequence[Message]) -> list
     Raises ValueError if there is no such turn, or the template writes earlier turns in another way than the last.
     """
     pieces, done = [], ""
-    for i, message in enumerate(messages):
-        if message["role"] != "assistant":
+    for i, learned in enumerate(is_learned(messages)):
+        if not i or messages[i]["role"] != "assistant":
             continue
         before = chat_text(tokenizer, style, messages[:i], asks=True)
         after = chat_text(tokenizer, style, messages[: i + 1], asks=False)
         if not (before.startswith(done) and after.startswith(before)):
-            raise ValueError("the checkpoint's chat template rewrites earlier turns: take --prompt.style chatml")
+            what = "the checkpoint's chat template rewrites earlier turns, or asks otherwise than it writes answers"
+            raise ValueError(f"{what}: take --prompt.style chatml, if the tokenizer knows <|im_start|>")
         said = after[len(before) :]
         ends = max((said.rfind(t) + len(t) for t in tokenizer.turn_ends if t in said), default=len(said))
-        pieces += [(before[len(done) :], False), (said[:ends], True)]
+        pieces += [(before[len(done) :], False), (said[:ends], learned)]
         done = before + said[:ends]
     if not pieces:
         raise ValueError("the assistant says nothing in it")

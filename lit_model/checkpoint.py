@@ -311,10 +311,12 @@ def save_checkpoint(
     if config.tie:
         del shapes["lm_head.weight"]
     digests: dict[str, str] = {}
+    heads: list[str] = []  # a tied one is not stored
 
     def checked() -> Iterator[tuple[str, Tensor]]:
         for name, t in tensors.items() if isinstance(tensors, Mapping) else tensors:
             if config.tie and name == "lm_head.weight":
+                heads.append(digest("wte.weight", t.detach().cpu().contiguous()))
                 continue
             if name in digests:
                 raise ValueError(f"these weights do not make the network: {name} is there twice")
@@ -324,6 +326,8 @@ def save_checkpoint(
             yield name, t
         for name in sorted(shapes.keys() - digests.keys()):
             _wrong_shape(name, None, shapes[name])
+        if heads and heads != [digests["wte.weight"]]:
+            raise ValueError("the output layer is said to be the embedding (tied), but is stored as something else")
 
     new = not out_dir.exists()
     out_dir.mkdir(parents=True, exist_ok=True)

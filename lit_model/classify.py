@@ -59,7 +59,7 @@ def label_ids(task: Task, tokenizer: Tokenizer) -> list[list[int]]:
     """What stands for each class after a prompt. Raises ValueError if two begin alike to the end of one of them."""
     if task.head == "linear":
         return [[i] for i in range(len(task.classes))]
-    ids = [tokenizer.encode_within(f" {name}") for name in task.classes]
+    ids = tokenizer.encode_within([f" {name}" for name in task.classes])
     for i, a in enumerate(ids):
         for j, b in enumerate(ids):
             if i != j and a == b[: len(a)]:
@@ -75,8 +75,8 @@ def examples(
 
     Raises ValueError for a label that is not in `task`.
     """
-    begin = [tokenizer.bos_id] if bos and tokenizer.bos_id is not None else []
-    question, labels = tokenizer.encode_within(f"\n{task.question}"), label_ids(task, tokenizer)
+    begin = tokenizer.bos if bos else []
+    (question,), labels = tokenizer.encode_within([f"\n{task.question}"]), label_ids(task, tokenizer)
     room = options.max_length - len(begin) - len(question) - max(map(len, labels))
     if room < 1:
         raise ValueError(f"prompt.max_length {options.max_length} leaves no room for a text beside the question")

@@ -18,6 +18,7 @@ from torch import Tensor
 from lit_model.checkpoint import open_tensors, save_checkpoint
 from lit_model.files import as_dtype, blamed_on, read_json, refuse_pointer, refuse_used
 from lit_model.model import Config
+from lit_model.tokenizer import FILES
 
 _HF_LLAMA = {
     "model.embed_tokens": "wte",
@@ -60,8 +61,7 @@ def convert_hf(src_dir: Path, out_dir: Path, dtype: torch.dtype | None = None) -
 
 def tokenizer_files(folder: Path) -> dict[str, bytes]:
     """The files of a folder's tokenizer: name -> content. Says so if there is none."""
-    names = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "chat_template.jinja")
-    files = {name: (folder / name).read_bytes() for name in names if (folder / name).is_file()}
+    files = {name: (folder / name).read_bytes() for name in FILES if (folder / name).is_file()}
     if not files.keys() & {"tokenizer.json", "tokenizer.model"}:
         print(f"{folder} has neither tokenizer.json nor tokenizer.model: the checkpoint needs one beside its weights")
     return files
@@ -182,6 +182,9 @@ def _no_rope_every(path: Path, hf: dict[str, Any]) -> int | None:
 
 def _hf_tensors(src_dir: Path) -> Iterator[tuple[str, Tensor]]:
     for name in ("model.safetensors", "pytorch_model.bin"):
+        if (src_dir / name).is_file():  # before an index, which may be left from another save
+            shards = [name]
+            break
         index = src_dir / f"{name}.index.json"
         if index.is_file():
             shards = read_json(index, "weight_map")["weight_map"]
@@ -192,9 +195,6 @@ def _hf_tensors(src_dir: Path) -> Iterator[tuple[str, Tensor]]:
                 raise ValueError(f"{index} names a shard outside its folder: {strange[0]}")
             if missing := [shard for shard in shards if not (src_dir / shard).is_file()]:
                 raise FileNotFoundError(f"{src_dir / missing[0]} is missing, though {index.name} names it: fetch it")
-            break
-        if (src_dir / name).is_file():
-            shards = [name]
             break
     else:
         raise FileNotFoundError(f"{src_dir} has no weights: neither model.safetensors nor pytorch_model.bin")

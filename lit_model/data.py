@@ -12,6 +12,7 @@ import csv
 import io
 import json
 import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,13 +24,13 @@ from lit_model.files import refuse_pointer
 
 KINDS = {  # what a row must have: what else it may have
     ("text", "label"): (),
-    ("messages",): (),
-    ("conversations",): (),
+    ("messages",): ("system",),
+    ("conversations",): ("system",),
     ("instruction", "output"): ("input",),
     ("prompt", "completion"): (),
     ("text",): (),
 }
-ROLES = {"human": "user", "gpt": "assistant", "user": "user", "assistant": "assistant", "system": "system"}
+ROLES = {"human": "user", "gpt": "assistant", "developer": "system"} | {r: r for r in ("user", "assistant", "system")}
 PIECE = 2000  # characters of a .txt file's rows, at least
 
 
@@ -74,7 +75,11 @@ def read_rows(path: Path | str) -> list[dict[str, Any]]:
     if not rows:
         raise ValueError(f"{path} holds no row")
     needed = _kind(rows[0][1])
-    return [_checked(row, needed, f"{path}, {where} {number}") for number, row in rows]
+    made = [_checked(row, needed, f"{path}, {where} {number}") for number, row in rows]
+    known = {*needed, *KINDS[needed]}
+    if unread := Counter(key for _, row in rows for key in row if row[key] and key not in known):
+        print(f"{path}: not read: {', '.join(f'{key} (of {n} rows)' for key, n in unread.items())}")
+    return made
 
 
 def _kind(row: Any) -> tuple[str, ...]:
@@ -101,7 +106,7 @@ def _checked(row: Any, needed: tuple[str, ...], where: str) -> dict[str, Any]:
             others = f" (or {kinds}; in small letters, between commas)"
         raise ValueError(f"{where}: a row needs {' and '.join(needed)}; {has}{others}")
     if needed[0] in ("messages", "conversations"):
-        return {"messages": _messages(row[needed[0]], where)}
+        return {"messages": _messages(row.get("system"), row[needed[0]], where)}
     made = {}
     for key in (*needed, *KINDS[needed]):
         value = row.get(key)
@@ -117,17 +122,24 @@ def _checked(row: Any, needed: tuple[str, ...], where: str) -> dict[str, Any]:
     return made
 
 
-def _messages(messages: Any, where: str) -> list[dict[str, str]]:
-    made = []
-    for message in messages if isinstance(messages, list) else [messages]:
+def _messages(system: Any, messages: Any, where: str) -> list[dict[str, Any]]:
+    messages, made = messages if isinstance(messages, list) else [messages], []
+    if system:
+        messages = [dict(role="system", content=system), *messages]
+    for message in messages:
         if not isinstance(message, dict):
             raise ValueError(f"{where}: a message is no object but {json.dumps(message)[:40]}")
         role, content = message.get("role", message.get("from")), message.get("content", message.get("value"))
         if not isinstance(role, str) or role not in ROLES:
             raise ValueError(f"{where}: a message's role is {role!r}; known are {', '.join(ROLES)}")
+        if message.get("tool_calls"):
+            raise ValueError(f"{where}: a message calls tools, which is not supported")
+        if isinstance(content, list) and all(isinstance(p, dict) and isinstance(p.get("text"), str) for p in content):
+            content = "".join(part["text"] for part in content)
         if not isinstance(content, str):
             raise ValueError(f"{where}: a message's content is no text but {json.dumps(content)[:40]}")
         made.append({"role": ROLES[role], "content": _encodable(content, where)})
+        made[-1] |= {"weight": 0} if message.get("weight") == 0 else {}
     if not any(m["role"] == "assistant" for m in made):
         raise ValueError(f"{where}: the assistant says nothing in it")
     return made
@@ -152,7 +164,7 @@ def _parsed(path: Path, text: str) -> tuple[list[tuple[int, Any]], str]:
     """(the rows of a file with their numbers, what these count)"""
     if path.suffix.lower() == ".csv":
         csv.field_size_limit(2**31 - 1)  # a text may be long
-        reader = csv.DictReader(io.StringIO(text, newline=""))
+        reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)  # or a quote left open takes all the rest
         try:
             rows = [(reader.line_num, {k: v for k, v in row.items() if v is not None}) for row in reader]
         except csv.Error as e:

@@ -7,12 +7,13 @@ conversation the assistant's turns.
 
 import re
 from collections.abc import Callable, Iterator, Sequence
+from itertools import chain, islice
 from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
-from lit_model.chat import chat_text, turns
+from lit_model.chat import chat_text, is_learned, turns
 from lit_model.data import PromptOptions
 from lit_model.packing import Example
 from lit_model.tokenizer import Tokenizer
@@ -114,7 +115,8 @@ def _responses(batch: Sequence[dict], tokenizer: Tokenizer, options: PromptOptio
         ]
     )
     said = [row["completion"] if "completion" in row else row["output"] for row in batch]
-    for text, prompt, response in zip(said, prompts, tokenizer.encode_batch(said), strict=True):
+    for text, prompt, response in zip(said, prompts, tokenizer.encode_within(said), strict=True):
+        response = response if prompt else tokenizer.encode(text)
         prompt = tokenizer.bos + prompt
         room = options.max_length - len(prompt) - 1
         if not text.strip():
@@ -142,13 +144,14 @@ def _conversations(
 ) -> Iterator[Example]:
     style = conversation_style(options.style, tokenizer)
     check_style(style, tokenizer)
-    said_nothing = [not any(m["content"].strip() for m in row["messages"] if m["role"] == "assistant") for row in batch]
+    said_nothing = [not any(is_learned(row["messages"])) for row in batch]
     counts["empty"] += sum(said_nothing)
     chats = [turns(tokenizer, style, row["messages"]) for row, empty in zip(batch, said_nothing) if not empty]
-    pieces = iter(tokenizer.encode_batch([text for chat in chats for text, _ in chat]))
+    first = iter(tokenizer.encode_batch([chat[0][0] for chat in chats]))
+    later = iter(tokenizer.encode_within([text for chat in chats for text, _ in chat[1:]]))
     for chat in chats:
         ids, learned = [*tokenizer.bos], [False] * len(tokenizer.bos)
-        for (_, said), piece in zip(chat, pieces):
+        for (_, said), piece in zip(chat, chain(islice(first, 1), later)):
             ids += piece
             learned += [said or not options.mask] * len(piece)
         counts["cut"] += len(ids) > options.max_length

@@ -25,6 +25,7 @@ from tqdm import tqdm
 
 from lit_model.convert_gguf import convert_gguf
 from lit_model.files import lock
+from lit_model.tokenizer import FILES
 
 ROOT = Path(__file__).resolve().parents[1]
 DEMO_CHECKPOINT = ROOT / "checkpoints" / "smollm2-135m-instruct"
@@ -122,7 +123,7 @@ def download_from_hub(repo_id: str, folder: Path) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
-    wanted = ["*.safetensors", "*.safetensors.index.json", "config.json", "tokenizer*", "chat_template.jinja"]
+    wanted = ["*.safetensors", "*.safetensors.index.json", "config.json", *FILES]
     try:
         twice = ["consolidated*"]  # the weights once more, in Mistral's own names
         got = Path(snapshot_download(repo_id, local_dir=folder, allow_patterns=wanted, ignore_patterns=twice))

@@ -9,6 +9,10 @@ from tokenizers import Tokenizer as HFTokenizer
 
 from lit_model.files import blamed_on, read_json
 
+FILES = (  # of a checkpoint folder, with what they say about tokens
+    "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja",
+    "generation_config.json",
+)  # fmt: skip
 TURN_ENDS = ("<|im_end|>", "<|eot_id|>", "<end_of_turn>", "<|end|>")  # of ChatML, LLaMA 3, Gemma, Phi
 
 
@@ -17,7 +21,8 @@ class Tokenizer:
 
     bos_id is the token that every text of this family begins with, or None if there is none; bos is a list of it.
     `encode` never adds it, nor any other special token: whoever puts an example together does that, once.
-    eos_id ends a response; stop_ids are it and the tokens that end a turn of a chat, turn_ends their text.
+    eos_id ends a response; turn_ends are the texts of it and of the tokens that end a turn of a chat; stop_ids are all
+    of these and those at which generation_config.json ends. bos_token is what a chat template writes for BOS.
 
     Raises FileNotFoundError if the folder has no tokenizer, ValueError if it does not say which token ends a text.
     """
@@ -25,14 +30,21 @@ class Tokenizer:
     def __init__(self, checkpoint_dir: Path | str):
         self.folder = folder = Path(checkpoint_dir)
         stated = folder / "tokenizer_config.json"
-        config = read_json(stated) if stated.is_file() else {}
+        parts = [read_json(path) for path in (folder / "special_tokens_map.json", stated) if path.is_file()]
+        config = {name: value for part in parts for name, value in part.items() if value is not None}
         with blamed_on(stated):
             self._read(folder, stated, config)
+        path = folder / "generation_config.json"
+        with blamed_on(path):
+            ends = read_json(path).get("eos_token_id") if path.is_file() else None
+            ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
+            if not all(type(i) is int and i >= 0 for i in ends):
+                raise ValueError(f"eos_token_id is {ends}, and no number of a token")
+            self.stop_ids = list(dict.fromkeys([*self.stop_ids, *ends]))
 
     def _read(self, folder: Path, stated: Path, config: dict) -> None:
         self.chat_template = _chat_template(folder, config)
-        names = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "chat_template.jinja")
-        contents = [(folder / name).read_bytes() for name in names if (folder / name).is_file()]
+        contents = [(folder / name).read_bytes() for name in FILES[:-1] if (folder / name).is_file()]
         self.fingerprint = hashlib.sha256(b"".join(contents)).hexdigest()
         self._hf = self._sp = None
         if (folder / "tokenizer.json").is_file():
@@ -60,7 +72,7 @@ class Tokenizer:
         self.bos = [] if self.bos_id is None else [self.bos_id]
         self.is_sentencepiece = self._sp is not None
         token_of = self._hf.id_to_token if self._sp is None else self._sp.id_to_piece
-        self.eos_token, self.bos_token = token_of(eos), None if self.bos_id is None else token_of(self.bos_id)
+        self.eos_token, self.bos_token = token_of(eos), None if bos is None or bos < 0 else token_of(bos)
         ends = {self.eos_token: eos} | {token: self._id(token) for token in TURN_ENDS}
         ends = {token: i for token, i in ends.items() if i is not None}
         self.turn_ends, self.stop_ids = list(ends), list(dict.fromkeys(ends.values()))
@@ -76,10 +88,19 @@ class Tokenizer:
     def encode(self, text: str) -> list[int]:
         return self.encode_batch([text])[0]
 
-    def encode_within(self, text: str) -> list[int]:
-        """Ids of a text as it stands behind another one: LLaMA's tokenizers put a space in front of what begins."""
-        before, whole = self.encode_batch(["a", "a" + text])
-        return whole[len(before) :] if whole[: len(before)] == before else self.encode(text)
+    def encode_within(self, texts: Sequence[str]) -> list[list[int]]:
+        """Ids of texts as each stands behind another one: LLaMA's tokenizers put a space in front of what begins."""
+        found = self._behind("\n", texts)
+        if None in found:  # two line ends may be one token, and so may letters
+            ways = zip(found, self._behind("a", texts), self.encode_batch(texts))
+            found = [next(ids for ids in of_text if ids is not None) for of_text in ways]
+        return found
+
+    def _behind(self, before: str, texts: Sequence[str]) -> list[list[int] | None]:
+        """None where a token spans the boundary."""
+        first, *whole = self.encode_batch([before, *(before + text for text in texts)])
+        n = len(first)
+        return [ids[n:] if ids[:n] == first else None for ids in whole]
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         with blamed_on(self.folder):  # its expressions may fail on a text

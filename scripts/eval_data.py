@@ -120,7 +120,7 @@ def demonstration_ids(
     rows: list[dict[str, str]], tokenizer: Tokenizer, prompt: PromptOptions, task: classify.Task
 ) -> list[int]:
     """The demonstrations one after the other, an empty line behind each, as a text begins; of none: nothing."""
-    gap = tokenizer.encode_within("\n\n")
+    (gap,) = tokenizer.encode_within(["\n\n"])
     ids = [*tokenizer.bos] if rows else []
     for e in classify.examples(rows, tokenizer, prompt, task, bos=False):
         ids += [*e.ids.tolist(), *gap]

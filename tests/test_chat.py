@@ -133,6 +133,45 @@ def test_a_template_can_only_write(chatty, template, says):
         turns(tokenizer, "chat", CHAT)
 
 
+def test_bos_is_kept_where_only_the_template_writes_it(chatty, tiny):
+    tokenizer = chatty(LLAMA_3)
+    config = tokenizer.folder / "tokenizer_config.json"
+    config.write_text(config.read_text().replace('"add_bos_token": true', '"add_bos_token": false'))
+    without = Tokenizer(tokenizer.folder)
+    both = [tokenize([{"messages": CHAT}], t, PromptOptions(max_length=500))[0] for t in (tokenizer, without)]
+    assert without.bos == [] and both[0].ids.tolist() == both[1].ids.tolist()
+
+
+def test_what_the_assistant_begins_with_or_weighs_nothing_is_not_learned(chatty, tmp_path, capsys):
+    def says(content: str, **more) -> dict:
+        return dict(role="assistant", content=content, **more)
+
+    ask, begins = CHAT[1], says("apple")
+    chats = [[begins, ask, says("seven")], [ask, says("quiet", weight=0), ask, says("seven")],
+             [ask, says(" "), ask, says("seven")], [begins, ask], [ask, says("green", weight=0)]]  # fmt: skip
+    (tmp_path / "a.json").write_text(json.dumps([{"messages": chat} for chat in chats]))
+    tokenizer = chatty(CHATML)
+    found = tokenize(read_rows(tmp_path / "a.json"), tokenizer, PromptOptions(max_length=500))
+    learned = [e.ids[e.first_target :] if e.learned is None else e.ids[e.first_target :][e.learned] for e in found]
+    assert [tokenizer._hf.decode(ids, skip_special_tokens=False) for ids in learned] == ["seven<|im_end|>"] * 3
+    assert "2 of 5 rows left out: they have nothing to learn" in capsys.readouterr().out
+
+
+def test_messages_as_they_are_found(tmp_path, capsys):
+    parts = [{"type": "text", "text": "apple "}, {"type": "text", "text": "river"}]
+    turns_of = [{"role": "developer", "content": "be brief"}, {"role": "user", "content": parts}, CHAT[2]]
+    rows = [{"conversations": CHAT[1:3], "system": "be kind", "id": 7}, {"conversations": turns_of}]
+    (tmp_path / "a.json").write_text(json.dumps(rows))
+    first, second = (row["messages"] for row in read_rows(tmp_path / "a.json"))
+    assert first == [{"role": "system", "content": "be kind"}, *CHAT[1:3]]
+    assert [m["role"] for m in second] == ["system", "user", "assistant"] and second[1]["content"] == "apple river"
+    assert "a.json: not read: id (of 1 rows)" in capsys.readouterr().out
+    call = dict(role="assistant", content="", tool_calls=[{"id": "x"}])
+    (tmp_path / "b.json").write_text(json.dumps([{"messages": [CHAT[1], call]}]))
+    with pytest.raises(ValueError, match="b.json, row 1: a message calls tools, which is not supported"):
+        read_rows(tmp_path / "b.json")
+
+
 def test_sharegpt_is_read_as_messages(tmp_path):
     path = tmp_path / "a.jsonl"
     row = {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]}

@@ -63,6 +63,15 @@ def test_rows_without_output_or_room_are_left_out_and_counted(tokenizer, capsys)
     )
 
 
+def test_a_quote_left_open_does_not_swallow_the_rest(tmp_path):
+    lines = ["instruction,output", 'a,"say ""hi"""', 'b,"Hello there', "c,d", "e,f"]
+    (tmp_path / "a.csv").write_text("\n".join(lines))
+    with pytest.raises(ValueError, match="a.csv, line 2: not CSV .unexpected end of data"):
+        read_rows(tmp_path / "a.csv")
+    (tmp_path / "a.csv").write_text("\n".join(lines[:2]))
+    assert read_rows(tmp_path / "a.csv")[0]["output"] == 'say "hi"'
+
+
 def test_a_text_of_nothing_is_left_out_and_counted(tokenizer, capsys):
     rows = [dict(text=text) for text in ("apple", "", " ")]
     assert len(tokenize(rows, tokenizer, PromptOptions())) == 1

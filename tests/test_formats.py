@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from lit_model import load, model
-from lit_model.checkpoint import fingerprint_of, read_tensors
+from lit_model.checkpoint import fingerprint_of, read_tensors, save_checkpoint
 from lit_model.convert import convert_hf
 from lit_model.convert_gguf import convert_gguf
 from lit_model.convert_meta import convert_meta
@@ -40,6 +40,24 @@ def test_gguf_with_linear_rope_scaling_is_refused(named, tiny, tmp_path):
     write_gguf(tmp_path / "m.gguf", gpt, QUANTS.F32, bpe_fields(tiny), rope={named: 4.0})
     with pytest.raises(ValueError, match="m.gguf: rope scaling of type 'linear' is not supported"):
         convert_gguf(tmp_path / "m.gguf", tmp_path / "other", torch.float32)
+
+
+def test_an_index_left_from_another_save_is_not_taken(tmp_path):
+    """transformers takes a single file first, too."""
+    _, checkpoint = make("qwen3", tmp_path)
+    shards = {name: "model-00001-of-00002.safetensors" for name in load_file(tmp_path / "hf/model.safetensors")}
+    (tmp_path / "hf/model.safetensors.index.json").write_text(json.dumps({"weight_map": shards}))
+    convert_hf(tmp_path / "hf", tmp_path / "again")
+    assert fingerprint_of(tmp_path / "again") == fingerprint_of(checkpoint)
+
+
+def test_a_tied_output_layer_that_is_stored_as_another_is_refused(tmp_path):
+    gpt = model.GPT(model.Config(**{**LLAMA, "tie": True}))
+    tensors = gpt.state_dict()
+    save_checkpoint(tmp_path / "a", gpt.config, tensors, {})
+    with pytest.raises(ValueError, match="said to be the embedding .tied., but is stored as something else"):
+        save_checkpoint(tmp_path / "b", gpt.config, tensors | {"lm_head.weight": tensors["wte.weight"] + 1}, {})
+    assert not (tmp_path / "b").exists()
 
 
 @pytest.mark.parametrize("kind", ["safetensors", "bin"])

@@ -11,6 +11,8 @@ from tokenizers import Tokenizer as HFTokenizer
 from transformers import PreTrainedTokenizerFast
 
 from lit_model import hub
+from lit_model.data import PromptOptions
+from lit_model.examples import tokenize
 from lit_model.tokenizer import Tokenizer
 
 SENTENCEPIECE = hub.Asset(
@@ -69,7 +71,52 @@ def test_ids_of_sentencepiece_equal_its_own(tmp_path):
     print(f"sentencepiece: {sum(same)} of {len(same)} strings as sentencepiece")
     assert all(same) and (ours.bos_id, ours.eos_id) == (1, 2)
     assert ours.decode(ours.encode("Ünïcode 日本 🙂")) == "Ünïcode 日本 🙂"
-    assert ours.encode_within(" apple") == theirs.encode("apple") and ours.turn_ends == ["</s>"]
+    assert ours.turn_ends == ["</s>"]
+    texts = [
+        "Apple",
+        " apple",
+        "\nLabel",
+        "\n\n",
+        "",
+        "日本",
+    ]  # what begins gets a space in front, what follows does not
+    assert ours.encode_within([" apple"]) == [theirs.encode("apple")]
+    for before in ("Say it:\n", "[/INST]"):
+        whole = [theirs.encode(before + text) for text in texts]
+        assert [theirs.encode(before) + ids for ids in ours.encode_within(texts)] == whole
+    rows = [dict(instruction="a", input="", output="Apple"), dict(prompt="Paris is", completion=" big")]
+    ends = [[*theirs.encode("\nApple")[2:], 2], [*theirs.encode("big"), 2]]
+    for row, end in zip(rows, ends):
+        (e,) = tokenize([row], ours, PromptOptions())
+        assert e.ids[e.first_target :].tolist() == end
+
+
+def test_tokens_stand_behind_others_as_in_one_text(tiny):
+    tokenizer = Tokenizer(tiny / "base")
+    texts = ["apple", " river", "\n\nstone", "\n", ""]
+    assert tokenizer.encode_within(texts) == [tokenizer.encode(text) for text in texts]
+
+
+def test_a_run_of_tokens_ends_where_generation_config_says(tiny, tmp_path):
+    shutil.copytree(tiny / "base", tmp_path / "x")
+    for ends, more in ((7, [7]), ([1, 9, 7], [9, 7]), (None, [])):
+        (tmp_path / "x/generation_config.json").write_text(json.dumps({"eos_token_id": ends}))
+        ours = Tokenizer(tmp_path / "x")
+        assert ours.stop_ids == [*Tokenizer(tiny / "base").stop_ids, *more] and ours.eos_id == 1
+    (tmp_path / "x/generation_config.json").write_text('{"eos_token_id": ["</s>"]}')
+    with pytest.raises(ValueError, match="generation_config.json: eos_token_id is .* no number of a token"):
+        Tokenizer(tmp_path / "x")
+
+
+def test_bos_may_be_named_in_special_tokens_map_only(tiny, tmp_path):
+    shutil.copytree(tiny / "base", tmp_path / "x")
+    stated = tmp_path / "x/tokenizer_config.json"
+    config = json.loads(stated.read_text())
+    tokens = {name: config.pop(name) for name in ("bos_token", "eos_token")}
+    (tmp_path / "x/special_tokens_map.json").write_text(json.dumps(tokens))
+    stated.write_text(json.dumps(config | {"bos_token": None}))
+    ours, before = Tokenizer(tmp_path / "x"), Tokenizer(tiny / "base")
+    assert (ours.bos, ours.eos_id, ours.bos_token) == (before.bos, before.eos_id, "<bos>")
 
 
 @pytest.mark.parametrize("kept_in", ["json", "list", "jinja"])
