@@ -112,7 +112,7 @@ def features(gpt: GPT, examples: list[Example], pool: str, row_tokens: int, name
     gpt.check_length(max(len(e.ids) for e in examples))
     gpt.check_tokens(max(e.ids.max() for e in examples))
     gpt.heads["features"] = torch.nn.Identity()
-    device, found = gpt.wte.weight.device, []
+    device, found = gpt.device, []
     for idx, packed in tqdm(pack(examples, row_tokens, share=False), desc=f"features of {name} rows", leave=False):
         if pool == "mean":
             packed = replace(packed, wanted=None, last=None)

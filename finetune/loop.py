@@ -292,7 +292,7 @@ def train_step(
     optimizer.zero_grad()
     others = asked.now(loss) if asked else loss.new_zeros(0)
     values = total(torch.cat((loss[None], others)))
-    step.send(torch.cat((values[:1], norm[None], values[1:])))
+    step.send(torch.cat((values[:1], norm.to(run.device)[None], values[1:])))
 
 
 def make_optimizer(gpt: GPT, train: Train, lr_scale: LearningRateScale = the_same) -> torch.optim.Optimizer:

@@ -11,6 +11,7 @@ Memory comes in pages, and gaps between tensors stay unused: where it gets tight
 """
 
 import ctypes
+import math
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -19,10 +20,11 @@ from itertools import accumulate, cycle, islice
 
 import torch
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 
 from finetune.devices import highest, local
 from lit_model.model import GPT, Linear
-from lit_model.packing import Example, pack
+from lit_model.packing import Example, Packed, pack
 
 # rows differ in length from step to step: without this the memory between tensors is lost bit by bit
 os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
@@ -70,10 +72,11 @@ def plan(
     if memory_gb is not None:
         limit = min(limit, int(memory_gb * GIB))
         torch.cuda.empty_cache()
-        torch.cuda.set_per_process_memory_fraction(limit / total, device)
     limit = -highest(-limit, device)
+    if memory_gb is not None or world > 1:  # all processes run out of memory at the same place, or none
+        torch.cuda.set_per_process_memory_fraction(min(limit / total, 1.0), device)
     longest = max(len(e.ids) for batch in batches for e in batch)
-    usual = _longest_row(gpt, batches, row_tokens, share, world)
+    usual = len(_longest_row(gpt, batches, row_tokens, share, world)[1].pos)
     report = f"rows of {usual:,} tokens do not fit into {limit / GIB:.1f} GiB"
     advice = f"{_nf4(gpt)}a smaller network needs less"
     for way, meaning in WAYS.items():
@@ -90,7 +93,7 @@ def plan(
         least = min(usual, longest if way == "offload" else max(longest, SHORTEST, usual // 4))
         tokens = min(row_tokens, fits)
         while fits >= least and tokens >= least // 2:  # a row of up to twice as many ends where an example ends
-            rows = _longest_row(gpt, batches, tokens, share, world)
+            rows = len(_longest_row(gpt, batches, tokens, share, world)[1].pos)
             roomy = fixed + per_token * rows < TIGHT * limit
             if rows <= fits and (roomy or _runs(gpt, backward, batches, tokens, share, world, device)):
                 change = f"; rows of {tokens:,} tokens instead of {usual:,}" if tokens < usual else ""
@@ -99,10 +102,13 @@ def plan(
     raise ValueError(f"{report}, even with blocks recomputed and on the host: {advice}")
 
 
-def _longest_row(gpt: GPT, batches: Sequence[list[Example]], row_tokens: int, share: bool, world: int) -> int:
+def _longest_row(
+    gpt: GPT, batches: Sequence[list[Example]], row_tokens: int, share: bool, world: int
+) -> tuple[Tensor, Packed]:
+    """Of all processes."""
     settings = row_tokens, gpt.n_virtual_tokens, gpt.n_virtual_keys, share
     rows = (row for batch in batches for rank in range(world) for row in pack(batch, *settings, rank, world))
-    return max(len(packed.pos) for _, packed in rows)
+    return max(rows, key=lambda row: len(row[1].pos))
 
 
 def _measure(
@@ -123,16 +129,18 @@ def _measure(
             torch.cuda.reset_peak_memory_stats()
             try:
                 backward(gpt(idx.to(device), packed.to(device)) / len(packed.targets))
+                peak = torch.cuda.max_memory_allocated()
             except torch.OutOfMemoryError:
+                peak = math.inf
+            if math.isinf(peak := highest(peak, device)):
                 break
-            points.append((len(packed.pos), highest(torch.cuda.max_memory_allocated(), device)))
+            points.append((len(packed.pos), peak))
         gpt.zero_grad()
         if len(points) == 3:
             _, (short, low), (long, high) = points
             per_token = max(high - low, 1) / max(long - short, 1)
-            return low - per_token * short + _states(gpt, device), per_token
-        torch.cuda.synchronize()
-        torch.cuda.empty_cache()
+            return low - per_token * short + highest(_states(gpt, device), device), per_token
+        _forget(gpt)
     return None
 
 
@@ -145,20 +153,28 @@ def _runs(
     world: int,
     device: torch.device,
 ) -> bool:
-    """Whether the longest row of each batch fits in fact."""
+    """Whether the longest row of each batch fits in fact, in all processes."""
+    failed = False
     try:
         states = torch.empty(_states(gpt, device), dtype=torch.uint8, device=device)
         for batch in batches:
-            rows = pack(batch, row_tokens, gpt.n_virtual_tokens, gpt.n_virtual_keys, share, 0, world)
-            idx, packed = max(rows, key=lambda row: len(row[0]))
+            idx, packed = _longest_row(gpt, [batch], row_tokens, share, world)
             backward(gpt(idx.to(device), packed.to(device)) / len(packed.targets))
         del states
     except torch.OutOfMemoryError:
-        torch.cuda.synchronize()
-        return False
-    finally:
-        gpt.zero_grad()
-    return True
+        failed = True
+    gpt.zero_grad()
+    if failed := highest(failed, device) > 0:
+        _forget(gpt)
+    return not failed
+
+
+def _forget(gpt: GPT) -> None:
+    """After a pass that ran out of memory. FSDP is still in the middle of it."""
+    torch.cuda.synchronize()
+    if isinstance(gpt, FSDPModule):
+        gpt._get_fsdp_state()._root_post_backward_final_callback()  # torch 2.13 also has a public name for it
+    torch.cuda.empty_cache()
 
 
 def _states(gpt: GPT, device: torch.device) -> int:

@@ -113,7 +113,7 @@ def scores(
     """
     if row_tokens < 1 or not len(prompts):
         raise ValueError(f"row_tokens is {row_tokens}, and there are {len(prompts)} texts; both must be at least 1")
-    device = gpt.wte.weight.device
+    device = gpt.device
     gpt.check_length(len(before) + max(map(len, prompts)) + max(map(len, labels)) - 1)
     gpt.check_tokens(max(int(np.max(ids)) for ids in (*prompts, *labels, before) if len(ids)))
     costs = np.array([len(prompt) for prompt in prompts]) + sum(len(label) - 1 for label in labels)
@@ -153,7 +153,7 @@ def _first(gpt: GPT, before: Sequence[int], cache: KVCache) -> Segment | None:
         return None
     packed = lay_out(segments, gpt.n_virtual_keys, cached=0)
     packed = replace(packed, has_virtual_tokens=gpt.n_virtual_tokens > 0, wanted=torch.tensor([len(packed.pos) - 1]))
-    device = gpt.wte.weight.device
+    device = gpt.device
     gpt(torch.tensor(list(before), dtype=torch.long, device=device), packed.to(device), cache)
     return segments[-1]
 

@@ -49,7 +49,7 @@ def generate(
         raise ValueError(
             f"the prompt has {len(ids)} tokens; the model's context of {c.block_size} leaves no room after it"
         )
-    generator = torch.Generator(gpt.wte.weight.device).manual_seed(seed) if seed is not None else None
+    generator = torch.Generator(gpt.device).manual_seed(seed) if seed is not None else None
     return _decode(
         gpt, ids, min(max_new_tokens, room), lambda x: sample(x, temperature, top_k, top_p, generator), stop_ids
     )
@@ -59,7 +59,7 @@ def generate(
 def _decode(
     gpt: GPT, ids: Sequence[int], n_new: int, choose: Callable[[Tensor], Tensor], stop_ids: Iterable[int]
 ) -> Iterator[int]:
-    device, stop_ids = gpt.wte.weight.device, set(stop_ids)
+    device, stop_ids = gpt.device, set(stop_ids)
     gpt.check_tokens(max(ids))
     cache = gpt.new_cache(gpt.n_virtual_tokens + len(ids) + n_new)
     root = Segment(gpt.n_virtual_tokens) if gpt.n_virtual_tokens else None

@@ -238,7 +238,8 @@ def _packed_attention(
     until: Tensor, first: Tensor, key_blocks: Tensor, work: Tensor, query_blocks: Tensor, shared: Tensor, n_slots: int,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     (T, nh, hs), (S, nkv, _) = q.shape, k.shape
-    if max(q.numel(), k.numel(), n_slots * 2 * nkv * BLOCK * hs) >= 2**31:
+    of_prompt = 0 if pk is None else triton.cdiv(T, BLOCK) * nh * len(pk) * hs
+    if max(q.numel(), k.numel(), n_slots * 2 * nkv * BLOCK * hs, of_prompt) >= 2**31:
         raise ValueError(f"a row of {T} tokens is too long for 32-bit offsets: lower train.row_tokens")
     y = torch.empty((T, nh, hs), dtype=q.dtype, device=q.device)
     lse = torch.empty((nh, T), dtype=torch.float32, device=q.device)

@@ -60,7 +60,7 @@ class _HeadLoss(torch.autograd.Function):
         wide = torch.promote_types(x.dtype, torch.float32)
         n_chunks = len(x) * head.out_features // CHUNK + 1
         total = x.new_zeros((), dtype=wide)
-        grads = [torch.zeros_like(t) for t in (x, *weights)] if wants_grad else []
+        grads = [torch.zeros_like(x), *(torch.zeros_like(w, dtype=wide) for w in weights)] if wants_grad else []
         for i in range(n_chunks):  # all of one size: torch.compile would compile anew for a last one of one row
             rows = slice(len(x) * i // n_chunks, len(x) * (i + 1) // n_chunks)
             chunk = x[rows].detach().requires_grad_(wants_grad)

@@ -329,6 +329,7 @@ class GPT(nn.Module):
     def compile(self) -> None:
         """Compiles each block, which are all the same to the compiler, and the loss. Rows may have any length."""
         torch.fx.experimental._config.use_duck_shape = False  # two sizes that agree in one row may differ in the next
+        torch._dynamo.config.recompile_limit = 64  # blocks are one code, and with windows and odd ranks of many kinds
         torch._dynamo.config.specialize_float = True  # else eps and a LoRA's scale become inputs, computed on the host
         torch._functorch.config.autograd_cache_allow_custom_autograd_functions = True  # the next run starts sooner
         options = {
@@ -381,7 +382,12 @@ class GPT(nn.Module):
     def new_cache(self, slots: int) -> KVCache:
         """For so many keys and values, the virtual tokens' among them."""
         c, dtype = self.config, self.dtype or self.wte.weight.dtype
-        return KVCache(c.n_layer, slots, c.n_kv_head, c.head_size, dtype, self.wte.weight.device)
+        return KVCache(c.n_layer, slots, c.n_kv_head, c.head_size, dtype, self.device)
+
+    @property
+    def device(self) -> torch.device:
+        """Where it computes. Matrices may wait somewhere else until they are needed (fsdp_offload)."""
+        return self.norm_f.weight.device
 
     @property
     def n_virtual_tokens(self) -> int:

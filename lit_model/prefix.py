@@ -99,7 +99,7 @@ def start(gpt: model.GPT, ids: Sequence[int]) -> None:
     if not ids:
         raise ValueError("prefix.text is empty: give it a text, or --prefix.init zero")
     prefix = gpt.virtual_keys.pop("prefix")
-    device, cache = gpt.wte.weight.device, gpt.new_cache(prefix.length)
+    device, cache = gpt.device, gpt.new_cache(prefix.length)
     idx = torch.tensor(list(islice(cycle(ids), prefix.length)), device=device)
     gpt(idx, lay_out([Segment(prefix.length)], cached=0).to(device), cache)
     prefix.kv.copy_(torch.stack((cache.k, cache.v), dim=1))

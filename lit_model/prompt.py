@@ -72,5 +72,5 @@ def start(gpt: model.GPT, ids: Sequence[int]) -> None:
     prompt = gpt.virtual_tokens["prompt"]
     if not ids:
         ids = torch.randint(gpt.config.vocab_size, (prompt.length,)).tolist()
-    chosen = torch.tensor(list(islice(cycle(ids), prompt.length)), device=gpt.wte.weight.device)
+    chosen = torch.tensor(list(islice(cycle(ids), prompt.length)), device=gpt.device)
     prompt.embedding.copy_(gpt.wte.weight[chosen])

@@ -16,12 +16,12 @@ sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve
 
 from test_methods import METHODS, shake
 
-from finetune import loop, setup
+from finetune import loop, memory, setup
 from finetune.devices import launch
 from finetune.report import Step
-from lit_model import lora
+from lit_model import full, lora
 from lit_model.checkpoint import fingerprint_of, save_method
-from lit_model.packing import Example
+from lit_model.packing import Example, pack
 from lit_model.quantize import Kind
 
 QUANTIZED: list[tuple[str, Kind]] = [("lora", "nf4"), ("adapter", "int8")]
@@ -92,6 +92,38 @@ def read_slices(folder: Path, strategy: str, out: Path) -> None:
     (out.parent / f"{out.stem}-{fabric.global_rank}.json").write_text(json.dumps(grown))
 
 
+class OutOfMemory(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        raise torch.OutOfMemoryError
+
+
+def run_out_of_memory(folder: Path, strategy: str, out: Path) -> None:
+    """On a pretended GPU, whose memory ends in the backward pass of a block: of the first process only, under DDP."""
+    fabric = launch("cpu", strategy)
+    run = setup.Run(setup.Options(checkpoint_dir=folder / "llama"), fabric, torch.float32, None, [], [], 4096)
+    gpt = setup.build(run, full)
+    fabric.setup_module(gpt)
+    mlp, mlp_forward, rank = gpt.blocks[1].mlp, gpt.blocks[1].mlp.forward, fabric.global_rank
+    fails = lambda: gpt.recompute == "off" and (rank == 0 or strategy != "ddp")  # noqa: E731
+    mlp.forward = lambda x: OutOfMemory.apply(mlp_forward(x)) if fails() else mlp_forward(x)
+    cuda = torch.cuda
+    cuda.mem_get_info, cuda.memory_reserved = lambda device: (2**30, 2**30), lambda device: 0
+    cuda.max_memory_allocated, cuda.set_per_process_memory_fraction = lambda: 1000, lambda fraction, device: None
+    cuda.empty_cache = cuda.reset_peak_memory_stats = cuda.synchronize = lambda: None
+    plan = memory.plan(gpt, fabric.backward, [examples(8)], 4096, True, None, fabric.world_size, torch.device("cpu"))
+    assert gpt.recompute == "on" and "blocks recomputed" in plan.report
+    idx, packed = pack(examples(8), 4096)[0]
+    fabric.backward(gpt(idx, packed))
+    assert all(p.grad is not None for p in gpt.parameters())
+    assert strategy == "ddp" or all(isinstance(block.mlp.up_proj.weight, DTensor) for block in gpt.blocks)
+    (out.parent / f"{out.stem}-{rank}.txt").write_text("fine")
+
+
 def main(folder: Path, strategy: str, out: Path) -> None:
     fabric = launch("cpu", strategy)
     found = {}
@@ -110,5 +142,6 @@ def main(folder: Path, strategy: str, out: Path) -> None:
 
 
 if __name__ == "__main__":
-    do = read_slices if "slices" in sys.argv[3] else main
+    jobs = {"slices": read_slices, "memory": run_out_of_memory}
+    do = next((job for name, job in jobs.items() if name in Path(sys.argv[3]).name), main)
     do(Path(sys.argv[1]), sys.argv[2], Path(sys.argv[3]))

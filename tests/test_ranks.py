@@ -81,6 +81,12 @@ def test_under_fsdp_a_process_reads_only_its_slices(tmp_path):
         assert grown["RssFile"] < 0.75 * size and grown["RssAnon"] < 0.6 * size  # pages read, and the slices themselves
 
 
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_what_runs_out_of_memory_while_it_is_planned_is_agreed_on_and_forgotten(folder, tmp_path, strategy):
+    in_ranks(2, folder, strategy, tmp_path / "memory")
+    assert [path.read_text() for path in tmp_path.glob("memory-*.txt")] == ["fine", "fine"]
+
+
 # ------------------------------------------------------------------------------------------------------ real processes
 
 START = "--train.lr=1e-2 --train.batch_size=8 --train.sample= --dtype=float32 --train.eval_interval=4"
