@@ -1,7 +1,6 @@
 """A run that is to stop, or to save its state, ends the step that it is in first, with all its processes together."""
 
 import os
-import re
 import shlex
 import signal
 import sys
@@ -56,6 +55,9 @@ class Asked:
 
 def leave(number: int, step: int, rank: int) -> NoReturn:
     """Ends the program as the signal of this number would have."""
-    again = re.sub(r" --(overwrite|resume)([= ](?!-)\S+)?", "", shlex.join(["python", *sys.argv]))  # or it begins anew
+    names = ("--overwrite", "--resume")  # which would begin anew
+    values = {i + 1 for i, arg in enumerate(sys.argv[:-1]) if arg in names and not sys.argv[i + 1].startswith("-")}
+    args = [arg for i, arg in enumerate(sys.argv) if arg.split("=")[0] not in names and i not in values]
+    again = shlex.join(["python", *args, *["--overwrite=false"] * any(arg.startswith("--config") for arg in args)])
     tqdm.write(f"stopped by {signal.Signals(number).name} after step {step}; this goes on from there: {again}")
     sys.exit(128 + (signal.SIGTERM if number != signal.SIGINT else number) if rank == 0 else 0)

@@ -25,7 +25,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from finetune import dry_run, memory
-from finetune.devices import clip, sum_gradients, total
+from finetune.devices import clip, highest, sum_gradients, total
 from finetune.interrupt import Asked, leave
 from finetune.report import Log, Meter, Step, closing_line, n_parameters, peak_memory
 from finetune.setup import Run, Train, compiles
@@ -115,7 +115,7 @@ def fit(
     if run.state is not None:
         done = run.states.load(run.state, gpt, optimizer)
         vars(meter).update(done.meter)
-        if train.max_time is not None and meter.before >= 60 * train.max_time:
+        if done.saved and train.max_time is not None and meter.before >= 60 * train.max_time:
             print(f"this run has had its train.max_time of {train.max_time} minutes; a higher one goes on: {run.state}")
             sys.exit(0)
         print(f"going on after step {done.step}: {run.state}")
@@ -149,7 +149,7 @@ def fit(
 
         def save_state(number: int) -> None:
             done.step, done.meter = number, {name: getattr(meter, name) for name in Meter.COUNTS}
-            done.meter["before"] = meter.seconds()
+            done.meter["before"] = highest(meter.seconds(), run.device)
             try:
                 run.states.save(gpt, optimizer, done)
             except OSError as e:

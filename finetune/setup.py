@@ -170,8 +170,10 @@ def start(options: Options) -> Run:
     check(options.train)
     if (options.out_dir / "lit_config.json").is_file():
         raise ValueError(f"{options.out_dir} is a checkpoint folder; name another --out_dir")
-    if options.out_dir.exists() and not options.out_dir.is_dir():
-        raise ValueError(f"{options.out_dir} is a file; name another --out_dir")
+    out_dir = options.out_dir.absolute()
+    there = next(path for path in (out_dir / "state", out_dir, *out_dir.parents) if path.exists())
+    if not (there.is_dir() and os.access(there, os.W_OK)):
+        raise ValueError(f"{there} is no folder that can be written to; name another --out_dir")
     states = options.resume == "auto" and States.any_in(options.out_dir)  # they compare the runs
     if any(options.out_dir.glob("*.safetensors")) and not (options.overwrite or states):
         raise ValueError(

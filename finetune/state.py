@@ -107,8 +107,7 @@ class States:
 
         Raises ValueError if it is of a run with other options, or states are there and none is whole.
         """
-        found = sorted(self.folder.glob("step-*"), key=lambda path: -_number(path))
-        found = [path for path in found if path.suffix != ".partial"]
+        found = [path for path in self._all()[::-1] if path.suffix != ".partial"]
         for path in found:
             try:
                 check(path)
@@ -181,10 +180,15 @@ class States:
         shutil.rmtree(path, ignore_errors=True)
         os.replace(aside, path)
         _to_disk(self.folder)
-        for cut_off in self.folder.glob("*.partial"):
-            shutil.rmtree(cut_off)
-        for old in sorted(self.folder.glob("step-*"), key=_number)[:-KEPT]:
-            shutil.rmtree(old)
+        for cut_off in (other for other in self._all() if other.suffix == ".partial"):
+            shutil.rmtree(cut_off, ignore_errors=True)
+        for old in self._all()[:-KEPT]:
+            shutil.rmtree(old, ignore_errors=True)
+
+    def _all(self) -> list[Path]:
+        """The states, whole and cut off, the newest last."""
+        found = [path for path in self.folder.glob("step-*") if _number(path) >= 0 and path.is_dir()]
+        return sorted(found, key=_number)
 
     def _own(self, folder: Path) -> list[Path]:
         """The files that this process has written."""
@@ -214,14 +218,14 @@ class States:
         if self.rank == 0:
             self.folder.mkdir(exist_ok=True)
             _write(self.folder / "finished.json", dict(step=step, identity=self.identity))
-            for path in self.folder.glob("step-*"):
+            for path in self._all():
                 shutil.rmtree(path)
             (self.folder / "run.json").unlink(missing_ok=True)
 
     def begin(self) -> None:
         """Another run begins here. What is not ours stays."""
         if self.rank == 0:
-            for path in self.folder.glob("step-*"):
+            for path in self._all():
                 shutil.rmtree(path)
             (self.folder / "finished.json").unlink(missing_ok=True)
             self.folder.mkdir(exist_ok=True)

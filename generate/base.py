@@ -6,9 +6,10 @@ With --method_dir the method, its options and the prompt style are read from tha
 as it is, unless --style names one.
 """
 
+import json
 import sys
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
 from typing import Literal
@@ -49,7 +50,7 @@ class Options:
     """sample from the k likeliest tokens only"""
     top_p: float | None = None
     """sample from the smallest set of tokens that has this probability"""
-    stop: list[str] | str = field(default_factory=list)
+    stop: str | None = None
     """a text before which the answer ends, or a list of some: '["###", "Q:"]'"""
     seed: int | None = None
     """the same seed gives the same answer"""
@@ -70,7 +71,7 @@ def main(options: Options) -> None:
     tokenizer = Tokenizer(options.checkpoint_dir)
     style = prompt_style(options)
     check_style(style, tokenizer)
-    stops = [options.stop] if isinstance(options.stop, str) else options.stop
+    stops = stops_in(options.stop)
     if "" in stops:
         raise ValueError("an empty --stop would end every answer before it begins")
     if options.input and style == "none":
@@ -95,6 +96,15 @@ def main(options: Options) -> None:
     n = next(made)
     speed = f"{n} tokens in {seconds:.1f} s: {n / seconds:.1f} tokens/s"
     print(f"\n{speed} ({device.type}, {dtype})".replace("torch.", ""), file=sys.stderr)
+
+
+def stops_in(text: str | None) -> list[str]:
+    """The texts of --stop."""
+    try:
+        listed = json.loads(text or "[]")
+    except json.JSONDecodeError:
+        listed = None
+    return listed if isinstance(listed, list) and all(isinstance(stop, str) for stop in listed) else [text]
 
 
 def prompt_style(options: Options) -> str:

@@ -15,6 +15,7 @@ import hashlib
 import json
 import re
 from collections.abc import Callable, Collection, Container, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any, NoReturn
@@ -154,9 +155,10 @@ def _install(gpt: model.GPT, method_dir: Path | str, checkpoint_dir: Path | str)
     header = method_header(method_dir)
     if header["fingerprint"] != fingerprint_of(checkpoint_dir):
         settings = method_file(method_dir).parent / "hparams.yaml"
-        named = read_yaml(settings).get("checkpoint_dir") if settings.is_file() else None
-        hint = f"; its hparams.yaml names {named}" if named else ""
-        raise ValueError(f"{method_dir} was trained on another base than {checkpoint_dir}{hint}")
+        with suppress(ValueError, OSError):
+            if named := read_yaml(settings).get("checkpoint_dir"):
+                checkpoint_dir = f"{checkpoint_dir}; its hparams.yaml names {named}"
+        raise ValueError(f"{method_dir} was trained on another base than {checkpoint_dir}")
     method, options = METHODS[header["method"]]
     before = gpt.state_dict().keys()
     with blamed_on(method_file(method_dir)), torch.device("meta"):

@@ -20,7 +20,8 @@ set_parsing_settings(docstring_parse_attribute_docstrings=True)  # the string be
 
 
 def _end(message: object) -> NoReturn:
-    if os.environ.get("LOCAL_RANK", "0") != "0":  # the first process most likely says the same, and takes us with it
+    if os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")) != "0":
+        # the first process most likely says the same, and takes us with it
         said, sys.stderr = sys.stderr, open(os.devnull, "w")
         time.sleep(5)
         sys.stderr = said

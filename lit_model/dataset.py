@@ -67,8 +67,9 @@ def read_dataset(
             if not path.is_file():
                 read_rows(path)  # says what is wrong with it
             key.update(hashlib.sha256(path.read_bytes()).digest() + f"{weight}{path.suffix}".encode())
-        for module in (classify, chat, data_module, examples_module, tokenizer_module):  # whose changes change examples
-            key.update(Path(module.__file__).read_bytes())
+        modules = (classify, chat, data_module, examples_module, tokenizer_module)  # whose changes change examples
+        for path in (__file__, *(module.__file__ for module in modules)):
+            key.update(Path(path).read_bytes())
         if "strftime_now" in (tokenizer.chat_template or ""):
             key.update(str(date.today()).encode())
         key.update(json.dumps([asdict(options), head, seed, limit, tokenizer.fingerprint]).encode())

@@ -419,7 +419,7 @@ class GPT(nn.Module):
             where `packed` has targets, the float32 *sum* of the cross-entropy over them: the caller divides it by the
             number of targets of the whole batch, however many rows that is spread over.
         Raises:
-            ValueError: `packed` was made for another number of virtual tokens or keys than this network has.
+            ValueError: `packed` was made without this network's virtual tokens, or for another number of virtual keys.
         """
         if packed is None:
             packed = equal_examples(*idx.shape, self.n_virtual_tokens, self.n_virtual_keys).to(idx.device)

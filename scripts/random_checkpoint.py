@@ -53,7 +53,8 @@ def main(options: Options) -> None:
     tensors = {}
     with torch.device("meta"):
         gpt = model.GPT(config)
-    for name, part in gpt.named_children():
+    parts = {name: part for name, part in gpt.named_children() if not (config.tie and name == "lm_head")}
+    for name, part in parts.items():
         for child_name, child in part.named_children() if name == "blocks" else [("", part)]:
             initialize(child.to(getattr(torch, options.dtype)), device)
             prefix = ".".join(filter(None, (name, child_name)))

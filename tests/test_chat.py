@@ -172,6 +172,11 @@ def test_messages_as_they_are_found(tmp_path, capsys):
         read_rows(tmp_path / "b.json")
 
 
+def test_tojson_takes_the_options_that_transformers_gives_it(chatty):
+    tokenizer = chatty("{{ 'ü' | tojson }}{{ 'ü' | tojson(ensure_ascii=True) }}")
+    assert chat_text(tokenizer, "chat", CHAT, asks=True) == '"ü""\\u00fc"'
+
+
 def test_sharegpt_is_read_as_messages(tmp_path):
     path = tmp_path / "a.jsonl"
     row = {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]}

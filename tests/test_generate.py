@@ -4,7 +4,7 @@ import pytest
 import torch
 from conftest import LLAMA, randomize
 
-from generate.base import Options, prompt_style
+from generate.base import Options, prompt_style, stops_in
 from lit_model import generate, model
 from lit_model.generate import sample, stream_text
 
@@ -76,3 +76,8 @@ def test_text_streams_as_whole_characters_and_ends_at_a_stop(text, stops, expect
 def test_a_style_of_ones_own_is_taken_as_it_stands():
     styles = ("auto", "none", "An automobile: {instruction}")
     assert [prompt_style(Options(style=style)) for style in styles] == ["none", "none", styles[2]]
+
+
+def test_stops_are_a_text_or_a_list():
+    given = {None: [], "###": ["###"], "[INST]": ["[INST]"], '["###", "Q:"]': ["###", "Q:"], "": [], "- a": ["- a"]}
+    assert {text: stops_in(text) for text in given} == given | {"": []}

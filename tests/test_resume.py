@@ -18,7 +18,7 @@ import torch
 from conftest import ROOT, fail
 from safetensors.torch import load_file
 
-from finetune import loop, lora, setup, state
+from finetune import interrupt, loop, lora, setup, state
 from finetune.lora import Options, main
 from lit_model.lora import LoRA
 
@@ -309,10 +309,33 @@ def test_the_line_for_a_used_folder(options, monkeypatch, capsys):
 
 def test_what_lies_beside_the_states_stays(options):
     (options.out_dir / "state").mkdir(parents=True)
-    (options.out_dir / "state/mine.txt").write_text("mine")
+    mine = [options.out_dir / "state" / name for name in ("mine.txt", "step-notes.txt", "step-x/mine.txt")]
+    for path in mine:
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("mine")
     main(options)
     main(replace(options, overwrite=True))
-    assert (options.out_dir / "state/mine.txt").read_text() == "mine"
+    assert {path.read_text() for path in mine} == {"mine"}
+
+
+@pytest.mark.parametrize("place", ["file", "file/run", "run-whose-state-is-a-file"])
+def test_a_place_that_is_no_folder_is_named_before_anything_is_done(options, tmp_path, place):
+    (tmp_path / "run-whose-state-is-a-file").mkdir()
+    for file in (tmp_path / "file", tmp_path / "run-whose-state-is-a-file/state"):
+        file.write_text("mine")
+    with pytest.raises(ValueError, match="is no folder that can be written to; name another --out_dir"):
+        main(replace(options, out_dir=tmp_path / place, data="not-read"))
+
+
+def test_the_command_that_goes_on_begins_nothing_anew(monkeypatch, capsys):
+    """As it is printed, whatever the options are called."""
+    given = "lora.py --overwrite true --train.sample {} --resume never --lora.r 4 --overwrite --resume=never".split()
+    for more, end in (([], ""), (["--config", "a.yaml"], " --config a.yaml --overwrite=false")):
+        monkeypatch.setattr(sys, "argv", [*(arg.format("say --resume it") for arg in given), *more])
+        with pytest.raises(SystemExit):
+            interrupt.leave(signal.SIGTERM, 3, 0)
+        said = capsys.readouterr().out
+        assert f"from there: python lora.py --train.sample 'say --resume it' --lora.r 4{end}\n" in said
 
 
 def test_a_run_whose_time_was_over_goes_on_with_more(options, whole, monkeypatch, capsys):

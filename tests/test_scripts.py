@@ -250,7 +250,7 @@ def test_broken_and_foreign_files_are_named(tiny, tmp_path, capsys, monkeypatch)
         ("--top_k 0", "top_k is 0"),
         ("--top_p 2", "top_p is 2.0"),
         ("--max_new_tokens 0", "max_new_tokens is 0"),
-        ("--stop [''] --style alpaca", "an empty --stop"),
+        ('--stop [""] --style alpaca', "an empty --stop"),
         ("--input x", "--input goes with a --style"),
         ("--style chatml", "the style chatml needs a tokenizer that knows <|im_start|>"),
         ("--device gpu", "there is no device 'gpu' here"),
