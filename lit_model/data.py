@@ -140,8 +140,6 @@ def _messages(system: Any, messages: Any, where: str) -> list[dict[str, Any]]:
             raise ValueError(f"{where}: a message's content is no text but {json.dumps(content)[:40]}")
         made.append({"role": ROLES[role], "content": _encodable(content, where)})
         made[-1] |= {"weight": 0} if message.get("weight") == 0 else {}
-    if not any(m["role"] == "assistant" for m in made):
-        raise ValueError(f"{where}: the assistant says nothing in it")
     return made
 
 
@@ -184,7 +182,8 @@ def _parsed(path: Path, text: str) -> tuple[list[tuple[int, Any]], str]:
             rows = list(enumerate(json.loads(text), 1))
     except json.JSONDecodeError as e:
         number = number if where == "line" else e.lineno
-        raise ValueError(f"{path}, line {number}: not JSON ({e.msg} at column {e.colno})") from None
+        hint = "; a file of one object a line is a .jsonl file" if where == "row" and e.msg == "Extra data" else ""
+        raise ValueError(f"{path}, line {number}: not JSON ({e.msg} at column {e.colno}{hint})") from None
     except (TypeError, RecursionError):
         raise ValueError(f"{path} holds no list of rows") from None
     except ValueError as e:  # a whole number of 5,000 digits

@@ -147,14 +147,14 @@ def test_what_the_assistant_begins_with_or_weighs_nothing_is_not_learned(chatty,
         return dict(role="assistant", content=content, **more)
 
     ask, begins = CHAT[1], says("apple")
-    chats = [[begins, ask, says("seven")], [ask, says("quiet", weight=0), ask, says("seven")],
+    chats = [[ask], [], [begins, ask, says("seven")], [ask, says("quiet", weight=0), ask, says("seven")],
              [ask, says(" "), ask, says("seven")], [begins, ask], [ask, says("green", weight=0)]]  # fmt: skip
     (tmp_path / "a.json").write_text(json.dumps([{"messages": chat} for chat in chats]))
     tokenizer = chatty(CHATML)
     found = tokenize(read_rows(tmp_path / "a.json"), tokenizer, PromptOptions(max_length=500))
     learned = [e.ids[e.first_target :] if e.learned is None else e.ids[e.first_target :][e.learned] for e in found]
     assert [tokenizer._hf.decode(ids, skip_special_tokens=False) for ids in learned] == ["seven<|im_end|>"] * 3
-    assert "2 of 5 rows left out: they have nothing to learn" in capsys.readouterr().out
+    assert "4 of 7 rows left out: they have nothing to learn" in capsys.readouterr().out
 
 
 def test_messages_as_they_are_found(tmp_path, capsys):

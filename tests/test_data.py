@@ -242,7 +242,7 @@ def test_examples_are_kept_until_anything_changes(files, tokenizer, monkeypatch,
 @pytest.mark.parametrize(
     "name, content, says",
     [
-        ("a.json", '[{"messages": []}]', "row 1: the assistant says nothing in it"),
+        ("a.json", '{"text": "a"}\n{"text": "b"}', "line 2: not JSON .Extra data at column 1; a file of one object"),
         (
             "a.json",
             '[{"messages": [{"role": "robot", "content": "a"}]}]',
