@@ -110,7 +110,7 @@ def read_classifier(folder: Path) -> Any:
 def features(gpt: GPT, examples: list[Example], pool: str, row_tokens: int, name: str) -> np.ndarray:
     """(examples, n_embd) in float32: the normed output of the last layer, at the last token or on average over all."""
     gpt.check_length(max(len(e.ids) for e in examples))
-    gpt.check_tokens(max(e.ids.max() for e in examples))
+    gpt.config.check_tokens(max(e.ids.max() for e in examples))
     gpt.heads["features"] = torch.nn.Identity()
     device, found = gpt.device, []
     for idx, packed in tqdm(pack(examples, row_tokens, share=False), desc=f"features of {name} rows", leave=False):

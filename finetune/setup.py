@@ -28,6 +28,7 @@ from lit_model.checkpoint import freeze, load_base
 from lit_model.data import PromptOptions
 from lit_model.dataset import read_dataset
 from lit_model.examples import check as check_prompt
+from lit_model.files import blamed_on
 from lit_model.model import GPT, Config
 from lit_model.packing import Example, pack
 from lit_model.quantize import Kind
@@ -219,9 +220,8 @@ def start(options: Options) -> Run:
             limit=limit,
             cache_dir=hub.DEMO_DATA.parent / "cache",
         )
-        if (last := max(int(e.ids.max()) for e in data.train + data.val)) >= config.vocab_size:
-            what = f"the tokenizer has a token {last}, and the network only {config.vocab_size}"
-            raise ValueError(f"{options.checkpoint_dir}: {what}")
+        with blamed_on(options.checkpoint_dir):
+            config.check_tokens(max(int(e.ids.max()) for e in data.train + data.val))
         options = replace(options, prompt=replace(options.prompt, style=data.style))  # as generation has to ask
         states = States(options.out_dir, identity(options, data.train + data.val), fabric.global_rank)
         state = None

@@ -115,7 +115,7 @@ def scores(
         raise ValueError(f"row_tokens is {row_tokens}, and there are {len(prompts)} texts; both must be at least 1")
     device = gpt.device
     gpt.check_length(len(before) + max(map(len, prompts)) + max(map(len, labels)) - 1)
-    gpt.check_tokens(max(int(np.max(ids)) for ids in (*prompts, *labels, before) if len(ids)))
+    gpt.config.check_tokens(max(int(np.max(ids)) for ids in (*prompts, *labels, before) if len(ids)))
     costs = np.array([len(prompt) for prompt in prompts]) + sum(len(label) - 1 for label in labels)
     cache = gpt.new_cache(gpt.n_virtual_tokens + len(before) + row_tokens + int(costs.max()))
     root = _first(gpt, before, cache)

@@ -60,7 +60,7 @@ def _decode(
     gpt: GPT, ids: Sequence[int], n_new: int, choose: Callable[[Tensor], Tensor], stop_ids: Iterable[int]
 ) -> Iterator[int]:
     device, stop_ids = gpt.device, set(stop_ids)
-    gpt.check_tokens(max(ids))
+    gpt.config.check_tokens(max(ids))
     cache = gpt.new_cache(gpt.n_virtual_tokens + len(ids) + n_new)
     root = Segment(gpt.n_virtual_tokens) if gpt.n_virtual_tokens else None
     tail = Segment(len(ids), root)

@@ -97,6 +97,11 @@ class Config:
         if self.n_head % self.n_kv_head:
             raise ValueError(f"n_head {self.n_head} is not a multiple of n_kv_head {self.n_kv_head}")
 
+    def check_tokens(self, highest: int) -> None:
+        """Raises ValueError if the network has no row for this token id."""
+        if highest >= self.vocab_size:
+            raise ValueError(f"the tokenizer has a token {highest}, and the network only {self.vocab_size}")
+
     @classmethod
     def from_name(cls, name: str, **changes: Any) -> Self:
         """The preset called `name`, with `changes`. Raises ValueError with all names if there is none."""
@@ -373,11 +378,6 @@ class GPT(nn.Module):
                 f"room for {room}: lower prompt.max_length or take fewer demonstrations "
                 f"({sum(n > room for n in lengths)} of {len(lengths)} examples are too long)"
             )
-
-    def check_tokens(self, highest: int) -> None:
-        """Raises ValueError if the network has no row for this token id."""
-        if highest >= self.config.vocab_size:
-            raise ValueError(f"the tokenizer has a token {highest}, and the network only {self.config.vocab_size}")
 
     def new_cache(self, slots: int) -> KVCache:
         """For so many keys and values, the virtual tokens' among them."""
