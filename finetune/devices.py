@@ -9,6 +9,7 @@ Every process packs the same batch into the same rows and computes its share of 
 many there are: the loss is divided by the target tokens of the whole batch.
 """
 
+import atexit
 import logging
 import os
 import sys
@@ -30,7 +31,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, Offlo
 from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
-from lit_model.checkpoint import is_base
+from lit_model.load import is_base
 from lit_model.model import GPT, Linear
 
 Strategy = Literal["auto", "ddp", "fsdp", "fsdp_offload"]
@@ -40,7 +41,7 @@ TIMEOUT = timedelta(minutes=10)  # that a process waits for the others, who may 
 def launch(devices: str, strategy: Strategy) -> Fabric:
     """Starts the processes that `--devices` asks for, or joins those that torchrun, fabric run or SLURM have started.
 
-    Returns in each of them. Raises ValueError if there are not so many GPUs, or a launcher has started other numbers.
+    Returns in each of them. Raises ValueError if there are fewer GPUs, or a launcher has started other numbers.
     """
     kind, _, number = devices.rpartition(":") if ":" in devices or devices.isdigit() else (devices, "", "")
     if kind not in ("", "auto", "cpu") or (number and not (number.isdigit() and int(number))):
@@ -50,7 +51,7 @@ def launch(devices: str, strategy: Strategy) -> Fabric:
     started, machines = _started()
     n = int(number or started or 1)
     if started and n != started:
-        raise ValueError(f"--devices {devices}, but {started} processes were started on this machine: leave it away")
+        raise ValueError(f"--devices {devices}, but {started} processes were started on this machine: omit it")
     world = n * machines
     if int(os.environ.get("WORLD_SIZE", world)) != world:
         raise ValueError(f"--devices {devices} makes {world} processes, but WORLD_SIZE is {os.environ['WORLD_SIZE']}")
@@ -69,6 +70,7 @@ def launch(devices: str, strategy: Strategy) -> Fabric:
         how = DDPStrategy(timeout=TIMEOUT, gradient_as_bucket_view=True)
     accelerator = "cpu" if kind == "cpu" else "auto"
     fabric = Fabric(accelerator=accelerator, devices=n, num_nodes=machines, strategy=how, precision="32-true")
+    atexit.register(leave)
     logging.getLogger("lightning_fabric").setLevel(logging.WARNING)  # not a banner of each process
     parent = os.getppid()
     if "LT_CLI_USED" not in os.environ:  # fabric run: it has joined the others already
@@ -79,6 +81,12 @@ def launch(devices: str, strategy: Strategy) -> Fabric:
         if not started:
             threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
     return fabric
+
+
+def leave() -> None:
+    """Ends the process group: the threads of gloo must not outlive it."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def _started() -> tuple[int | None, int]:
@@ -107,13 +115,16 @@ def total(t: Tensor) -> Tensor:
     return t
 
 
+def highest_of(t: Tensor) -> Tensor:
+    """The highest of all processes, in place; without waiting for the GPU."""
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        dist.all_reduce(t, dist.ReduceOp.MAX)
+    return t
+
+
 def highest(value: float, device: torch.device) -> float:
     """The highest of all processes."""
-    if not (dist.is_initialized() and dist.get_world_size() > 1):
-        return value
-    t = torch.tensor(value, dtype=torch.float64, device=device)
-    dist.all_reduce(t, dist.ReduceOp.MAX)
-    return t.item()
+    return highest_of(torch.tensor(value, dtype=torch.float64, device=device)).item()
 
 
 def local(t: Tensor) -> Tensor:

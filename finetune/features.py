@@ -8,7 +8,6 @@ features.npz. Reports accuracy, macro F1 and the confusion matrix of the validat
 
 import importlib
 import pickle
-import sys
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -18,14 +17,15 @@ import torch
 from sklearn.base import is_classifier
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs from a bare clone
-
-from lit_model import classify, hub, load
+from lit_model import load
 from lit_model.cli import choose_device, choose_dtype, cli
-from lit_model.data import PromptOptions, read_rows, split_rows
+from lit_model.data import labels
+from lit_model.data.examples import ExampleOptions
+from lit_model.data.rows import read_rows, split_rows
+from lit_model.data.tokenizer import Tokenizer
 from lit_model.model import GPT
 from lit_model.packing import Example, pack
-from lit_model.tokenizer import Tokenizer
+from lit_model.weights.demo import DEMO_CHECKPOINT, fetch_if_demo
 
 
 @dataclass
@@ -34,11 +34,11 @@ class Options:
 
     data: Path
     """.csv, .json or .jsonl file of rows with text and label"""
-    checkpoint_dir: Path = hub.DEMO_CHECKPOINT
+    checkpoint_dir: Path = DEMO_CHECKPOINT
     """folder of the network; by default the demo's, fetched once"""
     out_dir: Path = Path("out/features")
     """folder for the features, the classifier and the confusion matrix"""
-    prompt: PromptOptions = field(default_factory=PromptOptions)
+    examples: ExampleOptions = field(default_factory=ExampleOptions)
     pool: Literal["last", "mean"] = "last"
     """the vector of the last token, or the mean over all"""
     classifier: str = "sklearn.linear_model.LogisticRegression"
@@ -46,9 +46,9 @@ class Options:
     classifier_options: dict[str, Any] = field(default_factory=dict)
     """its options, such as '{"C": 0.1}'; without any LogisticRegression gets max_iter 2000"""
     max_examples: int | None = None
-    """train on so many rows only"""
+    """train on this many rows only"""
     row_tokens: int = 4096
-    """tokens that go through the network at a time, about"""
+    """about this many tokens go through the network at a time"""
     seed: int = 0
     """of the validation split"""
     overwrite: bool = False
@@ -65,40 +65,46 @@ def main(options: Options) -> None:
         raise ValueError(f"{options.data} has no rows with text and label")
     if options.row_tokens < 1 or (options.max_examples is not None and options.max_examples < 1):
         raise ValueError("row_tokens and max_examples must be at least 1")
-    if not 0 < options.prompt.val_fraction < 1:
-        raise ValueError(f"prompt.val_fraction is {options.prompt.val_fraction}; it must be above 0 and below 1")
+    if not 0 < options.examples.val_fraction < 1:
+        raise ValueError(f"examples.val_fraction is {options.examples.val_fraction}; it must be above 0 and below 1")
     if options.out_dir.is_dir() and any(options.out_dir.iterdir()) and not options.overwrite:
         raise ValueError(f"{options.out_dir} is not empty; name another --out_dir, or replace it with --overwrite")
+    classifier = classifier_of(options)
+    fetch_if_demo(options.checkpoint_dir)
+    tokenizer = Tokenizer(options.checkpoint_dir)
+    task = labels.task_of(rows, "linear", options.examples.style)
+    device = choose_device(options.device)
+    gpt = load(options.checkpoint_dir, None, device, choose_dtype(options.dtype, device))
+    parts = dict(zip(("train", "val"), split_rows(rows, options.examples.val_fraction, options.seed)))
+    parts["train"] = parts["train"][: options.max_examples]
+    arrays = {}
+    for part, of_part in parts.items():
+        examples = labels.examples(of_part, tokenizer, options.examples, task)
+        arrays[f"{part}_features"] = features(gpt, examples, options.pool, options.row_tokens, part)
+        arrays[f"{part}_labels"] = np.array([row["label"] for row in of_part])
+    options.out_dir.mkdir(parents=True, exist_ok=True)
+    np.savez(options.out_dir / "features.npz", **arrays)
+    classifier.fit(arrays["train_features"], arrays["train_labels"])
+    (options.out_dir / "classifier.pickle").write_bytes(pickle.dumps(classifier))
+    for part in parts:
+        predicted = classifier.predict(arrays[f"{part}_features"]).tolist()
+        verdict = labels.verdict(arrays[f"{part}_labels"].tolist(), predicted, task.classes)
+        print(f"{part}: {verdict}")
+    verdict.draw(options.out_dir / "confusion.png")
+    print(f"saved {options.out_dir}/: features.npz, classifier.pickle, confusion.png")
+
+
+def classifier_of(options: Options) -> Any:
+    """The classifier that the options name. Raises ValueError if there is none of that name, or with these options."""
     module, _, name = options.classifier.rpartition(".")
+    settings = options.classifier_options or ({"max_iter": 2000} if name == "LogisticRegression" else {})
     try:
-        settings = options.classifier_options or ({"max_iter": 2000} if name == "LogisticRegression" else {})
         classifier = getattr(importlib.import_module(module), name)(**settings)
         if not (hasattr(classifier, "fit") and is_classifier(classifier)):
             raise ValueError("it is no classifier")
     except (ImportError, AttributeError, ValueError, TypeError) as e:
         raise ValueError(f"--classifier {options.classifier} with {options.classifier_options}: {e}") from None
-    hub.fetch_if_demo(options.checkpoint_dir)
-    tokenizer = Tokenizer(options.checkpoint_dir)
-    task = classify.task_of(rows, "linear", options.prompt.question)
-    device = choose_device(options.device)
-    gpt = load(options.checkpoint_dir, None, device, choose_dtype(options.dtype, device))
-    parts = dict(zip(("train", "val"), split_rows(rows, options.prompt.val_fraction, options.seed)))
-    parts["train"] = parts["train"][: options.max_examples]
-    kept = {}
-    for part, of_part in parts.items():
-        examples = classify.examples(of_part, tokenizer, options.prompt, task)
-        kept[f"{part}_features"] = features(gpt, examples, options.pool, options.row_tokens, part)
-        kept[f"{part}_labels"] = np.array([row["label"] for row in of_part])
-    options.out_dir.mkdir(parents=True, exist_ok=True)
-    np.savez(options.out_dir / "features.npz", **kept)
-    classifier.fit(kept["train_features"], kept["train_labels"])
-    (options.out_dir / "classifier.pickle").write_bytes(pickle.dumps(classifier))
-    for part in parts:
-        predicted = classifier.predict(kept[f"{part}_features"]).tolist()
-        verdict = classify.verdict(kept[f"{part}_labels"].tolist(), predicted, task.classes)
-        print(f"{part}: {verdict}")
-    verdict.draw(options.out_dir / "confusion.png")
-    print(f"saved {options.out_dir}/: features.npz, classifier.pickle, confusion.png")
+    return classifier
 
 
 def read_classifier(folder: Path) -> Any:
@@ -112,14 +118,14 @@ def features(gpt: GPT, examples: list[Example], pool: str, row_tokens: int, name
     gpt.check_length(max(len(e.ids) for e in examples))
     gpt.config.check_tokens(max(e.ids.max() for e in examples))
     gpt.heads["features"] = torch.nn.Identity()
-    device, found = gpt.device, []
+    vectors = []
     for idx, packed in tqdm(pack(examples, row_tokens, share=False), desc=f"features of {name} rows", leave=False):
         if pool == "mean":
             packed = replace(packed, wanted=None, last=None)
-        x = gpt(idx.to(device), replace(packed, targets=None).to(device)).float().cpu()
+        x = gpt(idx.to(gpt.device), replace(packed, targets=None).to(gpt.device)).float().cpu()
         lengths = [1 if pool == "last" else n for n, _ in packed.lengths]
-        found += [part.mean(0) for part in x.split(lengths)]
-    return torch.stack(found).numpy()
+        vectors += [part.mean(0) for part in x.split(lengths)]
+    return torch.stack(vectors).numpy()
 
 
 if __name__ == "__main__":

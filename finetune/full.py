@@ -1,36 +1,40 @@
 """Finetune every parameter of the network, in float32, while the activations are in bfloat16 where that is fast.
 
 Without arguments it runs the demo: SmolLM2-135M-Instruct on 999 Alpaca rows, both fetched once. The method is
-lit_model/full.py, the loop finetune/loop.py.
+lit_model/methods/full.py, the loop finetune/loop.py.
 """
 
-import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs from a bare clone
-
-from finetune import loop, setup
-from lit_model import full
+from finetune.dry_run import dry_run
+from finetune.loop import Summary, fit
+from finetune.run import Options as RunOptions
+from finetune.run import Train, build, start
+from finetune.state import may_differ
 from lit_model.cli import cli
+from lit_model.merge import merge
 
 
 @dataclass
-class Options(setup.Options):
+class Options(RunOptions):
     """Options."""
 
-    out_dir: Path = Path("out/full")
-    train: setup.Train = field(default_factory=lambda: setup.Train(lr=1e-4))
+    save_hf: bool = True
+    """also write the whole network as a Hugging Face folder, out_dir/hf"""
+    out_dir: Path = may_differ(Path("out/full"))
+    train: Train = field(default_factory=lambda: Train(lr=1e-4))
 
 
-def main(options: Options) -> loop.Summary:
-    if options.quantize != "none":
-        raise ValueError(
-            "full finetuning trains the weights that --quantize would freeze; use finetune/lora.py with it"
-        )
-    run = setup.start(options)
-    gpt = setup.build(run, full)
-    return loop.fit(run, gpt, "full")
+def main(options: Options) -> Summary | None:
+    run = start(options)
+    gpt = build(run, "full")
+    if options.dry_run:
+        return dry_run(run, gpt)
+    summary = fit(run, gpt, "full")
+    if options.save_hf and run.rank == 0:
+        merge(options.checkpoint_dir, options.out_dir, options.out_dir / "hf", overwrite=True)
+    return summary
 
 
 if __name__ == "__main__":

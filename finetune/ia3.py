@@ -1,32 +1,36 @@
 """Finetune with (IA)^3: keys, values and the inside of the MLP, each times a trained number.
 
 Without arguments it runs the demo: SmolLM2-135M-Instruct on 999 Alpaca rows, both fetched once. The method is
-lit_model/ia3.py, the loop finetune/loop.py.
+lit_model/methods/ia3.py, the loop finetune/loop.py.
 """
 
-import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs from a bare clone
-
-from finetune import loop, setup
-from lit_model import ia3
+from finetune.dry_run import dry_run
+from finetune.loop import Summary, fit
+from finetune.run import Options as RunOptions
+from finetune.run import Train, build, start
+from finetune.state import may_differ
 from lit_model.cli import cli
+from lit_model.methods.ia3 import IA3
 
 
 @dataclass
-class Options(setup.Options):
+class Options(RunOptions):
     """Options."""
 
-    out_dir: Path = Path("out/ia3")
-    train: setup.Train = field(default_factory=lambda: setup.Train(lr=3e-2))
+    ia3: IA3 = field(default_factory=IA3)
+    out_dir: Path = may_differ(Path("out/ia3"))
+    train: Train = field(default_factory=lambda: Train(lr=3e-2))
 
 
-def main(options: Options) -> loop.Summary:
-    run = setup.start(options)
-    gpt = setup.build(run, ia3)
-    return loop.fit(run, gpt, "ia3")
+def main(options: Options) -> Summary | None:
+    run = start(options)
+    gpt = build(run, "ia3", options.ia3)
+    if options.dry_run:
+        return dry_run(run, gpt)
+    return fit(run, gpt, "ia3", options.ia3)
 
 
 if __name__ == "__main__":

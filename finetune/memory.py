@@ -24,7 +24,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from finetune.devices import highest, local
 from lit_model.model import GPT, Linear
-from lit_model.packing import Example, Packed, pack
+from lit_model.packing import Example, Packed, pack, pack_share
 
 # rows differ in length from step to step: without this the memory between tensors is lost bit by bit
 os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
@@ -87,7 +87,7 @@ def plan(
         fixed, per_token = line
         if way == "off":
             report = f"training needs {(fixed + per_token * usual) / GIB:.1f} GiB of {limit / GIB:.1f}"
-        fewer = f"100 tokens less in --train.row_tokens or --prompt.max_length save {100 * per_token / GIB:.2f} GiB"
+        fewer = f"100 tokens less in --train.row_tokens or --examples.max_length save {100 * per_token / GIB:.2f} GiB"
         advice = f"{fewer}, {_nf4(gpt)}a smaller network needs less"
         fits = int((limit * (1 - SPARE) - fixed) / per_token)
         least = min(usual, longest if way == "offload" else max(longest, SHORTEST, usual // 4))
@@ -107,8 +107,8 @@ def _longest_row(
 ) -> tuple[Tensor, Packed]:
     """Of all processes."""
     settings = row_tokens, gpt.n_virtual_tokens, gpt.n_virtual_keys, share
-    rows = (row for batch in batches for rank in range(world) for row in pack(batch, *settings, rank, world))
-    return max(rows, key=lambda row: len(row[1].pos))
+    rows = (row for batch in batches for rank in range(world) for row in pack_share(batch, *settings, rank, world))
+    return max(rows, key=lambda row: len(row[1].pos))[:2]
 
 
 def _measure(

@@ -1,51 +1,83 @@
-"""What a run tells: losses that come back from the GPU later, a meter, the closing line, the files of out_dir."""
+"""Everything round the training that is not training: losses that come back from the GPU later, the bar, the files of
+out_dir, signals and the clock, the closing lines."""
 
 import csv
+import math
+import os
 import re
 import resource
+import shlex
+import signal
 import sys
+import threading
 import time
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
-from typing import Any
+from enum import IntEnum
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 import yaml
 from torch import Tensor
-from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
 
-from finetune.state import plain
+from finetune.devices import highest_of, total
+from finetune.state import Progress, plain
 from lit_model.files import lock, replacing, write_text
 from lit_model.model import GPT, Config, Linear
 from lit_model.packing import Example
-from lit_model.quantize import FP8Linear
+
+if TYPE_CHECKING:
+    from finetune.run import Run
+
+
+class Ask(IntEnum):
+    """What a run is asked to do after a step. Of several processes the highest counts."""
+
+    GO = 0
+    SAVE = 1  # the state: it is old
+    STOP = 2  # a signal: save the state, and end
+    OVER = 3  # the time is over, or patience: evaluate, and end
 
 
 @dataclass
 class Step:
-    """One optimizer step. What came of it comes back from the GPU without holding it up: send, receive."""
+    """One optimizer step. Its numbers come back from the GPU without holding it up: send, receive."""
 
     number: int
     lr: float
     batch: list[Example]
+    evaluates: bool = False
+    is_last: bool = False
+    loss: Tensor | None = None  # () the sum of this process
+    norm: Tensor | None = None  # () of the whole gradient
     n_computed: int = 0  # tokens in this process's rows: fewer than in the examples where these share a beginning
     n_own_targets: int = 0  # in this process's rows
+    events: list[Any] | None = None  # on a GPU: when it began and ended
 
     @property
     def n_targets(self) -> int:
         return sum(e.n_targets for e in self.batch)
 
-    def send(self, values: Tensor) -> None:
+    def mark(self) -> None:
+        """Call at the beginning and at the end of the GPU's work on the step."""
+        if torch.cuda.is_initialized():
+            self.events = [*(self.events or []), torch.cuda.Event(enable_timing=True)]
+            self.events[-1].record()
+
+    def send(self, ask: Ask) -> None:
+        values = torch.stack((total(self.loss), self.norm.to(self.loss), highest_of(torch.full_like(self.loss, ask))))
         self.values = values.to("cpu", non_blocking=True)
         self.arrived = torch.cuda.Event() if values.is_cuda else None
         if self.arrived:
             self.arrived.record()
 
-    def receive(self) -> list[float]:
+    def receive(self) -> tuple[float, float, Ask]:
         if self.arrived:
             self.arrived.synchronize()
-        return self.values.tolist()
+        loss, norm, ask = self.values.tolist()
+        return loss, norm, Ask(int(ask))
 
 
 class Meter:
@@ -53,14 +85,17 @@ class Meter:
 
     COUNTS = ("n_tokens", "n_computed", "n_targets", "before", "idle_ms")
 
-    def __init__(self, device: torch.device):
-        self.n_tokens, self.n_computed, self.n_targets, self.before, self.idle_ms = 0, 0, 0, 0.0, 0.0
+    def __init__(self, counts: dict[str, float]):
+        for name in self.COUNTS:
+            setattr(self, name, counts.get(name, 0))
         self.began: float | None = None
-        self.lag = 1 if device.type == "cuda" else 0  # a GPU works on the next step while we read what came of one
+        self.previous: Step | None = None
+
+    def counts(self) -> dict[str, float]:
+        return {name: getattr(self, name) for name in self.COUNTS} | dict(before=self.seconds())
 
     def start(self) -> None:
-        self.began = time.perf_counter()
-        self.marks = deque()  # events at the beginning and the end of each step
+        self.began, self.previous = time.perf_counter(), None
 
     def pause(self) -> None:
         self.before, self.began = self.seconds(), None
@@ -68,20 +103,192 @@ class Meter:
     def seconds(self) -> float:
         return self.before + (time.perf_counter() - self.began if self.began else 0.0)
 
-    def mark(self) -> None:
-        """Call at the beginning and at the end of the GPU's work on a step."""
-        if self.lag:
-            self.marks.append(torch.cuda.Event(enable_timing=True))
-            self.marks[-1].record()
-
     def count(self, step: Step) -> None:
         """Call when the GPU is done with the step."""
         self.n_tokens += sum(len(e.ids) for e in step.batch)
         self.n_computed += step.n_computed
         self.n_targets += step.n_own_targets
-        if len(self.marks) > 4:  # of the step before, of this one and of the next
-            _, ended = self.marks.popleft(), self.marks.popleft()
-            self.idle_ms += ended.elapsed_time(self.marks[0])
+        if step.events and self.previous:
+            self.idle_ms += self.previous.events[1].elapsed_time(step.events[0])
+        self.previous = step
+
+
+@dataclass
+class Summary:
+    """What a run took and gave."""
+
+    n_trained: int
+    n_total: int
+    seconds: float
+    """of training, without evaluations"""
+    n_tokens: int
+    peak_gib: float
+    val_loss: float
+
+
+class Diverged(ValueError):
+    """A loss or a gradient is not finite."""
+
+
+class Watch:
+    """The bar, metrics.csv and TensorBoard, signals and the clock, and the numbers of steps, which lag one step behind
+    on a GPU: it works on the next step while we read those of the last."""
+
+    SAVE_SECONDS = 15 * 60  # a state is never older
+
+    def __init__(self, run: "Run", method: str, progress: Progress):
+        self.run, self.progress, self.train = run, progress, run.options.train
+        self.meter = Meter(progress.counts)
+        self.lag = 1 if run.device.type == "cuda" else 0
+        self.underway: deque[Step] = deque()
+        self.losses: deque[float] = deque(maxlen=50)
+        self.signal, self.saved_at, self.step_number, self.is_over = 0, time.monotonic(), progress.step, False
+        self.handlers: dict[int, Any] = {}
+        self.log = Log(run.options, progress.step, run.rank == 0)
+        bar = dict(initial=progress.step, desc=method, unit="step", dynamic_ncols=True)
+        self.bar = tqdm(total=run.n_steps, **bar)
+
+    def __enter__(self) -> Self:
+        if threading.current_thread() is threading.main_thread():
+            names = ("SIGINT", "SIGTERM", "SIGUSR1")  # the last is what SLURM is told to send before it takes a machine
+            for number in (getattr(signal, name) for name in names if hasattr(signal, name)):
+                self.handlers[number] = signal.signal(number, self._on_signal)
+        if self.step_number:  # otherwise an evaluation comes first
+            self.meter.start()
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, _: object) -> None:
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
+        self.bar.close()
+        self.log.close()
+        if isinstance(error, torch.OutOfMemoryError):
+            raise ValueError(f"out of memory after step {self.step_number}: {self.run.advice}") from None
+
+    def _on_signal(self, number: int, _: object) -> None:
+        if self.signal and number == signal.SIGINT:  # asked twice: at once
+            raise KeyboardInterrupt
+        if not self.signal and self.run.rank == 0:  # not print, which this may have interrupted
+            again = "; again: at once" if number == signal.SIGINT else ""
+            os.write(2, f"\n{signal.Signals(number).name}: the run ends after this step{again}\n".encode())
+        self.signal = number
+
+    def _ask(self) -> Ask:
+        """What this process wants."""
+        if self.train.max_time is not None and self.meter.seconds() >= 60 * self.train.max_time:
+            return Ask.OVER
+        if self.signal:
+            return Ask.STOP
+        return Ask.SAVE if time.monotonic() - self.saved_at >= self.SAVE_SECONDS else Ask.GO
+
+    def step(self, step: Step) -> Ask:
+        """Takes the numbers of a step that the GPU may still be working on. Returns what all processes are asked to do
+        after it. Raises Diverged."""
+        step.send(self._ask())
+        self.underway.append(step)
+        self.step_number = step.number
+        ask = self._receive(0 if step.evaluates else self.lag)
+        if ask:
+            ask = max(ask, self._receive(0))
+        if ask is Ask.STOP:  # the signal may have reached another process
+            self.signal = self.signal or signal.SIGTERM
+        self.is_over = step.is_last or ask is Ask.OVER
+        if step.evaluates or self.is_over:
+            self.meter.pause()
+        return ask
+
+    def _receive(self, n: int) -> Ask:
+        """Takes the numbers of all steps but the last n."""
+        ask = Ask.GO
+        while len(self.underway) > n:
+            step = self.underway.popleft()
+            loss, norm, asked = step.receive()
+            ask = max(ask, asked)
+            if not math.isfinite(loss + norm):
+                raise Diverged(f"loss {loss}, gradient norm {norm} at step {step.number}: {self._advice()}")
+            if len(self.losses) == self.losses.maxlen and loss > 2 * sum(self.losses) / len(self.losses):
+                self.say(f"step {step.number}: the loss of {loss:.3f} is more than twice that of the steps before")
+            self.losses.append(loss)
+            self.meter.count(step)
+            speed = self.meter.n_tokens / self.meter.seconds()
+            values = dict(loss=loss, lr=step.lr, grad_norm=norm, tokens=self.meter.n_tokens)
+            epoch = step.number / self.run.steps_per_epoch
+            self.log.write(step=step.number, epoch=epoch, **values, tokens_per_second=speed)
+            self.bar.set_postfix(loss=f"{loss:.3f}", lr=f"{step.lr:.1e}", tok_s=f"{speed:.0f}", refresh=False)
+            self.bar.update()
+        return ask
+
+    def _advice(self) -> str:
+        out_dir = self.run.options.out_dir
+        saved = f"{out_dir} keeps the best before it" if self.progress.best else "nothing was saved yet"
+        return f"try a lower train.lr; {saved}"
+
+    def save_done(self) -> None:
+        self.saved_at = time.monotonic()
+
+    def say(self, line: str) -> None:
+        self.bar.write(line)
+
+    def evaluated(self, numbers: dict[str, float]) -> bool:
+        """Takes the numbers of an evaluation: `val_loss` and what the task adds; none without validation rows. Returns
+        whether it is the best so far. Raises Diverged."""
+        progress = self.progress
+        self.log.write(step=self.step_number, **numbers)
+        loss = numbers.get("val_loss", 0.0)
+        if not math.isfinite(loss):
+            raise Diverged(f"validation loss {loss} after step {self.step_number}: {self._advice()}")
+        if numbers:
+            when = f"step {self.step_number}" if self.step_number else "before"
+            self.say(f"{when}: {_listed(numbers)}")
+        is_best = bool(self.step_number) and not (progress.best and numbers and loss >= progress.best["val_loss"])
+        if not self.step_number:
+            progress.first = numbers
+        elif is_best:
+            progress.best, progress.stale = numbers or dict(val_loss=0.0), 0
+        else:
+            progress.stale += 1
+            self.is_over |= self.train.patience == progress.stale
+        if not self.is_over:
+            self.meter.start()
+        return is_best
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether the run has come to its end by its last step or by patience, and not by the clock or a signal."""
+        patience = self.train.patience
+        return self.step_number == self.run.n_steps or bool(patience and self.progress.stale >= patience)
+
+    def summary(self, gpt: GPT) -> Summary:
+        """Prints what came of the run; after a signal, ends the program as the signal would have."""
+        run, options, meter = self.run, self.run.options, self.meter
+        if self.signal and not self.is_finished:
+            name = signal.Signals(self.signal).name
+            print(f"stopped by {name} after step {self.step_number}; this resumes it: {_command()}")
+            sys.exit(128 + (self.signal if self.signal == signal.SIGINT else signal.SIGTERM) if run.rank == 0 else 0)
+        first, best = self.progress.first, self.progress.best
+        if run.val_examples:
+            is_worse = best["val_loss"] > first["val_loss"]
+            hint = "; that is worse: try a lower train.lr, or train longer" if is_worse else ""
+            print(f"before: {_listed(first)}\nafter (best): {_listed(best)}{hint}")
+        print(closing_line(gpt, meter, run.device, run.world))
+        files = "lit_method.safetensors, last.safetensors, hparams.yaml, metrics.csv, loss.png"
+        print(f"saved {options.out_dir}/: {files}")
+        print(f"try:  {run.next_command}")
+        n_trained, n_total = run.counted
+        val_loss = best.get("val_loss", math.nan) if run.val_examples else math.nan
+        return Summary(n_trained, n_total, meter.seconds(), int(meter.n_tokens), peak_memory(run.device), val_loss)
+
+
+def _listed(numbers: dict[str, float]) -> str:
+    return ", ".join(f"{name.replace('val_', 'validation ').replace('_', ' ')} {x:.4f}" for name, x in numbers.items())
+
+
+def _command() -> str:
+    """This command line, without --overwrite, which would begin anew."""
+    pairs = zip(["", *sys.argv], sys.argv)
+    values = {i for i, (before, arg) in enumerate(pairs) if before == "--overwrite" and not arg.startswith("-")}
+    args = [arg for i, arg in enumerate(sys.argv) if arg.split("=")[0] != "--overwrite" and i not in values]
+    return shlex.join(["python", *args])
 
 
 # TFLOP/s of matrix products in bf16 without sparsity, from the makers' data sheets, half of those in fp8; the first
@@ -129,7 +336,7 @@ def peak_tflops(gpt: GPT) -> int | None:
     """Of the GPU, in the type that most products of `gpt` are in; None where it is not known."""
     name = torch.cuda.get_device_name()
     found = (tflops for known, tflops in PEAK_TFLOPS.items() if re.search(rf"\b{known}\b", name))
-    in_fp8 = any(isinstance(m, FP8Linear) for m in gpt.modules())
+    in_fp8 = any(type(m).__name__ == "FP8Linear" for m in gpt.modules())
     return next((tflops * (1 + in_fp8) for tflops in found), None)
 
 
@@ -159,10 +366,21 @@ class Log:
     """Writes out_dir: hparams.yaml at once, or with our first tensors if others are there; metrics.csv and TensorBoard
     events as they come; loss.png at the end. Only the first process does.
 
-    A run that goes on after step `done` continues its files; what they say of later steps was lost with these.
+    A run that resumes after step `done` continues its files; rows of later steps are dropped.
     """
 
-    COLUMNS = ("step", "epoch", "loss", "val_loss", "accuracy", "lr", "grad_norm", "tokens", "tokens_per_second")
+    COLUMNS = (
+        "step",
+        "epoch",
+        "loss",
+        "val_loss",
+        "accuracy",
+        "macro_f1",
+        "lr",
+        "grad_norm",
+        "tokens",
+        "tokens_per_second",
+    )
 
     def __init__(self, options: Any, done: int = 0, writes: bool = True):
         self.out_dir, self.writes = options.out_dir, writes
@@ -178,7 +396,7 @@ class Log:
         for name in ("overwrite", "dry_run"):  # or --config with this file would overwrite another run
             self.settings.pop(name)
         if done:
-            self._go_on(done)
+            self._resume(done)
         elif (self.out_dir / "hparams.yaml").exists():  # a failed run, or one to overwrite; its tensors stay until ours
             for events in self.out_dir.glob("events.out.tfevents.*"):
                 events.unlink()
@@ -189,9 +407,11 @@ class Log:
         self.csv = csv.DictWriter(self.file, self.COLUMNS)
         if not done:
             self.csv.writeheader()
+        from torch.utils.tensorboard import SummaryWriter  # whose import takes most of a second
+
         self.events = SummaryWriter(str(self.out_dir), purge_step=done + 1 if done else None)
 
-    def _go_on(self, done: int) -> None:
+    def _resume(self, done: int) -> None:
         path = self.out_dir / "metrics.csv"
         with open(path, newline="", encoding="utf-8") as file:
             kept = [row for row in csv.DictReader(file) if row["step"].isdigit() and int(row["step"]) <= done]

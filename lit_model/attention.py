@@ -1,11 +1,18 @@
-"""Attention over packed rows (packing.py), RoPE, and the KV cache.
+"""Attention over packed rows (packing.py): contexts, `attend`, and the KV cache.
 
-On a GPU in 16 bit kernels.py computes it, where Triton is there; else torch's variable-length attention, for which the
-keys that each segment sees are gathered; on a CPU (attention_cpu.py), or in float32, one segment after the other.
+A context is what a layer knows of its row beside x. It decides which keys the queries meet:
+    PackedRow   all keys are computed now: training, evaluation, a plain forward
+    LastRow     the same in the last layer, where only some tokens go on
+    CachedRow   the keys of earlier rows come from a KV cache: decoding
+
+On a GPU in 16 bit kernels/packed_attention.py computes it, where Triton is there; else torch's variable-length
+attention, for which the keys that each segment sees are gathered; on a CPU (kernels/cpu.py), or in float32, one segment
+after the other.
 """
 
 import inspect
 from collections.abc import Sequence
+from dataclasses import dataclass
 from importlib.util import find_spec
 from types import ModuleType
 from typing import Any
@@ -14,8 +21,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lit_model.attention_cpu import SegmentsAttention, can_take
+from lit_model.kernels.cpu import SegmentsAttention, can_take
 from lit_model.packing import Packed
+from lit_model.rope import Rope, rotate
 
 try:
     from torch.nn.attention.varlen import varlen_attn
@@ -26,16 +34,8 @@ except ImportError:  # a build of torch without it
 _VARLEN_GQA = varlen_attn is not None and "enable_gqa" in inspect.signature(varlen_attn).parameters
 HAS_TRITON = find_spec("triton") is not None
 
-Rope = tuple[Tensor, Tensor]  # of each token: cos (T, 1, 1, hs / 2) and, of either half, sin (T, 1, 2, hs / 2)
 Prompt = tuple[Tensor, Tensor, Tensor]  # k, v (K, nkv, hs) and a gate (nh,) or (T, nh), see attend
 MOST_PROMPT_KEYS = 128  # that a kernel takes: with head size 128 they fit into the 99 KiB of an RTX 40's shared memory
-
-
-def rotate(x: Tensor, rope: Rope) -> Tensor:
-    """RoPE in the half-split order: rotates the pair (x[i], x[i + hs/2]) of every head by its angle. x: (T, n, hs)."""
-    cos, sin = rope
-    halves = x.unflatten(-1, (2, -1))  # (T, n, 2, hs / 2)
-    return (halves * cos + halves.flip(-2) * sin).flatten(-2)
 
 
 class _TakeRows(torch.autograd.Function):
@@ -56,6 +56,58 @@ def take_rows(x: Tensor, index: Tensor) -> Tensor:
     return _TakeRows.apply(x, index)
 
 
+@dataclass
+class PackedRow:
+    """A row whose keys are all computed now."""
+
+    packed: Packed
+    rope: Rope | None  # None: no rotary positions in this layer
+    virtual_keys: Tensor | None  # (2, P, nkv, hs) keys and values of this layer in front of every example
+    window: int | None  # number of keys that a token sees, itself included; None: all
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, prompts: Sequence[Prompt]) -> Tensor:
+        """q (T, nh, hs), k and v (T, nkv, hs) without positions. Returns (T, nh, hs)."""
+        if self.virtual_keys is None:
+            return attend(q, k, v, self.packed, self.rope, prompts, self.window)  # rotates in fewer passes
+        q, k = rotate(q, self.rope), rotate(k, self.rope)
+        return attend(q, *self.behind_virtual(k, v), self.packed, None, prompts, self.window)
+
+    def behind_virtual(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        if self.virtual_keys is None:
+            return k, v
+        return torch.cat((self.virtual_keys[0], k)), torch.cat((self.virtual_keys[1], v))
+
+    def narrow(self, x: Tensor) -> Tensor:
+        """(T, C) -> (M, C), the tokens that go on after attention."""
+        return x
+
+
+@dataclass
+class LastRow(PackedRow):
+    """The last layer: keys of all tokens, queries of the wanted ones only."""
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, prompts: Sequence[Prompt]) -> Tensor:
+        q, k = rotate(q, self.rope), rotate(k, self.rope)
+        k, v = self.behind_virtual(k, v)
+        return attend(self.narrow(q), k, v, self.packed, None, prompts, self.window)
+
+    def narrow(self, x: Tensor) -> Tensor:
+        return take_rows(x, self.packed.wanted)
+
+
+@dataclass
+class CachedRow(PackedRow):
+    """A row that continues rows whose keys and values are in a KV cache, and adds its own."""
+
+    cache: "KVCache"
+    layer: int
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, prompts: Sequence[Prompt]) -> Tensor:
+        q, k = rotate(q, self.rope), rotate(k, self.rope)
+        k, v = self.cache.store(self.layer, self.packed.slots, k, v)  # (slots, nkv, hs): every slot, used or not
+        return attend(q, *self.behind_virtual(k, v), self.packed, None, prompts, self.window)
+
+
 def attend(
     q: Tensor,
     k: Tensor,
@@ -71,7 +123,7 @@ def attend(
         q: (T, nh, hs).  k, v: (n, nkv, hs), the source of keys and of their values.
         rope: of q and k, which are of the same tokens then; None: they are rotated already.
         prompts: keys and values that every query sees in a softmax of their own; times a gate, that is added.
-        window: so many keys are seen at most, the query's own and those before it; None: all before it.
+        window: number of keys that a query sees at most, its own included; None: all before it.
     Returns: (T, nh, hs).
     """
     if packed.blocks is not None and window is None and _has_kernels(q):
@@ -79,10 +131,10 @@ def attend(
         y = _kernels().packed_attention(q, k, v, packed.blocks, rope, *small)
         prompts = prompts[len(small) :]
     else:
-        q, k = (q, k) if rope is None else (rotate(q, rope), rotate(k, rope))
+        q, k, rope = rotate(q, rope), rotate(k, rope), None
         y = _attend_gathered(q, k, v, packed, window)
     for pk, pv, gate in prompts:
-        y = y + gate.to(y.dtype)[..., None] * plain_attention(q, pk, pv)
+        y = y + gate.to(y.dtype)[..., None] * plain_attention(rotate(q, rope), pk, pv)
     return y
 
 

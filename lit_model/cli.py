@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import sys
 import time
 from argparse import RawDescriptionHelpFormatter
@@ -19,6 +20,9 @@ from lit_model.files import read_yaml
 set_parsing_settings(docstring_parse_attribute_docstrings=True)  # the string below a dataclass field is its help
 
 
+ROOT = Path(__file__).resolve().parents[1]
+
+
 def _end(message: object) -> NoReturn:
     if os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")) != "0":
         # the first process most likely says the same, and takes us with it
@@ -31,7 +35,28 @@ def _end(message: object) -> NoReturn:
 
 
 class _Formatter(RawDescriptionHelpFormatter, DefaultHelpFormatter):
-    """Leaves the lines of a docstring as they are: some are commands."""
+    """Leaves the lines of a docstring as they are: some are commands. Shows neither types nor absolute paths."""
+
+    def __init__(self, prog: str):
+        super().__init__(prog, max_help_position=28, width=min(shutil.get_terminal_size((120, 24)).columns, 120))
+
+    def add_usage(self, usage: Any, actions: Any, groups: Any, prefix: str | None = None) -> None:
+        super().add_usage("%(prog)s [options]", [], [], prefix)
+
+    def add_arguments(self, actions: Any) -> None:
+        hidden = ("Path to a configuration file.", "Show this help message and exit.")
+        super().add_arguments([a for a in actions if a.help not in hidden and a.dest != "print_config"])
+
+    def _format_action_invocation(self, action: Any) -> str:
+        return action.option_strings[-1]
+
+    def _expand_help(self, action: Any) -> str:
+        default = getattr(action, "default", None)
+        if default is None or default == "==SUPPRESS==" or action.dest == "config":
+            return action.help
+        default = str(default).lower() if isinstance(default, bool) else str(default).replace(f"{ROOT}/", "")
+        choices = f"{default} of {action.metavar}" if str(action.metavar).startswith("{") else default
+        return f"{action.help} [{choices}]" if default else action.help
 
 
 class _Parser(ArgumentParser):
@@ -129,7 +154,7 @@ def cli(main: Callable[[Any], None], options_class: type, description: str, posi
             raise
         _end(e)
     except torch.OutOfMemoryError as e:
-        _end(f"out of memory: lower --train.row_tokens or --prompt.max_length, or take a smaller network ({e})")
+        _end(f"out of memory: lower --train.row_tokens or --examples.max_length, or take a smaller network ({e})")
     except MemoryError as e:
         _end(f"out of memory ({e})")
     except KeyboardInterrupt:

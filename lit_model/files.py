@@ -1,14 +1,12 @@
-"""Reading and writing with errors that name the file."""
+"""Reading and writing files, with errors that name the file."""
 
 import json
-import math
 import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
-from types import NoneType
 from typing import IO, Any, Literal, get_args, get_origin
 
 import torch
@@ -22,19 +20,20 @@ except ImportError:  # not on Windows
 
 
 @contextmanager
-def blamed_on(path: Path) -> Iterator[None]:
-    """Whatever goes wrong with what a file says ends as a ValueError that names the file."""
+def reading(path: Path | str) -> Iterator[None]:
+    """The net round everything that parses a file: whatever its content makes go wrong ends as a ValueError that names
+    the file. A file that is not there stays a FileNotFoundError."""
     try:
         yield
-    except (torch.OutOfMemoryError, MemoryError, OSError):
+    except (torch.OutOfMemoryError, MemoryError, FileNotFoundError):
         raise
     except BaseException as e:
         if not isinstance(e, Exception) and type(e).__name__ != "PanicException":  # of libraries in Rust
             raise
-        said = " ".join(str(e).split())[:300]
+        reason = " ".join(str(e).split())[:300]
         if not isinstance(e, ValueError):
-            said = f"it is not as such a file should be ({type(e).__name__}: {said})"
-        raise ValueError(said if str(path) in said else f"{path}: {said}") from e
+            reason = f"it is broken or only partly written ({type(e).__name__}: {reason})"
+        raise ValueError(reason if str(path) in reason else f"{path}: {reason}") from e
 
 
 def lock(path: Path, wait: bool = False) -> IO:
@@ -47,62 +46,55 @@ def lock(path: Path, wait: bool = False) -> IO:
 
 
 def refuse_pointer(path: Path) -> None:
-    """Raises ValueError if Git has left a note here of where the file is, and not the file."""
+    """Raises ValueError if Git has left a note of where the file is; FileNotFoundError without a file."""
     with open(path, "rb") as file:
         if file.read(40).startswith(b"version https://git-lfs"):
             raise ValueError(f"{path} is a pointer of Git LFS and not the file itself: fetch it with 'git lfs pull'")
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """The options that a YAML file holds. Raises FileNotFoundError; ValueError if it is none, or has the tags, aliases
-    or depth that can run code, take all memory or end Python."""
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} is not there")
-    with blamed_on(path):
-        text, depth, documents = path.read_text(encoding="utf-8"), 0, 0
+    """The options that a YAML file holds. Raises FileNotFoundError; ValueError if it holds none, or has tags, aliases
+    or a depth that can run code, take all memory or end Python."""
+    with reading(path):
+        text, depth = path.read_text(encoding="utf-8"), 0
         for event in yaml.parse(text, Loader=yaml.SafeLoader):
             depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
-            documents += isinstance(event, yaml.DocumentStartEvent)
-            strange = {"an alias": isinstance(event, yaml.AliasEvent), "a tag": getattr(event, "tag", None)}
-            strange |= {"a second document": documents > 1, "more than 50 levels": depth > 50}
-            if found := [what for what, is_there in strange.items() if is_there]:
-                raise ValueError(f"line {event.start_mark.line + 1} has {found[0]}, which a file of options has not")
-        content = yaml.safe_load(text)
-        content = {} if content is None else content
-        if not isinstance(content, dict) or not all(isinstance(name, str) for name in content):
-            raise ValueError("it holds no options by name")
-        return content
+            if isinstance(event, yaml.AliasEvent) or getattr(event, "tag", None) or depth > 50:
+                line = event.start_mark.line + 1
+                raise ValueError(f"line {line} has an alias, a tag or more than 50 levels, unlike a file of options")
+        return dict(yaml.safe_load(text) or {})
 
 
-def read_json(path: Path, *needed: str) -> dict[str, Any]:
-    """The object that a JSON file holds. Raises FileNotFoundError; ValueError if it is none or lacks a `needed` key."""
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} is not there")
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as e:  # no JSON, or no text
-        raise ValueError(f"{path} is broken or only partly written ({e})") from None
-    missing = [key for key in needed if key not in content] if isinstance(content, dict) else ["a JSON object"]
-    if missing:
-        raise ValueError(f"{path} lacks {', '.join(missing)}")
-    return content
+def read_json(path: Path) -> dict[str, Any]:
+    """The object that a JSON file holds. Raises FileNotFoundError; ValueError if it holds none."""
+    with reading(path):
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+        except (ValueError, RecursionError) as e:  # no JSON, or no text
+            raise ValueError(f"{path} is broken or only partly written ({e})") from None
+        return dict(content.items())
 
 
-def check_types(made: Any, kind: type) -> None:
-    """Raises ValueError for a field that is not of its type, or a number that is not above 0: files say anything."""
-    for f in fields(kind):
-        value, types = getattr(made, f.name), get_args(f.type) or (f.type,)
-        if value is None and NoneType in types:
-            continue
+def validate_fields(instance: Any) -> None:
+    """Raises ValueError for a field of a dataclass whose value is not of its type, or a number that is not above 0."""
+    for f in fields(instance):
+        value, types = getattr(instance, f.name), get_args(f.type) or (f.type,)
         if get_origin(f.type) is Literal:
-            fits, wanted = value in types, f"one of {', '.join(map(str, types))}"
-        elif float in types or int in types:
-            numbers, wanted = ((int, float), "a number") if float in types else ((int,), "a whole number")
-            fits, wanted = type(value) in numbers and 0 < value < math.inf, f"{wanted} above 0"
+            fits, expected = value in types, f"one of {', '.join(map(str, types))}"
+        elif value is not None and {int, float} & {*types}:
+            numbers, expected = ((int, float), "a number") if float in types else ((int,), "a whole number")
+            fits, expected = type(value) in numbers and 0 < value < 2**40, f"{expected} above 0"
         else:
-            fits, wanted = isinstance(value, types), " or ".join(t.__name__ for t in types)
+            fits, expected = isinstance(value, types), " or ".join(t.__name__ for t in types)
         if not fits:
-            raise ValueError(f"{f.name} is {repr(value)[:60]}; it must be {wanted}")
+            raise ValueError(f"{f.name} is {repr(value)[:60]}; it must be {expected}")
+
+
+def require_positive(options: Any, *names: str) -> None:
+    """Raises ValueError for a number among a method's options that is not above 0."""
+    for name in names:
+        if not getattr(options, name) > 0:
+            raise ValueError(f"{type(options).__name__.lower()}.{name} is {getattr(options, name)}; it must be above 0")
 
 
 @contextmanager
@@ -177,22 +169,10 @@ def stream_tensors(
         file.write(room.to_bytes(8, "little") + json.dumps(header, separators=(",", ":")).encode().ljust(room))
 
 
-def as_dtype(name: str, t: Tensor, dtype: torch.dtype | None) -> Tensor:
-    """Raises ValueError for quantized weights, which mean nothing without their scales."""
-    if t.dtype not in DTYPES:
-        raise ValueError(
-            f"{name} is of the type {t.dtype}: quantized weights are not supported, take the original ones"
-        )
-    return t.to(dtype or t.dtype)
-
-
 DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 
 
 def refuse_used(folder: Path) -> None:
     """Raises ValueError if `folder` holds a checkpoint, a finetuning run or the like: nothing there is replaced."""
-    holds = [("lit_config.json", "a checkpoint"), ("hparams.yaml", "a finetuning run"), ("*.json", "other files")]
-    holds += [("tokenizer.model", "a tokenizer"), ("chat_template.jinja", "a chat template")]
-    for name, what in (*holds, ("*.safetensors", "weights")):
-        if any(folder.glob(name)):
-            raise ValueError(f"{folder} holds {what} already; name another folder or remove it")
+    if any(any(folder.glob(name)) for name in ("*.json", "*.yaml", "*.safetensors", "*.bin", "*.model", "*.jinja")):
+        raise ValueError(f"{folder} holds a checkpoint or a run already; name another folder or remove it")

@@ -2,13 +2,16 @@
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from lit_model.model import GPT
 from lit_model.packing import Segment, lay_out
-from lit_model.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from lit_model.data.tokenizer import Tokenizer
 
 
 def generate(
@@ -60,17 +63,16 @@ def _decode(
     gpt: GPT, ids: Sequence[int], n_new: int, choose: Callable[[Tensor], Tensor], stop_ids: Iterable[int]
 ) -> Iterator[int]:
     device, stop_ids = gpt.device, set(stop_ids)
-    gpt.config.check_tokens(max(ids))
     cache = gpt.new_cache(gpt.n_virtual_tokens + len(ids) + n_new)
     root = Segment(gpt.n_virtual_tokens) if gpt.n_virtual_tokens else None
     tail = Segment(len(ids), root)
-    packed = lay_out([root, tail] if root else [tail], gpt.n_virtual_keys, cached=0)
-    packed.has_virtual_tokens, packed.wanted = root is not None, torch.tensor([len(packed.pos) - 1])
+    segments, last = ([root, tail] if root else [tail]), gpt.n_virtual_tokens + len(ids) - 1
+    packed = lay_out(segments, gpt.n_virtual_keys, 0, wanted=[last], has_virtual_tokens=root is not None)
     used, idx = len(packed.pos), torch.tensor(ids, device=device)
     for _ in range(n_new):
         logits = gpt(idx, packed.to(device), cache)[-1]
         if not logits.isfinite().all():
-            raise ValueError("what the network says is not finite: its weights are broken, or too large for this dtype")
+            raise ValueError("the network's logits are not finite: its weights are broken, or too large for this dtype")
         token = choose(logits)
         if token.item() in stop_ids:
             return
@@ -97,7 +99,7 @@ def sample(
 
 
 def stream_text(
-    tokenizer: Tokenizer, tokens: Iterable[int], stops: Sequence[str] = (), after: Sequence[int] = ()
+    tokenizer: "Tokenizer", tokens: Iterable[int], stops: Sequence[str] = (), after: Sequence[int] = ()
 ) -> Iterator[str]:
     """Text pieces of `tokens` as they come; ends before the first of `stops`.
 

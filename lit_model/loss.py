@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lit_model.packing import Packed
+
 CHUNK = 2**26  # logits at a time: enough rows for fast products
 CPU_ROWS = 16  # of them whose softmax is taken at a time on a CPU
 
@@ -34,12 +36,20 @@ def _on_cpu(chunk_loss: Callable, logits: Tensor, targets: Tensor) -> tuple[Tens
     return torch.stack(losses).sum(), logits
 
 
+def cross_entropy(head: nn.Module, x: Tensor, row: Packed, chunk_loss: Callable = chunk_loss) -> Tensor:
+    """The default objective: the sum of the cross-entropy over the row's targets.
+
+    An objective is objective(head, x, row) -> scalar sum, with x (M, C) at the wanted tokens of the row.
+    """
+    return linear_cross_entropy(head, x, row.targets, chunk_loss)
+
+
 def linear_cross_entropy(head: nn.Linear, x: Tensor, targets: Tensor, chunk_loss: Callable = chunk_loss) -> Tensor:
     """The sum over the M rows of x of -log softmax(head(x))[target], as a float32 scalar (float64 for float64 input).
 
     Args:
         head: the output layer with whatever a method added to it; called as head(x) -> (m, vocab_size). Of the trained
-            tensors that it uses, those among head.parameters() get a gradient.
+            tensors that it uses, those in head.parameters() get a gradient.
         x: (M, C) hidden states at the target positions.
         targets: (M,) int64.
         chunk_loss: the function of this name above, or what torch.compile has made of it.

@@ -116,17 +116,13 @@ class Packed(Movable):
     max_q: int  # most queries of a segment
     max_k: int  # most keys of a segment
     kv_index: Tensor | None  # (S,) indices into the source of keys; None: this row's own keys, in order
-    wanted: Tensor | None = None  # (M,) tokens whose logits or loss are wanted; None: all
-    targets: Tensor | None = None  # (M,) the token that each of them must predict
-    slots: Tensor | None = None  # (T,) where the KV cache stores the keys of this row
+    slots: Tensor | None  # (T,) where the KV cache stores the keys of this row
+    blocks: Blocks | None  # who sees whom, in blocks; None with a KV cache
+    n_virtual_keys: int  # at the front of the source of keys
+    has_virtual_tokens: bool  # the row begins with the network's virtual tokens, which `idx` does not contain
+    wanted: Tensor | None  # (M,) tokens whose logits or loss are wanted; None: all
+    targets: Tensor | None  # (M,) the token that each of them must predict
     last: "Packed | None" = None  # the row as the last layer needs it: with the queries of the wanted tokens only
-    blocks: Blocks | None = None  # the same in blocks; None with a KV cache
-    n_virtual_keys: int = 0  # at the front of the source of keys
-    source: Tensor | None = None  # (T,) where each token lies among those of all examples, if they say so
-    x: Tensor | None = None  # (T, C) what goes into block `first_block`, if it is known already
-    first_block: int = 0
-    counts: bool = True  # False: computed only since other processes compute one more row; its loss is to be dropped
-    has_virtual_tokens: bool = False  # the row begins with the network's virtual tokens, which `idx` does not contain
 
 
 class Segment:
@@ -141,14 +137,24 @@ class Segment:
         self.until: int  # index into the source of keys, after its last descendant
 
 
-def lay_out(segments: Sequence[Segment], n_virtual_keys: int = 0, cached: int | None = None) -> Packed:
+def lay_out(
+    segments: Sequence[Segment],
+    n_virtual_keys: int = 0,
+    cached: int | None = None,
+    wanted: Sequence[int] | np.ndarray | None = None,
+    targets: np.ndarray | None = None,
+    has_virtual_tokens: bool = False,
+) -> Packed:
     """Lays segments end to end. A parent stands before its children, in this row or (KV cache) in an earlier one.
 
     Without a cache each stands before its parent's next child: a walk through the tree.
 
     Args:
-        n_virtual_keys: every example sees so many virtual keys, and its positions start after them.
+        n_virtual_keys: number of virtual keys that every example sees; its positions start after them.
         cached: number of slots of the KV cache in use; None: there is no cache.
+        wanted: (M,) tokens whose logits or loss are wanted, ascending; None: all.
+        targets: (M,) the token that each of them must predict.
+        has_virtual_tokens: the first segment is the network's virtual tokens.
     """
     keys, pos, first = [], [], n_virtual_keys + (cached or 0)
     offset = first
@@ -161,22 +167,55 @@ def lay_out(segments: Sequence[Segment], n_virtual_keys: int = 0, cached: int | 
         pos.append(np.arange(start, s.end))
         offset += s.length
         s.until = offset
-    blocks = None
-    if cached is None:
-        for s in reversed(segments):
-            if s.parent:
-                s.parent.until = max(s.parent.until, s.until)
-        until = np.repeat([offset, *(s.until for s in segments)], [n_virtual_keys, *(s.length for s in segments)])
-        blocks = cut_into_blocks(np.arange(first, offset), until)
-    lengths = [(s.length, len(s.keys)) for s in segments]
     own_keys_only = cached is None and not n_virtual_keys and not any(s.parent for s in segments)
-    return Packed(
+    packed = Packed(
         pos=torch.from_numpy(np.concatenate(pos)),
-        **_sizes(lengths),
+        **_sizes([(s.length, len(s.keys)) for s in segments]),
         kv_index=None if own_keys_only else torch.from_numpy(np.concatenate(keys)),
         slots=None if cached is None else torch.arange(first, offset) - n_virtual_keys,
-        blocks=blocks,
+        blocks=_blocks(segments, first, offset) if cached is None else None,
         n_virtual_keys=n_virtual_keys,
+        has_virtual_tokens=has_virtual_tokens,
+        wanted=None if wanted is None else torch.as_tensor(wanted),
+        targets=None if targets is None else torch.from_numpy(targets).long(),
+    )
+    if targets is not None and packed.blocks is not None:
+        packed.last = _for_last_layer(packed, segments, np.asarray(wanted))
+    return packed
+
+
+def _blocks(segments: Sequence[Segment], first: int, end: int) -> Blocks | None:
+    if any(s.front is not None for s in segments):  # then who sees a virtual key is no run of tokens
+        return None
+    for s in reversed(segments):
+        if s.parent:
+            s.parent.until = max(s.parent.until, s.until)
+    until = np.repeat([end, *(s.until for s in segments)], [first, *(s.length for s in segments)])
+    return cut_into_blocks(np.arange(first, end), until)
+
+
+def _for_last_layer(packed: Packed, segments: Sequence[Segment], wanted: np.ndarray) -> Packed | None:
+    """The row with queries at `wanted` alone, if these are the last tokens of each segment that is no other's parent;
+    None if they are not."""
+    parents = {id(s.parent) for s in segments}
+    ends = np.cumsum([s.length for s in segments])
+    n_wanted = np.diff(np.searchsorted(wanted, [0, *ends]))
+    lengths, keys, runs = [], [], []
+    for s, end, n in zip(segments, ends, n_wanted):
+        if (id(s) in parents) != (n == 0):
+            return None
+        if n:
+            lengths.append((int(n), len(s.keys)))
+            keys.append(s.keys)
+            runs.append(np.arange(end - n, end))
+    if not np.array_equal(wanted, np.concatenate(runs)):
+        return None
+    return replace(
+        packed,
+        pos=packed.pos[wanted],
+        blocks=cut_into_blocks(wanted + packed.n_virtual_keys, packed.blocks.until.numpy()),
+        kv_index=torch.from_numpy(np.concatenate(keys)),
+        **_sizes(lengths),
     )
 
 
@@ -197,8 +236,8 @@ def equal_examples(n: int, length: int, n_virtual_tokens: int, n_virtual_keys: i
     segments = [Segment(length, root) for _ in range(n)]
     if root is None:
         return lay_out(segments, n_virtual_keys)
-    packed = lay_out([root, *segments], n_virtual_keys)
-    return replace(packed, has_virtual_tokens=True, wanted=torch.arange(n_virtual_tokens, len(packed.pos)))
+    wanted = np.arange(n_virtual_tokens, n_virtual_tokens + n * length)
+    return lay_out([root, *segments], n_virtual_keys, wanted=wanted, has_virtual_tokens=True)
 
 
 # ---------------------------------------------------------------------------------------------------- building rows
@@ -206,15 +245,13 @@ def equal_examples(n: int, length: int, n_virtual_tokens: int, n_virtual_keys: i
 
 @dataclass
 class Example:
-    """One training example: `ids` (n,) int32, of which those from `first_target` on are to be predicted.
+    """One training example: `ids` (n,) int32; the tokens from `first_target` on are to be predicted.
 
     first_target is at least 1, since nothing stands before the first token to predict it.
     """
 
     ids: np.ndarray
     first_target: int
-    at: int | None = None
-    """where its first token lies among those of all examples, for what is computed of each token once for all"""
     learned: np.ndarray | None = None
     """(n - first_target,) bool: which of the tokens from first_target on are to be predicted, such as an assistant's
     turns; None: all"""
@@ -230,28 +267,37 @@ def pack(
     n_virtual_tokens: int = 0,
     n_virtual_keys: int = 0,
     share: bool = True,
-    rank: int = 0,
-    world: int = 1,
 ) -> list[tuple[Tensor, Packed]]:
     """Packs examples into the fewest rows of `row_tokens` tokens, all of about one size (a little over it, if need be).
 
     Args:
         share: compute a common beginning of examples once. Not with dropout, which would differ between its copies.
-        rank, world: of so many processes the one that wants its share of the rows. Each gets as many as the others,
-            if need be with one again that another process has, which does not count.
     Returns:
         A list of (idx, packed). The losses of the rows sum to those of the examples one by one. Examples that begin
         alike lie together, so their order is not kept.
     """
+    rows = pack_share(examples, row_tokens, n_virtual_tokens, n_virtual_keys, share, rank=0, world=1)
+    return [(idx, packed) for idx, packed, _ in rows]
+
+
+def pack_share(
+    examples: Sequence[Example],
+    row_tokens: int,
+    n_virtual_tokens: int,
+    n_virtual_keys: int,
+    share: bool,
+    rank: int,
+    world: int,
+) -> list[tuple[Tensor, Packed, float]]:
+    """The rows of process `rank` of `world`, see `pack`: (idx, packed, weight). Each process gets the same number of
+    rows; one that would lack a row computes one of another process with weight 0."""
     if share:  # any order will do in which examples with the same beginning are neighbours
         examples = sorted(examples, key=lambda e: e.ids.tobytes())
     groups = list(_fill(examples, row_tokens, share, world))
-    own = groups[rank::world]
-    rows = [_pack_row(group, n_virtual_tokens, n_virtual_keys, share) for group in own]
+    own = [(group, 1.0) for group in groups[rank::world]]
     if len(own) < math.ceil(len(groups) / world):
-        idx, packed = _pack_row(groups[0], n_virtual_tokens, n_virtual_keys, share)
-        rows.append((idx, replace(packed, counts=False)))
-    return rows
+        own.append((groups[0], 0.0))
+    return [(*_pack_row(group, n_virtual_tokens, n_virtual_keys, share), weight) for group, weight in own]
 
 
 def _fill(examples: Sequence[Example], row_tokens: int, share: bool, world: int) -> Iterator[list[Example]]:
@@ -277,15 +323,13 @@ def _pack_row(
 ) -> tuple[Tensor, Packed]:
     root = Segment(n_virtual_tokens) if n_virtual_tokens else None
     segments = [root] if root else []
-    ids, wanted, targets, source = [], [], [], []
+    ids, wanted, targets = [], [], []
     offset = n_virtual_tokens  # of the next segment in the row
 
     def add(e: Example, start: int, end: int, parent: Segment | None) -> Segment:
         nonlocal offset
         segments.append(Segment(end - start, parent))
         ids.append(e.ids[start:end])
-        if e.at is not None:
-            source.append(np.arange(e.at + start, e.at + end))
         offset += end - start
         return segments[-1]
 
@@ -307,28 +351,11 @@ def _pack_row(
                 add(e, start, len(e.ids) - 1, parent)  # no one sees the last token, and it predicts nothing
 
     grow(examples, 0, root)
-    packed = lay_out(segments, n_virtual_keys)
-    packed = replace(
-        packed,
-        wanted=torch.from_numpy(np.concatenate(wanted)),
-        targets=torch.from_numpy(np.concatenate(targets)).long(),
+    packed = lay_out(
+        segments,
+        n_virtual_keys,
+        wanted=np.concatenate(wanted),
+        targets=np.concatenate(targets),
         has_virtual_tokens=root is not None,
-        source=torch.from_numpy(np.concatenate(source)) if source else None,
-        last=_only(packed, segments, wanted) if all(e.learned is None for e in examples) else None,
     )
     return torch.from_numpy(np.concatenate(ids)).long(), packed
-
-
-def _only(packed: Packed, segments: Sequence[Segment], wanted: Sequence[np.ndarray]) -> Packed:
-    """The row for queries at `wanted` alone: the last tokens of each segment that is no other's parent, in order."""
-    parents = {id(s.parent) for s in segments}
-    keys = [s.keys for s in segments if id(s) not in parents]
-    lengths = [(len(run), len(k)) for run, k in zip(wanted, keys, strict=True)]
-    rows = np.concatenate(wanted)
-    return replace(
-        packed,
-        pos=packed.pos[rows],
-        blocks=cut_into_blocks(rows + packed.n_virtual_keys, packed.blocks.until.numpy()),
-        kv_index=torch.from_numpy(np.concatenate(keys)),
-        **_sizes(lengths),
-    )

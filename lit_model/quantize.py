@@ -189,7 +189,7 @@ class _FP8SwiGLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, *weights: Tensor) -> Tensor:
         """weights: of gate_proj, up_proj and down_proj, each codes, scale, codes_t, scale_t."""
-        from lit_model.kernels_fp8 import swiglu_to_fp8
+        from lit_model.kernels.swiglu_fp8 import swiglu_to_fp8
 
         x8 = _to_fp8(x)
         gate, up = _product(*x8, *weights[0:2]), _product(*x8, *weights[4:6])
@@ -198,7 +198,7 @@ class _FP8SwiGLU(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple:
-        from lit_model.kernels_fp8 import swiglu_backward_to_fp8
+        from lit_model.kernels.swiglu_fp8 import swiglu_backward_to_fp8
 
         gate, up, *weights = ctx.saved_tensors
         grad = _product(*_to_fp8(grad), *weights[4:6])

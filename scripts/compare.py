@@ -32,8 +32,6 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs from a bare clone
-
 from finetune import (
     adapter,
     adapter_v2,
@@ -49,14 +47,16 @@ from finetune import (
     setup,
 )
 from finetune.report import peak_memory
-from lit_model import classify, generate, hub, load
-from lit_model.checkpoint import fingerprint_of
+from lit_model.data import labels as classify
+from lit_model import generate, load
+from lit_model.weights import demo as hub
+from lit_model.load import fingerprint_of
 from lit_model.cli import cli
-from lit_model.data import PromptOptions, read_rows
+from lit_model.data.rows import PromptOptions, read_rows
 from lit_model.files import write_text
 from lit_model.model import GPT, Config
 from lit_model.packing import Example
-from lit_model.tokenizer import Tokenizer
+from lit_model.data.tokenizer import Tokenizer
 from scripts.compare_report import report
 from scripts.eval_data import demonstration_ids, demonstrations
 

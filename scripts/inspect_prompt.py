@@ -7,7 +7,6 @@ a soft prompt; for a prefix to the values that the first layer would make of the
 and words can be compared (keys carry positions, and deeper layers see more than one word).
 """
 
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,12 +14,11 @@ from matplotlib.figure import Figure
 from torch import Tensor
 from torch.nn.functional import normalize
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs from a bare clone
-
-from lit_model import hub, load
+from lit_model import load
 from lit_model.cli import cli
+from lit_model.data.tokenizer import Tokenizer
 from lit_model.model import GPT
-from lit_model.tokenizer import Tokenizer
+from lit_model.weights.demo import DEMO_CHECKPOINT
 
 
 @dataclass
@@ -29,12 +27,12 @@ class Options:
 
     method_dir: Path
     """out_dir of a run of finetune/prompt.py or finetune/prefix.py"""
-    checkpoint_dir: Path = hub.DEMO_CHECKPOINT
+    checkpoint_dir: Path = DEMO_CHECKPOINT
     """folder of the base network that it was trained on"""
     k: int = 5
-    """how many tokens to show for each virtual one"""
+    """number of tokens to show for each virtual one"""
     draw: Path | None = None
-    """PNG file for a picture of it"""
+    """PNG file for a picture of them"""
 
 
 def main(options: Options) -> None:
@@ -54,7 +52,7 @@ def main(options: Options) -> None:
 
 
 def vectors(gpt: GPT, method_dir: Path) -> tuple[Tensor, Tensor]:
-    """(P, n) of the virtual tokens and (V, n) of the vocabulary, in one space."""
+    """Virtual tokens (P, n) and vocabulary (V, n), in one space."""
     if "prompt" in gpt.virtual_tokens:
         return gpt.virtual_tokens["prompt"](), gpt.wte.weight
     if "prefix" in gpt.virtual_keys:

@@ -14,9 +14,8 @@ if not torch.cuda.is_available():  # before Triton is imported
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from lit_model import model
-from lit_model.checkpoint import save_checkpoint
 from lit_model.cli import cli
-from lit_model.convert import tokenizer_files
+from lit_model.weights.folder import save_folder, tokenizer_files
 
 
 @pytest.fixture(autouse=True)
@@ -52,7 +51,7 @@ def randomize(gpt: model.GPT, std: float = 0.2) -> model.GPT:
 def checkpoint(family, tmp_path):
     """A folder with a random network of this family."""
     base = randomize(model.GPT(model.Config(**family)), std=0.05)
-    save_checkpoint(tmp_path / "base", base.config, base.state_dict(), {})
+    save_folder(tmp_path / "base", base.config, base.state_dict(), {})
     return tmp_path / "base"
 
 
@@ -80,7 +79,7 @@ def tiny(tmp_path_factory, rows):
     base = folder / "base"
     save_tokenizer(base, rows)
     gpt = model.GPT(model.Config(**{**LLAMA, "vocab_size": 400, "block_size": 512}))
-    save_checkpoint(base, gpt.config, gpt.state_dict(), tokenizer_files(base))
+    save_folder(base, gpt.config, gpt.state_dict(), tokenizer_files(base))
     return folder
 
 

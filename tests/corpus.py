@@ -26,9 +26,10 @@ from sentencepiece import sentencepiece_model_pb2 as spm
 
 from finetune import lora as lora_script
 from generate import base as generate_base
-from lit_model import lora, model
-from lit_model.checkpoint import fingerprint_of, save_checkpoint, save_method
-from lit_model.convert import _HF_LLAMA, tokenizer_files
+from lit_model.methods import lora
+from lit_model import model
+from lit_model.load import fingerprint_of, save_checkpoint, save_method
+from lit_model.weights.folder import _HF_LLAMA, tokenizer_files
 from scripts import convert_gguf, convert_hf, convert_meta
 
 Make = Callable[[Path], object]

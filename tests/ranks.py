@@ -19,8 +19,8 @@ from test_methods import METHODS, shake
 from finetune import loop, memory, setup
 from finetune.devices import launch
 from finetune.report import Step
-from lit_model import full, lora
-from lit_model.checkpoint import fingerprint_of, save_method
+from lit_model.methods import full, lora
+from lit_model.load import fingerprint_of, save_method
 from lit_model.packing import Example, pack
 from lit_model.quantize import Kind
 

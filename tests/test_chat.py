@@ -14,14 +14,14 @@ from transformers import PreTrainedTokenizerFast
 from finetune import lora
 from generate import base
 from lit_model import model
-from lit_model.chat import CHATML, chat_text, turns
-from lit_model.checkpoint import save_checkpoint
-from lit_model.convert import tokenizer_files
-from lit_model.data import PromptOptions, read_rows
-from lit_model.dataset import read_dataset
-from lit_model.examples import render, tokenize
+from lit_model.data.chat import CHATML, chat_text, turns
+from lit_model.load import save_checkpoint
+from lit_model.weights.folder import tokenizer_files
+from lit_model.data.rows import PromptOptions, read_rows
+from lit_model.data.dataset import read_dataset
+from lit_model.data.examples import render, tokenize
 from lit_model.packing import Example, pack
-from lit_model.tokenizer import Tokenizer
+from lit_model.data.tokenizer import Tokenizer
 
 LLAMA_3 = (
     "{{ bos_token }}{% for m in messages %}<|start|>{{ m['role'] }}<|end_of|>\n\n{{ m['content'] | trim }}<|im_end|>"

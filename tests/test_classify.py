@@ -17,12 +17,14 @@ from test_mistakes import fewer_tokens
 
 import generate.base as generate_base
 from finetune import features as finetune_features
-from lit_model import classify, load, model, prefix, prompt
-from lit_model.checkpoint import fingerprint_of, freeze, load_base, method_header, save_method, task_in
+from lit_model.data import labels as classify
+from lit_model import load, model
+from lit_model.methods import prefix, prompt
+from lit_model.load import fingerprint_of, freeze, load_base, method_header, save_method, task_in
 from lit_model.cli import cli
-from lit_model.data import PromptOptions, read_rows, split_rows
+from lit_model.data.rows import PromptOptions, read_rows, split_rows
 from lit_model.packing import Example
-from lit_model.tokenizer import Tokenizer
+from lit_model.data.tokenizer import Tokenizer
 from scripts import eval_data, inspect_prompt, merge
 
 CLASSES = ("apple", "river", "stone")

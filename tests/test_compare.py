@@ -9,10 +9,12 @@ from conftest import fail, say
 
 from finetune import ia3 as finetune_ia3
 from finetune import setup
-from lit_model import classify, ia3, load
-from lit_model.checkpoint import save_checkpoint
-from lit_model.convert import tokenizer_files
-from lit_model.data import PromptOptions
+from lit_model.data import labels as classify
+from lit_model.methods import ia3
+from lit_model import load
+from lit_model.load import save_checkpoint
+from lit_model.weights.folder import tokenizer_files
+from lit_model.data.rows import PromptOptions
 from scripts import compare, peers
 from scripts.compare_report import recommendation
 

@@ -1,33 +1,36 @@
-"""GGUF in: q and k in the right rope order, weight types, tokenizers of both kinds; nothing held twice in memory."""
+"""GGUF and Meta's files in: the Hugging Face folder that comes out gives the logits it was written from and, opened by
+transformers, the same logits and ids; broken files leave nothing."""
 
 import json
-import subprocess
-import sys
+import logging
+import re
 from dataclasses import replace
+from pathlib import Path
 
 import gguf
 import numpy as np
 import pytest
 import torch
-from conftest import LLAMA, WORDS, randomize
+from conftest import GPT2, LLAMA, WORDS, fail, randomize, say
+from safetensors.torch import load_file
 from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from lit_model import load, model
-from lit_model.checkpoint import fingerprint_of, save_checkpoint
-from lit_model.convert import convert_hf
-from lit_model.convert_gguf import _GGUF_NAMES, convert_gguf
+from lit_model.data.tokenizer import Tokenizer
 from lit_model.generate import stream_text
-from lit_model.tokenizer import Tokenizer
+from lit_model.rope import rope_frequencies
+from lit_model.weights.folder import Folder
+from lit_model.weights.gguf import NAMES, convert_gguf
+from lit_model.weights.meta import convert_meta
+from scripts import convert, download
 
-SIZES = {**LLAMA, "n_hidden": 96}  # rows of 32, the size of a quantized block
-WHOLE = dict(model_type="llama", vocab_size=8, max_position_embeddings=8, num_hidden_layers=1, num_attention_heads=1,
-             hidden_size=8, intermediate_size=8, rms_norm_eps=1e-5)  # fmt: skip
+SIZES = {**LLAMA, "n_hidden": 96, "vocab_size": 400}  # rows of 32, the size of a quantized block
 QUANTS = gguf.GGMLQuantizationType
+TEXTS = ["apple river", "Don't  stop: 日本 🙂\n\t12345", "  two  spaces", " ", "\n\n", "Ünïcode", " ".join(WORDS)]
 
 
-def write_gguf(
-    path, gpt: model.GPT, kind: QUANTS, tokenizer: dict, arch: str = "llama", quantize=None, rope=None
-) -> None:
+def write_gguf(path, gpt, tokenizer: dict, kind=QUANTS.F32, arch="llama", quantize=None, rope=None) -> None:
     """Writes `gpt` as llama.cpp does: of llama q and k in Meta's rope order, of gpt2 q, k and v in one; matrices of the
     given kind, as `quantize(name, data)` makes them, vectors in float32. rope: more numbers about it."""
     quantize = quantize or (lambda name, data: gguf.quantize(data, kind))
@@ -48,27 +51,23 @@ def write_gguf(
     for name, value in tokenizer.items():
         add = {str: writer.add_string, int: writer.add_uint32, bool: writer.add_bool, list: writer.add_array}
         add[type(value)](f"tokenizer.{name}", value)
-    back = {ours: theirs for theirs, ours in _GGUF_NAMES.items()} | {"attn_qkv": "attn_qkv"}
+    back = {ours: theirs for theirs, ours in NAMES.items()} | {"attn_qkv": "attn_qkv"}
     tensors = gpt.state_dict()
     if c.rope_scaling:
-        plain = model.rope_frequencies(replace(c, rope_scaling=None))
-        writer.add_tensor("rope_freqs.weight", (plain / model.rope_frequencies(c)).float().numpy())
+        plain = rope_frequencies(replace(c, rope_scaling=None))
+        writer.add_tensor("rope_freqs.weight", (plain / rope_frequencies(c)).float().numpy())
     if c.tie:
         del tensors["lm_head.weight"]
     for name, t in list(tensors.items()):
-        stem, _, ending = name.rpartition(".")
-        prefix = ""
-        if stem.startswith("blocks."):
-            _, layer, stem = stem.split(".", 2)
-            prefix = f"blk.{layer}."
+        prefix, stem, ending = re.fullmatch(r"(blocks\.\d+\.)?(.+)\.(\w+)", name).groups()
         if arch == "gpt2" and stem in ("attn.k_proj", "attn.v_proj"):
             continue
         if arch == "gpt2" and stem == "attn.q_proj":
             t = torch.cat([tensors[name.replace("q_proj", f"{p}_proj")] for p in "qkv"])
             stem = "attn_qkv"
-        if arch == "llama" and stem in ("attn.q_proj", "attn.k_proj"):  # from (i, i + hs/2) to (2i, 2i + 1)
-            t = torch.cat([torch.stack(head.chunk(2), 1).flatten(0, 1) for head in t.split(c.head_size)])
-        data, name = t.float().numpy(), f"{prefix}{back[stem]}.{ending}"
+        if arch == "llama" and stem in ("attn.q_proj", "attn.k_proj"):
+            t = meta_order(t, c.head_size)
+        data, name = t.float().numpy(), f"{(prefix or '').replace('blocks', 'blk')}{back[stem]}.{ending}"
         if t.ndim == 2:
             writer.add_tensor(name, quantize(name, data), raw_dtype=kind)
         else:
@@ -77,6 +76,11 @@ def write_gguf(
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+
+
+def meta_order(t: torch.Tensor, head_size: int) -> torch.Tensor:
+    """From (i, i + hs/2) to (2i, 2i + 1)."""
+    return torch.cat([torch.stack(head.chunk(2), 1).flatten(0, 1) for head in t.split(head_size)])
 
 
 def bpe_fields(tiny) -> dict:
@@ -91,33 +95,99 @@ def bpe_fields(tiny) -> dict:
         "ggml.merges": [" ".join(merge) for merge in hf["merges"]],
         "ggml.bos_token_id": 0,
         "ggml.eos_token_id": 1,
+        "ggml.eot_token_id": 7,
         "ggml.add_bos_token": True,
         "chat_template": "{{ messages }}",
     }
 
 
+def opened_by_transformers(folder) -> tuple:
+    """The network and the tokenizer of a folder as transformers opens it, after their comparison with ours."""
+    logging.disable(logging.WARNING)
+    hf, theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval(), None
+    idx = torch.randint(0, hf.config.vocab_size, (1, 30))
+    ours, other = load(folder)(idx), hf(idx).logits.detach()
+    assert (ours - other).abs().max() <= 1e-5 * other.abs().max()
+    if (folder / "tokenizer.json").is_file():
+        ours, theirs = Tokenizer(folder), AutoTokenizer.from_pretrained(folder)
+        for text in TEXTS:
+            assert ours.encode(text) == theirs.encode(text, add_special_tokens=False), text
+            assert ours.bos + ours.encode(text) == theirs.encode(text), text
+        assert (theirs.eos_token_id, theirs.chat_template) == (ours.eos_id, ours.chat_template)
+    return hf, theirs
+
+
 @pytest.mark.parametrize("kind, error", [("F32", 0), ("F16", 1e-3), ("BF16", 2e-2), ("Q8_0", 5e-2), ("Q4_1", 0.5)])
 def test_gguf_gives_the_logits_it_was_written_from(tiny, tmp_path, kind, error):
-    gpt = randomize(model.GPT(model.Config(**{**SIZES, "vocab_size": 400})), std=0.1).eval()
-    write_gguf(tmp_path / "m.gguf", gpt, QUANTS[kind], bpe_fields(tiny))
-    convert_gguf(tmp_path / "m.gguf", tmp_path / "lit", torch.float32)
+    gpt = randomize(model.GPT(model.Config(**SIZES)), std=0.1).eval()
+    write_gguf(tmp_path / "m.gguf", gpt, bpe_fields(tiny), QUANTS[kind])
+    convert_gguf(tmp_path / "m.gguf", tmp_path / "hf", torch.float32)
     idx = torch.randint(0, 400, (1, 30))
-    got, expected = load(tmp_path / "lit")(idx), gpt(idx)
-    assert (got - expected).norm() / expected.norm() <= error
-    ours, original = Tokenizer(tmp_path / "lit"), Tokenizer(tiny / "base")
-    for text in ("apple river", "Don't  stop: 日本 🙂\n\t12345", " ".join(WORDS)):
+    logits, expected = load(tmp_path / "hf")(idx), gpt(idx)
+    assert (logits - expected).norm() / expected.norm() <= error
+    ours, original = Tokenizer(tmp_path / "hf"), Tokenizer(tiny / "base")
+    for text in TEXTS:
         assert ours.encode(text) == original.encode(text) and ours.decode(ours.encode(text)) == text
-    assert (ours.bos_id, ours.eos_id, ours.chat_template) == (0, 1, "{{ messages }}")
+    assert (ours.bos_id, ours.eos_id, ours.chat_template, ours.stop_ids) == (0, 1, "{{ messages }}", [1, 7])
+    opened_by_transformers(tmp_path / "hf")
+    assert GenerationConfig.from_pretrained(tmp_path / "hf").eos_token_id == [1, 7]
+
+
+@pytest.mark.parametrize("arch", ["qwen2", "gpt2", "llama-3.1"])
+def test_gguf_of_other_architectures(arch, tiny, tmp_path):
+    long = dict(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_block_size=8192)
+    shape = {
+        "qwen2": dict(SIZES, qkv_bias=True),
+        "gpt2": dict(GPT2),
+        "llama-3.1": dict(SIZES, rope_base=5e5, rope_scaling=long),
+    }[arch]
+    gpt = randomize(model.GPT(model.Config(**{**shape, "vocab_size": 400})), std=0.1).eval()
+    tokenizer = bpe_fields(tiny) | {"ggml.pre": {"qwen2": "qwen2", "gpt2": "gpt-2", "llama-3.1": "llama-bpe"}[arch]}
+    write_gguf(tmp_path / "m.gguf", gpt, tokenizer, arch=arch.split("-")[0])
+    convert_gguf(tmp_path / "m.gguf", tmp_path / "hf", torch.float32)
+    idx = torch.randint(0, 400, (1, 30))
+    torch.testing.assert_close(load(tmp_path / "hf")(idx), gpt(idx), rtol=0, atol=1e-5)
+    assert Folder(tmp_path / "hf").config == gpt.config
+    opened_by_transformers(tmp_path / "hf")
+    text = "apple  river's 12345\n\n日本 🙂"
+    ours = Tokenizer(tmp_path / "hf")
+    assert ours.decode(ours.encode(text)) == text
+
+
+@pytest.mark.parametrize("kind", ["Q4_0", "Q4_K", "Q6_K", "BF16"])
+def test_every_usual_quantization_is_unpacked_as_gguf_does(kind, tiny, tmp_path):
+    """The gguf package cannot write K-quants: bytes at random are a tensor as well."""
+    gpt = model.GPT(model.Config(**{**SIZES, "n_embd": 256, "n_hidden": 256, "n_layer": 1}))
+    rng, raw = np.random.default_rng(0), {}
+
+    def quantize(name: str, data: np.ndarray) -> np.ndarray:
+        block, size = gguf.GGML_QUANT_SIZES[QUANTS[kind]]
+        blocks = rng.integers(0, 127, (data.size // block, size)).astype(np.uint8)
+        for at in {"Q4_0": [0], "Q4_K": [0, 2], "Q6_K": [208], "BF16": []}[kind]:
+            blocks[:, at : at + 2] = np.array([0.01], np.float16).view(np.uint8)  # the scale
+        raw[name] = blocks.reshape(data.shape[0], -1)
+        return raw[name]
+
+    write_gguf(tmp_path / "m.gguf", gpt, bpe_fields(tiny), QUANTS[kind], quantize=quantize)
+    convert_gguf(tmp_path / "m.gguf", tmp_path / "hf", torch.float32)
+    t = load_file(tmp_path / "hf/model.safetensors")["model.layers.0.mlp.down_proj.weight"]
+    expected = gguf.dequantize(raw["blk.0.ffn_down.weight"], QUANTS[kind])
+    assert np.array_equal(t.numpy(), expected) and np.abs(expected).max() > 0
+
+
+def sentencepiece(folder: Path, vocab_size: int = 320) -> SentencePieceProcessor:
+    """Trains a model as LLaMA's is: BPE, bytes for what is in no piece, texts as they are."""
+    corpus = folder / "corpus.txt"
+    corpus.write_text("\n".join(f"{a} {b} {c}" for a in WORDS for b in WORDS for c in WORDS))
+    SentencePieceTrainer.train(
+        input=str(corpus), model_prefix=str(folder / "sp"), vocab_size=vocab_size, model_type="bpe", byte_fallback=True,
+        normalization_rule_name="identity", remove_extra_whitespaces=False, minloglevel=2,
+    )  # fmt: skip
+    return SentencePieceProcessor(model_file=str(folder / "sp.model"))
 
 
 def test_gguf_with_a_sentencepiece_tokenizer(tmp_path):
-    corpus = tmp_path / "corpus.txt"
-    corpus.write_text("\n".join(f"{a} {b} {c}" for a in WORDS for b in WORDS for c in WORDS))
-    SentencePieceTrainer.train(
-        input=str(corpus), model_prefix=str(tmp_path / "sp"), vocab_size=320, model_type="bpe", byte_fallback=True,
-        normalization_rule_name="identity", remove_extra_whitespaces=False, minloglevel=2,
-    )  # fmt: skip
-    sp = SentencePieceProcessor(model_file=str(tmp_path / "sp.model"))
+    sp = sentencepiece(tmp_path)
     n = sp.get_piece_size()
     kinds = [2 if sp.is_unknown(i) else 3 if sp.is_control(i) else 6 if sp.is_byte(i) else 1 for i in range(n)]
     fields = {
@@ -127,93 +197,179 @@ def test_gguf_with_a_sentencepiece_tokenizer(tmp_path):
         "ggml.token_type": kinds,
         "ggml.bos_token_id": 1,
         "ggml.eos_token_id": 2,
-        "ggml.unknown_token_id": 0,
+        "chat_template": "{% for m in messages %}{{ bos_token + m.content + eos_token }}{% endfor %}",
     }
-    gpt = model.GPT(model.Config(**{**SIZES, "vocab_size": n}))
-    write_gguf(tmp_path / "m.gguf", gpt, QUANTS.F32, fields)
-    convert_gguf(tmp_path / "m.gguf", tmp_path / "lit")
-    ours = Tokenizer(tmp_path / "lit")
-    for text in ("apple river", "  two  spaces", "Ünïcode 日本 🙂", " ".join(WORDS)):
+    gpt = randomize(model.GPT(model.Config(**{**SIZES, "vocab_size": n})), std=0.1)
+    write_gguf(tmp_path / "m.gguf", gpt, fields)
+    convert_gguf(tmp_path / "m.gguf", tmp_path / "hf")
+    ours = Tokenizer(tmp_path / "hf")
+    for text in TEXTS:
         assert ours.encode(text) == sp.encode(text) and ours.decode(ours.encode(text)) == text
     assert (ours.bos_id, ours.eos_id) == (1, 2)
+    _, theirs = opened_by_transformers(tmp_path / "hf")
+    chat = theirs.apply_chat_template([dict(role="user", content="apple")], tokenize=False)
+    assert chat == "<s>apple</s>" and ours.encode(chat) == [1, *sp.encode("apple"), 2]
     first, later = sp.encode("apple river")[:1], sp.encode("apple river")[1:]  # decoded alone, the space would be lost
     assert "".join(stream_text(ours, later, after=first)) == "apple river".removeprefix(ours.decode(first))
     del fields["ggml.eos_token_id"]
-    write_gguf(tmp_path / "n.gguf", gpt, QUANTS.F32, fields)
-    with pytest.raises(ValueError, match="n.gguf has no field tokenizer.ggml.eos_token_id"):
+    write_gguf(tmp_path / "n.gguf", gpt, fields)
+    with pytest.raises(ValueError, match="n.gguf.* 'eos_token_id'"):
         convert_gguf(tmp_path / "n.gguf", tmp_path / "n")
     assert not (tmp_path / "n").exists()
 
 
-def test_the_fingerprint_names_the_weights(tmp_path):
-    gpt = model.GPT(model.Config(**LLAMA))
-    save_checkpoint(tmp_path / "a", gpt.config, gpt.state_dict(), {})
-    save_checkpoint(tmp_path / "b", gpt.config, dict(reversed(gpt.state_dict().items())), {})
-    gpt.blocks[1].norm_1.weight.data[3] += 1e-6
-    save_checkpoint(tmp_path / "c", gpt.config, gpt.state_dict(), {})
-    a, b, c = (fingerprint_of(tmp_path / name) for name in "abc")
-    assert a == b != c
+@pytest.mark.parametrize("field", ["scaling.factor", "scale_linear"])
+def test_gguf_with_linear_rope_scaling_is_refused(field, tiny, tmp_path):
+    """llama.cpp takes a factor without a type for linear."""
+    gpt = model.GPT(model.Config(**SIZES))
+    write_gguf(tmp_path / "m.gguf", gpt, bpe_fields(tiny), rope={field: 1.0})
+    convert_gguf(tmp_path / "m.gguf", tmp_path / "hf", torch.float32)
+    write_gguf(tmp_path / "m.gguf", gpt, bpe_fields(tiny), rope={field: 4.0})
+    with pytest.raises(ValueError, match="m.gguf: rope scaling of type 'linear' is not supported"):
+        convert_gguf(tmp_path / "m.gguf", tmp_path / "other", torch.float32)
 
 
-def test_an_interrupted_conversion_does_not_look_complete(tmp_path):
-    class DiskFull(dict):
-        def items(self):
-            raise OSError("no space left")
-
-    gpt = model.GPT(model.Config(**LLAMA))
-    with pytest.raises(OSError):
-        save_checkpoint(tmp_path, gpt.config, gpt.state_dict(), DiskFull())
-    assert not (tmp_path / "lit_config.json").exists()
+# --------------------------------------------------------------------------------------------------------------- Meta
 
 
-def test_unknown_architectures_are_refused_with_the_field(tmp_path):
-    for config, says in (
-        ({"model_type": "mamba"}, "model_type is 'mamba'; known are gpt2, llama, mistral, qwen2, qwen3, smollm3"),
-        ({"model_type": "llama", "vocab_size": 8}, "config.json lacks hidden_size, intermediate_size"),
-        ({**WHOLE, "rope_scaling": {"type": "yarn"}}, "rope scaling of type 'yarn'"),
-        ({"model_type": "gpt2", "activation_function": "relu"}, "activation_function is 'relu'"),
-        ({**WHOLE, "quantization_config": {}, "hidden_act": "gelu"}, "hidden_act is 'gelu'"),
-        ({"model_type": "llama", "attention_bias": True}, "attention_bias is True, which is not supported"),
-    ):
-        (tmp_path / "config.json").write_text(json.dumps(config))
-        with pytest.raises(ValueError, match=says):
-            convert_hf(tmp_path, tmp_path / "out")
-    with pytest.raises(FileNotFoundError, match="config.json is not there"):
-        convert_hf(tmp_path / "out", tmp_path / "out")
+def meta_folder(folder, gpt: model.GPT, n: int, embeddings_below: bool, tokenizer: dict[str, bytes]) -> None:
+    """Writes `gpt` as Meta does: rope's neighbours beside each other, and n slices."""
+    c, names = gpt.config, {"norm_1": "attention_norm", "norm_2": "ffn_norm"}
+    names |= {f"attn.{p}_proj": f"attention.w{p}" for p in "qkvo"}
+    names |= {"mlp.gate_proj": "feed_forward.w1", "mlp.down_proj": "feed_forward.w2", "mlp.up_proj": "feed_forward.w3"}
+    top = {"wte": "tok_embeddings", "norm_f": "norm", "lm_head": "output"}
+    slices = [{"rope.freqs": torch.zeros(3)} for _ in range(n)]
+    for name, t in gpt.state_dict().items():
+        stem = name.removesuffix(".weight")
+        if stem.startswith("blocks."):
+            _, layer, stem = stem.split(".", 2)
+            theirs = f"layers.{layer}.{names[stem]}.weight"
+        else:
+            theirs = f"{top[stem]}.weight"
+        if stem in ("attn.q_proj", "attn.k_proj"):
+            t = meta_order(t, c.head_size)
+        beside = stem in ("attn.o_proj", "mlp.down_proj") or (stem == "wte" and not embeddings_below)
+        parts = [t] * n if t.ndim == 1 else t.chunk(n, dim=1 if beside else 0)
+        for part, into in zip(parts, slices, strict=True):
+            into[theirs] = part.clone()
+    folder.mkdir()
+    for i, part in enumerate(slices):
+        torch.save(part, folder / f"consolidated.{i:02}.pth")
+    params = dict(dim=c.n_embd, n_layers=c.n_layer, n_heads=c.n_head, n_kv_heads=c.n_kv_head, norm_eps=c.norm_eps)
+    (folder / "params.json").write_text(json.dumps(params | dict(vocab_size=c.vocab_size if embeddings_below else -1)))
+    for name, content in tokenizer.items():
+        (folder / name).write_bytes(content)
 
 
-def test_a_shard_outside_the_folder_is_refused(tmp_path):
-    (tmp_path / "config.json").write_text(json.dumps(WHOLE))
-    index = {"weight_map": {"x": "../secret.safetensors"}}
-    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
-    with pytest.raises(ValueError, match="outside its folder: ../secret.safetensors"):
-        convert_hf(tmp_path, tmp_path / "out")
+@pytest.mark.parametrize("n, embeddings_below", [(1, False), (2, False), (2, True)])
+def test_metas_slices_give_the_logits_they_were_written_from(n, embeddings_below, tmp_path):
+    sp = sentencepiece(tmp_path)
+    gpt = randomize(model.GPT(model.Config(**{**LLAMA, "vocab_size": 320})), std=0.1).eval()
+    tokenizer = {"tokenizer.model": (tmp_path / "sp.model").read_bytes()}
+    meta_folder(tmp_path / "meta", gpt, n, embeddings_below, tokenizer)
+    convert_meta(tmp_path / "meta", tmp_path / "hf", block_size=128)
+    idx = torch.randint(0, 320, (1, 30))
+    torch.testing.assert_close(load(tmp_path / "hf")(idx), gpt(idx), rtol=0, atol=1e-6)
+    opened_by_transformers(tmp_path / "hf")
+    ours = Tokenizer(tmp_path / "hf")
+    assert all(ours.encode(text) == sp.encode(text) for text in TEXTS) and (ours.bos_id, ours.eos_id) == (1, 2)
+    if n > 1:
+        (tmp_path / "meta/consolidated.00.pth").unlink()
+        with pytest.raises(FileNotFoundError, match="all of consolidated.00.pth, .* it has consolidated.01.pth"):
+            convert_meta(tmp_path / "meta", tmp_path / "x")
+    (tmp_path / "meta/tokenizer.model").write_bytes(b"IQ== 0\nIg== 1\n")
+    if n == 1:
+        with pytest.raises(ValueError, match="tokenizer.model: it is of tiktoken's kind: put tokenizer.json"):
+            convert_meta(tmp_path / "meta", tmp_path / "x")
 
 
-def test_loading_holds_no_second_copy_in_memory(tmp_path):
-    """Every weight of a 200 MB checkpoint is read; the process's own memory, beside the mapped file, hardly grows."""
-    config = model.Config(vocab_size=64, block_size=64, n_layer=4, n_head=8, n_embd=1024, n_hidden=6400)
-    gpt = model.GPT(config).bfloat16()
-    size = sum(p.numel() * 2 for p in gpt.parameters())
-    save_checkpoint(tmp_path, config, gpt.state_dict(), {})
-    code = f"""
-import re, torch
-from lit_model import load
-own = lambda: int(re.search(r"RssAnon:\\s+(\\d+)", open("/proc/self/status").read())[1]) * 1024
-before = own()
-gpt = load({str(tmp_path)!r}, dtype=torch.bfloat16)
-assert all(p.view(torch.int16).any() for p in gpt.parameters())
-print(own() - before)
-"""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert int(done.stdout) < 0.2 * size
+def test_what_metas_files_do_not_say_is_guessed_by_generation(tmp_path):
+    gpt = model.GPT(model.Config(**{**LLAMA, "vocab_size": 96}))
+    meta_folder(tmp_path / "meta", gpt, 1, True, {})
+    params = json.loads((tmp_path / "meta/params.json").read_text())
+    (tmp_path / "meta/params.json").write_text(json.dumps(params | dict(rope_theta=5e5, use_scaled_rope=True)))
+    convert_meta(tmp_path / "meta", tmp_path / "hf")
+    config = Folder(tmp_path / "hf").config
+    assert (config.block_size, config.rope_base, config.rope_scaling.factor) == (131072, 5e5, 32.0)
+    opened_by_transformers(tmp_path / "hf")
 
 
-def test_7b_builds_on_the_meta_device_without_memory():
-    with torch.device("meta"):
-        gpt = model.GPT(model.Config.from_name("llama-7b"))
-    assert sum(p.numel() for p in gpt.parameters()) == 6_738_415_616
-    assert all(p.is_meta for p in gpt.parameters())
-    with pytest.raises(ValueError, match="there is no preset 'llama-8b'; there are gpt2, "):
-        model.Config.from_name("llama-8b")
-    assert np.prod(gpt.blocks[0].mlp.up_proj.weight.shape) == 4096 * 11008
+# ------------------------------------------------------------------------------------------------------------- script
+
+
+def test_the_script_sees_what_it_is_given(tiny, tmp_path, capsys, monkeypatch):
+    gpt = model.GPT(model.Config(**SIZES))
+    write_gguf(tmp_path / "m.gguf", gpt, bpe_fields(tiny))
+    meta_folder(tmp_path / "meta", gpt, 1, True, {})
+    for source, dtype in (("m.gguf", "bfloat16"), ("meta", "float32")):
+        args = f"--src {tmp_path / source} --out_dir {tmp_path}/{source}-out --dtype {dtype}"
+        assert say(convert, capsys, monkeypatch, args) == f"checkpoint: {tmp_path}/{source}-out\n"
+        assert {str(t.dtype) for t in load_file(tmp_path / f"{source}-out/model.safetensors").values()} == {
+            f"torch.{dtype}"
+        }
+    before = {path: path.read_bytes() for path in (tmp_path / "meta-out").iterdir()}
+    line = fail(convert, capsys, monkeypatch, f"--src {tmp_path}/m.gguf --out_dir {tmp_path}/meta-out")
+    assert "meta-out holds a checkpoint or a run already" in line
+    assert before == {path: path.read_bytes() for path in (tmp_path / "meta-out").iterdir()}
+    line = fail(convert, capsys, monkeypatch, f"--src {tmp_path}/meta-out --out_dir {tmp_path}/x")
+    assert "meta-out is a Hugging Face folder, which needs no conversion" in line
+    line = fail(convert, capsys, monkeypatch, f"--src {tmp_path}/meta/params.json --out_dir {tmp_path}/x")
+    assert "params.json: it is no GGUF file" in line and not (tmp_path / "x").exists()
+
+
+# ---------------------------------------------------------------------------------------------------------------- Hub
+
+REPOSITORIES = {  # files of repositories on the Hub, and those that make a Hugging Face folder
+    "one file": (
+        "model.safetensors model.fp16.safetensors pytorch_model.bin tf_model.h5 flax_model.msgpack onnx/model.onnx",
+        "model.safetensors",
+    ),
+    "shards": (
+        "model-00001-of-00002.safetensors model-00002-of-00002.safetensors model.safetensors.index.json "
+        "consolidated.safetensors consolidated.00.pth original/consolidated.00.pth original/tokenizer.model "
+        "pytorch_model-00001-of-00001.bin pytorch_model.bin.index.json q4.gguf",
+        "model-00001-of-00002.safetensors model-00002-of-00002.safetensors model.safetensors.index.json",
+    ),
+    "pickles": ("pytorch_model.bin rust_model.ot 64.tflite", "pytorch_model.bin"),
+    "both": (
+        "model.safetensors model-00001-of-00001.safetensors model.safetensors.index.json",
+        "model.safetensors model.safetensors.index.json",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", REPOSITORIES)
+def test_download_fetches_one_hugging_face_folder_and_resumes(kind, tmp_path, capsys, monkeypatch):
+    """The Hub is a folder here, and its connection breaks once."""
+    beside = ["config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"]
+    files, expected = ([*names.split(), *beside] for names in REPOSITORIES[kind])
+    broken = [True]
+
+    def snapshot_download(repo_id, local_dir, allow_patterns):
+        assert repo_id == "someone/tiny"
+        (local_dir / ".cache/huggingface").mkdir(parents=True, exist_ok=True)
+        for name in allow_patterns:
+            (local_dir / name).write_text("part" if broken else "whole")
+            if broken:
+                broken.clear()
+                raise OSError("the connection broke")
+
+    monkeypatch.setattr("huggingface_hub.list_repo_files", lambda repo_id: [".gitattributes", "README.md", *files])
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    args = f"--name someone/tiny --out_dir {tmp_path}/tiny"
+    line = fail(download, capsys, monkeypatch, args)
+    assert "someone/tiny cannot be fetched from the Hub: the connection broke" in line
+    assert [path.name for path in tmp_path.iterdir()] == [".someone--tiny.partial"]
+    assert say(download, capsys, monkeypatch, args) == f"checkpoint: {tmp_path}/tiny\n"
+    assert sorted(path.name for path in (tmp_path / "tiny").iterdir()) == sorted(expected)
+    assert [path.name for path in tmp_path.iterdir()] == ["tiny"]
+    assert "tiny holds a checkpoint" in fail(download, capsys, monkeypatch, args)
+
+
+def test_download_says_what_is_wrong(capsys, monkeypatch):
+    assert "smollm2 is neither smollm2-135m-instruct nor owner/name" in fail(
+        download, capsys, monkeypatch, "--name smollm2"
+    )
+    monkeypatch.setattr("huggingface_hub.list_repo_files", lambda repo_id: ["README.md", "model.gguf"])
+    line = fail(download, capsys, monkeypatch, "--name a/b")
+    assert "a/b cannot be fetched from the Hub: it has no weights: neither model.safetensors nor pytorch_" in line

@@ -1,16 +1,19 @@
 """Text in, examples out: what is learned, what is cut, what is refused."""
 
+import csv
 import json
 import re
+import subprocess
+import sys
 
 import numpy as np
 import pytest
+from conftest import ROOT, save_tokenizer
 
-from lit_model import dataset
-from lit_model.data import PromptOptions, read_rows, split_rows
-from lit_model.dataset import read_dataset
-from lit_model.examples import check_style, render, tokenize
-from lit_model.tokenizer import Tokenizer
+from lit_model.data.dataset import read_dataset
+from lit_model.data.examples import ExampleOptions, render, tokenize, validate_options, validate_style
+from lit_model.data.rows import read_rows, split_rows
+from lit_model.data.tokenizer import Tokenizer
 
 
 @pytest.fixture
@@ -20,7 +23,7 @@ def tokenizer(tiny) -> Tokenizer:
 
 @pytest.mark.parametrize("style", ["alpaca", "chatml"])
 def test_only_the_response_and_its_end_are_learned(tokenizer, rows, style):
-    for row, e in zip(rows, tokenize(rows, tokenizer, PromptOptions(style=style, max_length=500))):
+    for row, e in zip(rows, tokenize(rows, tokenizer, ExampleOptions(style=style, max_length=500))):
         prompt = [tokenizer.bos_id] + tokenizer.encode(render(style, row["instruction"], row["input"]))
         assert e.ids[: e.first_target].tolist() == prompt  # the very ids that generation starts from
         assert tokenizer.decode(e.ids[e.first_target :]) == row["output"]
@@ -31,7 +34,7 @@ def test_only_the_response_and_its_end_are_learned(tokenizer, rows, style):
 def test_no_token_spans_the_boundary(tokenizer):
     """Joined as text, prompt and response may be cut elsewhere: then a mask by length would be off by a token."""
     row = dict(instruction="a", input="", output="\n\nb")
-    (e,) = tokenize([row], tokenizer, PromptOptions(max_length=500))
+    (e,) = tokenize([row], tokenizer, ExampleOptions(max_length=500))
     assert tokenizer.decode(e.ids[e.first_target :]) == "\n\nb"
     joined = [tokenizer.bos_id] + tokenizer.encode(render("alpaca", "a") + "\n\nb")
     prompt = [tokenizer.bos_id] + tokenizer.encode(render("alpaca", "a"))
@@ -39,23 +42,23 @@ def test_no_token_spans_the_boundary(tokenizer):
 
 
 def test_unmasked_prompts_are_learned_too(tokenizer, rows):
-    examples = tokenize(rows, tokenizer, PromptOptions(mask=False, max_length=500))
+    examples = tokenize(rows, tokenizer, ExampleOptions(mask=False, max_length=500))
     assert all(e.first_target == 1 for e in examples)
 
 
 def test_a_cut_response_still_ends_in_eos(tokenizer, capsys):
     row = dict(instruction="a", input="", output="apple river stone " * 20)
-    full = tokenize([row], tokenizer, PromptOptions(max_length=500))[0]
-    (cut,) = tokenize([row], tokenizer, PromptOptions(max_length=full.first_target + 10), "rows")
+    full = tokenize([row], tokenizer, ExampleOptions(max_length=500))[0]
+    (cut,) = tokenize([row], tokenizer, ExampleOptions(max_length=full.first_target + 10), "rows")
     assert len(cut.ids) == full.first_target + 10 and cut.ids[-1] == tokenizer.eos_id
     assert (cut.ids[:-1] == full.ids[: len(cut.ids) - 1]).all()
-    assert "1 of 1 rows cut to prompt.max_length" in capsys.readouterr().out
+    assert "1 of 1 rows cut to examples.max_length" in capsys.readouterr().out
 
 
 def test_rows_without_output_or_room_are_left_out_and_counted(tokenizer, capsys):
     rows = [dict(instruction="a", input="", output=o) for o in ("b", "", " ")]
     rows.append(dict(instruction="stone " * 300, input="", output="b"))
-    assert len(tokenize(rows, tokenizer, PromptOptions(max_length=200))) == 1
+    assert len(tokenize(rows, tokenizer, ExampleOptions(max_length=200))) == 1
     said = capsys.readouterr().out
     assert (
         "2 of 4 rows left out: they have nothing to learn" in said
@@ -74,7 +77,7 @@ def test_a_quote_left_open_does_not_swallow_the_rest(tmp_path):
 
 def test_a_text_of_nothing_is_left_out_and_counted(tokenizer, capsys):
     rows = [dict(text=text) for text in ("apple", "", " ")]
-    assert len(tokenize(rows, tokenizer, PromptOptions())) == 1
+    assert len(tokenize(rows, tokenizer, ExampleOptions())) == 1
     assert "2 of 3 rows left out: they have nothing to learn" in capsys.readouterr().out
 
 
@@ -91,7 +94,7 @@ def test_json_and_jsonl_are_read_alike(tmp_path, rows):
     [
         ("a.json", "[{]", "a.json, line 1: not JSON"),
         ("a.json", '{"a": 1}', "a.json, row 1: a row needs instruction and output; it is "),
-        ("a.json", "5", "a.json holds no list of rows"),
+        ("a.json", "5", "a.json: it is broken or only partly written .TypeError"),
         ("a.json", "[]", "a.json holds no row"),
         ("a.csv", "text,label\n", "a.csv holds no row"),
         ("a.jsonl", '{"instruction": "a", "output": "b"}\n\n{"instr', "a.jsonl, line 3: not JSON"),
@@ -121,7 +124,7 @@ def test_the_split_is_seeded_and_drops_repeated_rows(rows):
 def test_a_preamble_is_shared_in_real_prompts(tokenizer, rows):
     from lit_model.packing import pack
 
-    examples = tokenize(rows, tokenizer, PromptOptions(max_length=500))
+    examples = tokenize(rows, tokenizer, ExampleOptions(max_length=500))
     ((idx, packed),) = pack(examples, 10**6)
     alone = sum(len(e.ids) for e in examples)
     assert len(idx) < 0.6 * alone
@@ -132,7 +135,7 @@ def test_a_preamble_is_shared_in_real_prompts(tokenizer, rows):
 def test_prompt_and_completion_are_taken_as_they_stand(tokenizer, tmp_path):
     (tmp_path / "a.csv").write_text('prompt,completion\n"apple river:"," stone"\n"",green\n')
     rows = read_rows(tmp_path / "a.csv")
-    first, second = tokenize(rows, tokenizer, PromptOptions(max_length=50))
+    first, second = tokenize(rows, tokenizer, ExampleOptions(max_length=50))
     assert first.ids.tolist() == [tokenizer.bos_id, *tokenizer.encode("apple river:"), *tokenizer.encode(" stone"), 1]
     assert tokenizer.decode(first.ids[first.first_target :]) == " stone" and second.first_target == 1
 
@@ -143,7 +146,7 @@ def test_plain_text_is_learned_whole_in_pieces(tokenizer, tmp_path):
     (tmp_path / "a.txt").write_text("\n\n".join(paragraphs))
     rows = read_rows(tmp_path / "a.txt")
     assert 1 < len(rows) < 9 and "\n\n".join(row["text"] for row in rows) == "\n\n".join(paragraphs)
-    examples = tokenize(rows, tokenizer, PromptOptions(max_length=50))
+    examples = tokenize(rows, tokenizer, ExampleOptions(max_length=50))
     assert all(e.first_target == 1 and len(e.ids) <= 50 for e in examples)
     learned = np.concatenate([e.ids[1:] for e in examples]).tolist()
     assert learned == [i for row in rows for i in [*tokenizer.encode(row["text"]), tokenizer.eos_id]]
@@ -151,11 +154,11 @@ def test_plain_text_is_learned_whole_in_pieces(tokenizer, tmp_path):
 
 def test_a_template_of_ones_own(tokenizer, rows):
     assert render("Q: {instruction}{input}\\nA:", "{input}", "b") == "Q: {input}b\nA:"  # what is put in stays as it is
-    check_style("Q: {instruction}", tokenizer)
-    with pytest.raises(ValueError, match="'alpacca' is none of alpaca, chatml and chat"):
-        check_style("alpacca", tokenizer)
+    validate_style("Q: {instruction}", tokenizer)
+    with pytest.raises(ValueError, match="'alpacca' cannot be taken: known are alpaca, chat, chatml"):
+        validate_style("alpacca", tokenizer)
     with pytest.raises(ValueError, match="has no chat template"):
-        check_style("chat", tokenizer)
+        validate_style("chat", tokenizer)
 
 
 @pytest.fixture
@@ -166,7 +169,7 @@ def files(tmp_path, rows):
 
 
 def test_files_are_mixed_by_weight(files, tokenizer):
-    make = lambda data, **more: read_dataset(data, tokenizer, PromptOptions(val_fraction=0.1), **more)  # noqa: E731
+    make = lambda data, **more: read_dataset(data, tokenizer, ExampleOptions(val_fraction=0.1), **more)  # noqa: E731
     mixed = make(f"{files}/a.json:0.5,{files}/b.json:2")
     assert (len(mixed.train), len(mixed.val)) == (18 + 36, 4 + 2)
     seen = [e.ids.tobytes() for e in mixed.train]
@@ -175,68 +178,27 @@ def test_files_are_mixed_by_weight(files, tokenizer):
     assert [e.ids.tobytes() for e in again.train] == seen
     given = make(files / "a.json", val_data=files / "b.json")
     assert (len(given.train), len(given.val)) == (40, 20)
-    with pytest.raises(ValueError, match="the weight of .*b.json:-1 must be above 0"):
+    with pytest.raises(FileNotFoundError, match="b.json:-1 is not there"):
         make(f"{files}/a.json,{files}/b.json:-1")
     with pytest.raises(FileNotFoundError, match="c.json is not there"):
         make(f"{files}/a.json,{files}/c.json")
     (files / "l.csv").write_text("text,label\na,b\nc,d\n")
-    with pytest.raises(ValueError, match="rows to tell apart go with no others"):
+    with pytest.raises(ValueError, match="a.json, .*l.csv: 2 of 42 rows have text and label; to classify"):
         make(f"{files}/a.json,{files}/l.csv")
 
 
 def test_a_row_of_two_files_is_not_in_both_parts(files, rows, tokenizer):
     (files / "c.json").write_text(json.dumps(rows[5:30]))
-    made = read_dataset(f"{files}/a.json,{files}/c.json,{files}/a.json:2", tokenizer, PromptOptions(val_fraction=0.3))
+    made = read_dataset(f"{files}/a.json,{files}/c.json,{files}/a.json:2", tokenizer, ExampleOptions(val_fraction=0.3))
     val = [e.ids.tobytes() for e in made.val]
     assert len(set(val)) == len(val) and not set(val) & {e.ids.tobytes() for e in made.train}
 
 
-def test_a_broken_file_of_the_cache_is_made_again(files, tokenizer, monkeypatch, capsys):
-    monkeypatch.setattr(dataset, "WORTH_KEEPING", 0.0)
-    make = lambda: read_dataset(files / "a.json", tokenizer, PromptOptions(), cache_dir=files / "cache")  # noqa: E731
-    make()
-    (path,) = (files / "cache").glob("*.npz")
-    path.write_bytes(path.read_bytes()[:500])
-    assert len(make().train) == 38 and "is broken: its examples are made again" in capsys.readouterr().out
-    make()
-    assert "examples taken from" in capsys.readouterr().out
-
-
 def test_validation_rows_are_not_trained_on(files, tokenizer, rows, capsys):
     (files / "all.json").write_text(json.dumps(rows))
-    made = read_dataset(files / "all.json", tokenizer, PromptOptions(), val_data=files / "b.json")
+    made = read_dataset(files / "all.json", tokenizer, ExampleOptions(), val_data=files / "b.json")
     assert (len(made.train), len(made.val)) == (40, 20)
     assert "20 rows left out of training" in capsys.readouterr().out
-
-
-def test_examples_are_kept_until_anything_changes(files, tokenizer, monkeypatch, capsys):
-    """The second time they come from the cache, the same bit for bit, with the same words about what was left out."""
-    monkeypatch.setattr(dataset, "WORTH_KEEPING", 0.0)
-    rows = json.loads((files / "a.json").read_text()) + [dict(instruction="a", input="", output=" ")]
-    chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}] * 2
-    (files / "m.json").write_text(json.dumps([{"messages": chat[: 2 + 2 * (i % 2)]} for i in range(2)]))
-    (files / "a.json").write_text(json.dumps(rows))
-    options = PromptOptions(max_length=500)
-    monkeypatch.setattr(tokenizer, "chat_template", "{% for m in messages %}{{ m.content }}<eos>{% endfor %}")
-
-    def make(**more):
-        arguments = dict(val_data=files / "b.json", cache_dir=files / "cache") | more
-        made = read_dataset(f"{files}/a.json,{files}/m.json", tokenizer, **{"options": options, **arguments})
-        return made, capsys.readouterr().out
-
-    (first, said), (second, again) = make(), make()
-    assert (
-        again == said + f"examples taken from {next((files / 'cache').glob('*.npz'))}\n" and "nothing to learn" in said
-    )
-    for a, b in zip(first.train + first.val, second.train + second.val, strict=True):
-        assert np.array_equal(a.ids, b.ids) and a.first_target == b.first_target and a.ids.dtype == b.ids.dtype
-        assert np.array_equal(a.learned, b.learned) if a.learned is not None else b.learned is None
-    assert any(e.learned is not None for e in second.train)
-    for change in (dict(seed=1), dict(limit=3), dict(options=PromptOptions(max_length=400)), dict(val_data=None)):
-        assert "examples taken from" not in make(**change)[1]
-    (files / "b.json").write_text((files / "b.json").read_text().replace("apple", "apples"))
-    assert "examples taken from" not in make()[1]
-    assert not list((files / "cache").glob("*.partial"))
 
 
 @pytest.mark.parametrize(
@@ -246,14 +208,14 @@ def test_examples_are_kept_until_anything_changes(files, tokenizer, monkeypatch,
         (
             "a.json",
             '[{"messages": [{"role": "robot", "content": "a"}]}]',
-            "role is 'robot'; known are human",
+            "a.json, row 1: a message needs a role .user, assistant, .* it is .*robot",
         ),
-        ("a.json", '[{"messages": [{"role": "assistant"}]}]', "a message's content is no text but null"),
-        ("a.json", '[{"messages": ["a"]}]', 'a message is no object but "a"'),
+        ("a.json", '[{"messages": [{"role": "assistant"}]}]', "a message needs .* and content that is a text"),
+        ("a.json", '[{"messages": ["a"]}]', "a.json, row 1: .*AttributeError"),
         ("a.json", '[{"prompt": "a"}]', "row 1: a row needs instruction and output; it has prompt"),
-        ("a.json", '[{"messages": [{"role": ["user"], "content": "a"}]}]', "a message's role is \\['user'\\]"),
+        ("a.json", '[{"messages": [{"role": ["user"], "content": "a"}]}]', "a.json, row 1: .*TypeError"),
         ("a.csv", "instruction,output\na,b, c\n", "a.csv, line 2: it has more fields than the first line has names"),
-        ("a.txt", "a\0b", "a.txt is no text: it holds zero bytes"),
+        ("a.txt", "a\0b", "a.txt is not text in UTF-8 .it holds zero bytes"),
         ("a.txt", "\n\n", "a.txt holds no row"),
         ("a.csv", "a,b\n1,2\n", "a.csv, line 2: a row needs instruction and output; it has a, b"),
     ],
@@ -265,15 +227,8 @@ def test_other_broken_files_are_named_with_the_place(tmp_path, name, content, sa
 def test_a_text_of_the_validation_file_is_not_trained_on_under_another_label(tokenizer, tmp_path):
     for name, labels in (("a.csv", "xyxyxy"), ("val.csv", "yx")):
         (tmp_path / name).write_text("text,label\n" + "".join(f"text {i},{c}\n" for i, c in enumerate(labels)))
-    data = read_dataset(tmp_path / "a.csv", tokenizer, PromptOptions(), val_data=tmp_path / "val.csv")
+    data = read_dataset(tmp_path / "a.csv", tokenizer, ExampleOptions(), val_data=tmp_path / "val.csv")
     assert len(data.train) == 4 and len(data.val) == 2
-
-
-def test_a_cache_that_cannot_be_written_ends_nothing(tokenizer, files, capsys, monkeypatch):
-    monkeypatch.setattr("lit_model.dataset.WORTH_KEEPING", 0)
-    (files / "cache").write_text("no folder")
-    assert len(read_dataset(files / "a.json", tokenizer, PromptOptions(), cache_dir=files / "cache").train) == 38
-    assert "the examples are not kept for the next run" in capsys.readouterr().out
 
 
 def test_a_text_file_is_cut_where_it_can_be(tmp_path):
@@ -282,3 +237,43 @@ def test_a_text_file_is_cut_where_it_can_be(tmp_path):
         pieces = [row["text"] for row in read_rows(tmp_path / "a.txt")]
         assert len(pieces) > 2 and all(len(piece) <= 2 * 2000 for piece in pieces)
         assert re.sub(r"\s", "", "".join(pieces)) == re.sub(r"\s", "", text)
+
+
+def test_a_long_field_is_read_and_the_limit_of_csv_stays_as_it_was(tmp_path):
+    before = csv.field_size_limit()
+    (tmp_path / "a.csv").write_text(f"instruction,output\na,{'x' * 10**6}\n")
+    assert len(read_rows(tmp_path / "a.csv")[0]["output"]) == 10**6 and csv.field_size_limit() == before
+
+
+def test_validation_rows_without_anything_to_learn_are_named(files, tokenizer):
+    (files / "empty.json").write_text(json.dumps([dict(instruction=str(i), output=" ") for i in range(3)]))
+    with pytest.raises(ValueError, match="a.json: none of the 3 validation rows is left to learn from"):
+        read_dataset(files / "a.json", tokenizer, ExampleOptions(), val_data=files / "empty.json")
+    with pytest.raises(ValueError, match="a.json: none of the 0 training rows is left to learn from"):
+        read_dataset(files / "a.json", tokenizer, ExampleOptions(), val_data=files / "a.json")
+    with pytest.raises(ValueError, match="1 rows are too few to keep 1 for"):
+        (files / "one.json").write_text(json.dumps([dict(instruction="a", output="b")]))
+        read_dataset(files / "one.json", tokenizer, ExampleOptions())
+
+
+@pytest.mark.parametrize("options", [dict(val_fraction=1.0), dict(val_fraction=-0.1), dict(max_length=1)])
+def test_options_that_make_no_sense_are_refused(options, tokenizer):
+    validate_options(ExampleOptions(), tokenizer)
+    with pytest.raises(ValueError, match="they must be at least 0 and below 1, and at least 2"):
+        validate_options(ExampleOptions(**options), tokenizer)
+
+
+def test_data_without_labels_or_chats_imports_neither(files, rows):
+    """What a run does not need costs it neither time at its start nor a file to read."""
+    save_tokenizer(files / "base", rows)
+    code = f"""
+import sys
+from lit_model.data.dataset import read_dataset
+from lit_model.data.examples import ExampleOptions
+from lit_model.data.tokenizer import Tokenizer
+read_dataset({str(files / "a.json")!r}, Tokenizer({str(files / "base")!r}), ExampleOptions())
+print([name for name in ("sklearn", "lit_model.data.labels", "lit_model.data.chat", "lit_model.data.score")
+       if name in sys.modules])
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "[]"

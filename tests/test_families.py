@@ -10,8 +10,8 @@ from conftest import randomize
 from transformers import AutoModelForCausalLM
 
 from lit_model import generate, load, model
-from lit_model.convert import convert_hf, hf_config
-from lit_model.presets import PRESETS
+from lit_model.weights.folder import convert_hf, hf_config
+from lit_model.families import PRESETS
 
 SIZES = dict(
     vocab_size=97, hidden_size=64, intermediate_size=112, num_hidden_layers=5, num_attention_heads=4,

@@ -19,11 +19,11 @@ from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from lit_model import load, model
-from lit_model.checkpoint import fingerprint_of, read_tensors, save_checkpoint
-from lit_model.convert import convert_hf
-from lit_model.convert_gguf import convert_gguf
-from lit_model.convert_meta import convert_meta
-from lit_model.tokenizer import Tokenizer
+from lit_model.load import fingerprint_of, read_tensors, save_checkpoint
+from lit_model.weights.folder import convert_hf
+from lit_model.weights.gguf import convert_gguf
+from lit_model.weights.meta import convert_meta
+from lit_model.data.tokenizer import Tokenizer
 
 
 def split(tensors: dict[str, Tensor], n: int) -> list[dict[str, Tensor]]:
@@ -244,7 +244,7 @@ def test_conversion_needs_less_than_two_shards_of_memory(tmp_path):
     code = f"""
 import re
 from pathlib import Path
-from lit_model.convert import convert_hf
+from lit_model.weights.folder import convert_hf
 memory = lambda what: int(re.search(what + r":\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) * 1024
 Path("/proc/self/clear_refs").write_text("5")  # the peak begins here
 before = memory("VmRSS")

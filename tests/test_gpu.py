@@ -14,8 +14,9 @@ from safetensors.torch import load_file
 
 from finetune import loop, setup
 from finetune.report import Step
-from lit_model import adapter, full, generate, lora, model
-from lit_model.checkpoint import freeze
+from lit_model.methods import adapter, full, lora
+from lit_model import generate, model
+from lit_model.load import freeze
 from lit_model.packing import Example, pack
 from lit_model.quantize import FP8MLP, quantize
 

@@ -27,10 +27,10 @@ from corpus import CASES, KINDS, MARKER, Case, valid
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from lit_model import chat, dataset
+from lit_model.data import chat, dataset
 from lit_model.cli import cli
-from lit_model.data import _KNOWN, PromptOptions
-from lit_model.tokenizer import Tokenizer
+from lit_model.data.rows import _KNOWN, PromptOptions
+from lit_model.data.tokenizer import Tokenizer
 
 SECONDS, BYTES = 10, 500 * 2**20  # that a file may take
 

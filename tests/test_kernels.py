@@ -6,9 +6,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lit_model import adapter, adapter_v2, attention, bottleneck, ia3, lora, loss, packing, prefix, prompt
+from lit_model.methods import adapter, adapter_v2, bottleneck, ia3, lora, prefix, prompt
+from lit_model import attention, loss, packing
 from lit_model.attention import plain_attention, rotate
-from lit_model.checkpoint import freeze
+from lit_model.load import freeze
 from lit_model.model import Config, rope_angles
 from lit_model.packing import Example, Segment, lay_out
 from lit_model.quantize import _to_fp8

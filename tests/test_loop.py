@@ -13,10 +13,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from finetune import loop, setup
 from finetune.lora import Options, main
 from finetune.report import Step
-from lit_model import load, lora
-from lit_model.checkpoint import freeze, load_base
+from lit_model import load
+from lit_model.methods import lora
+from lit_model.load import freeze, load_base
 from lit_model.files import copy_file, write_text
-from lit_model.lora import LoRA
+from lit_model.methods.lora import LoRA
 
 
 @pytest.fixture
@@ -136,7 +137,7 @@ def test_learning_rate_rises_to_lr_and_falls_to_min_lr():
 
 
 def test_vectors_do_not_decay(tiny):
-    from lit_model import adapter
+    from lit_model.methods import adapter
 
     gpt = adapter.GPT(adapter.Config.load(tiny / "base"))
     gpt.requires_grad_(True)

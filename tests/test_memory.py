@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from finetune import memory
-from lit_model import lora, model
-from lit_model.checkpoint import freeze
+from lit_model.methods import lora
+from lit_model import model
+from lit_model.load import freeze
 from lit_model.packing import Example
 
 MIB = 2**20

@@ -8,9 +8,10 @@ import pytest
 import torch
 from conftest import FAMILIES, LLAMA
 
-from lit_model import adapter, adapter_v2, bottleneck, full, generate, ia3, load, lora, model, prefix, prompt, selective
+from lit_model.methods import adapter, adapter_v2, bottleneck, full, ia3, lora, prefix, prompt, selective
+from lit_model import generate, load, model
 from lit_model.attention import KVCache
-from lit_model.checkpoint import fingerprint_of, freeze, load_base, save_method
+from lit_model.load import fingerprint_of, freeze, load_base, save_method
 from lit_model.packing import Example, Segment, lay_out, pack
 from scripts.merge import rounding_error
 

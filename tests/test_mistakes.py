@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 from finetune import lora
 from generate import base as generate_base
 from lit_model import model
-from lit_model.checkpoint import save_checkpoint
-from lit_model.convert import tokenizer_files
+from lit_model.load import save_checkpoint
+from lit_model.weights.folder import tokenizer_files
 from scripts import convert_gguf, convert_hf, merge
 
 

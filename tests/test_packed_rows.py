@@ -8,7 +8,9 @@ import torch.nn.functional as F
 from conftest import LLAMA, randomize
 from torch import Tensor, nn
 
-from lit_model import adapter, attention, attention_cpu, model, packing, prefix, prompt
+from lit_model.methods import adapter, prefix, prompt
+from lit_model import attention, model, packing
+from lit_model.kernels import cpu as attention_cpu
 from lit_model.attention import KVCache
 from lit_model.packing import Example, Segment, lay_out, pack
 

@@ -18,21 +18,10 @@ from peft import (
 )
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from lit_model import (
-    adapter,
-    adapter_v2,
-    bottleneck,
-    generate,
-    ia3,
-    load,
-    lora,
-    model,
-    prefix,
-    prompt,
-    selective,
-)
-from lit_model.checkpoint import fingerprint_of, freeze, load_base, save_method
-from lit_model.convert import convert_hf
+from lit_model.methods import adapter, adapter_v2, bottleneck, ia3, lora, prefix, prompt, selective
+from lit_model import generate, load, model
+from lit_model.load import fingerprint_of, freeze, load_base, save_method
+from lit_model.weights.folder import convert_hf
 
 SIZES = dict(vocab_size=97, hidden_size=64, num_hidden_layers=3, num_attention_heads=4)
 LLAMA = dict(**SIZES, intermediate_size=112, max_position_embeddings=128, bos_token_id=0, eos_token_id=96)

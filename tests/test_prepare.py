@@ -10,8 +10,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 from conftest import fail, say
 
-from lit_model import hub
-from lit_model.data import read_rows
+from lit_model.weights import demo as hub
+from lit_model.data.rows import read_rows
 from scripts import prepare_alpaca, prepare_dolly, prepare_text
 
 CONTENT = bytes(range(256)) * 5000

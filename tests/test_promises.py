@@ -12,7 +12,8 @@ import torch
 from conftest import LLAMA, ROOT
 from torch import nn
 
-from lit_model import lora, model
+from lit_model.methods import lora
+from lit_model import model
 
 
 def entered(build: Callable[[], object], folder: Path) -> set[tuple[str, str]]:

@@ -5,20 +5,9 @@ import pytest
 import torch
 from torch import nn
 
-from lit_model import (
-    adapter,
-    adapter_v2,
-    bottleneck,
-    ia3,
-    load,
-    lora,
-    model,
-    prefix,
-    prompt,
-    quantize,
-    selective,
-)
-from lit_model.checkpoint import fingerprint_of, freeze, load_base, save_method
+from lit_model.methods import adapter, adapter_v2, bottleneck, ia3, lora, prefix, prompt, selective
+from lit_model import load, model, quantize
+from lit_model.load import fingerprint_of, freeze, load_base, save_method
 from lit_model.packing import Example, pack
 
 KINDS = ("nf4", "int8", "fp8")

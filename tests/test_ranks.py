@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from finetune.devices import launch
 from lit_model import model
-from lit_model.checkpoint import save_checkpoint
+from lit_model.load import save_checkpoint
 
 WORLDS = [(2, "ddp"), (2, "fsdp"), pytest.param(4, "ddp", marks=pytest.mark.slow), (4, "fsdp")]
 

@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 
 from finetune import interrupt, loop, lora, setup, state
 from finetune.lora import Options, main
-from lit_model.lora import LoRA
+from lit_model.methods.lora import LoRA
 
 
 @pytest.fixture

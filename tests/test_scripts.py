@@ -28,8 +28,8 @@ import scripts.download
 import scripts.merge
 from lit_model import load
 from lit_model.cli import cli
-from lit_model.examples import render
-from lit_model.tokenizer import Tokenizer
+from lit_model.data.examples import render
+from lit_model.data.tokenizer import Tokenizer
 from scripts.random_checkpoint import random_rows, train_tokenizer
 from scripts.workload import lengths
 

@@ -4,8 +4,9 @@ import pytest
 import torch
 from test_methods import METHODS, build, shake
 
-from lit_model import generate, load, lora
-from lit_model.checkpoint import fingerprint_of, save_method
+from lit_model import generate, load
+from lit_model.methods import lora
+from lit_model.load import fingerprint_of, save_method
 
 
 @pytest.fixture

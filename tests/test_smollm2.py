@@ -11,11 +11,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lit_model import generate, hub, load
-from lit_model.checkpoint import fingerprint_of
-from lit_model.convert import convert_hf
-from lit_model.convert_gguf import convert_gguf
-from lit_model.tokenizer import Tokenizer
+from lit_model import generate, load
+from lit_model.weights import demo as hub
+from lit_model.load import fingerprint_of
+from lit_model.weights.folder import convert_hf
+from lit_model.weights.gguf import convert_gguf
+from lit_model.data.tokenizer import Tokenizer
 
 TEXT = hub.Asset(
     "llamafactory==0.9.5",

@@ -10,10 +10,10 @@ from sentencepiece import SentencePieceProcessor
 from tokenizers import Tokenizer as HFTokenizer
 from transformers import PreTrainedTokenizerFast
 
-from lit_model import hub
-from lit_model.data import PromptOptions
-from lit_model.examples import tokenize
-from lit_model.tokenizer import Tokenizer
+from lit_model.weights import demo as hub
+from lit_model.data.rows import PromptOptions
+from lit_model.data.examples import tokenize
+from lit_model.data.tokenizer import Tokenizer
 
 SENTENCEPIECE = hub.Asset(
     "mistral-common==1.13.1",

@@ -1,0 +1,114 @@
+"""LoRA: low-rank adaptation (https://arxiv.org/abs/2106.09685), with rsLoRA and LoRA+.
+
+A frozen linear layer W (n_out, n_in) gets a correction of rank r beside it:
+
+    y = W x  +  (alpha / r) * B A x          A (r, n_in), B (n_out, r)
+
+B = 0 at the start makes it the base model exactly; A is kaiming-uniform with a = sqrt(5), as in the authors' code.
+Trained: A and B of every layer that `targets` names; on LLaMA-7B with r = 8 on q and v: 32 * 2 * 8 * (4096 + 4096) =
+4,194,304 numbers. The paper's dropout on x defaults to 0 here: with it, a preamble that examples share would have to be
+computed for each of them again (packing.py).
+
+rslora (https://arxiv.org/abs/2312.03732) multiplies by alpha / sqrt(r), so that the size of the correction does not
+shrink with the rank; lr_ratio is LoRA+ (https://arxiv.org/abs/2402.12354): B learns this many times as fast as A.
+"""
+
+import math
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lit_model.files import require_positive
+from lit_model.model import GPT, Linear
+
+
+@dataclass
+class LoRA:
+    """LoRA."""
+
+    r: int = 8
+    """rank of the correction"""
+    alpha: float = 16.0
+    """size of the correction, which is multiplied by alpha / r"""
+    targets: str = "q_proj,v_proj"
+    """layers that get one: q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj, lm_head, or regular
+    expressions of whole names such as blocks.[0-3].mlp.*"""
+    dropout: float = 0.0
+    """share of the inputs of A that is dropped in training"""
+    rslora: bool = False
+    """multiply by alpha / sqrt(r) instead of alpha / r"""
+    lr_ratio: float = 1.0
+    """LoRA+: learning rate of B as a multiple of A's; the paper has 16"""
+
+
+class LoRADelta(nn.Module):
+    def __init__(self, linear: Linear, options: LoRA):
+        super().__init__()
+        self.scale = options.alpha / (math.sqrt(options.r) if options.rslora else options.r)
+        self.dropout = options.dropout
+        self.A = nn.Parameter(torch.empty(options.r, linear.in_features))
+        self.B = nn.Parameter(torch.empty(linear.out_features, options.r))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))
+        nn.init.zeros_(self.B)
+
+    def forward(self, linear: Linear, x: Tensor, y: Tensor) -> Tensor:  # x (T, n_in), y (T, n_out)
+        A, B = self.factors()
+        x = F.dropout(x, self.dropout, self.training)
+        return y + F.linear(F.linear(x, A.to(x.dtype)) * self.scale, B.to(x.dtype))
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        return self.A, self.B
+
+    def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        A, B = self.factors()
+        return weight + B.float() @ A.float() * self.scale, bias
+
+
+def install(gpt: GPT, options: LoRA) -> None:
+    """Adds a LoRA to every linear layer that `options.targets` names. Raises ValueError if there is no such layer."""
+    for linear in target_layers(gpt, options).values():
+        linear.deltas["lora"] = LoRADelta(linear, options)
+
+
+def target_layers(gpt: GPT, options: LoRA) -> dict[str, Linear]:
+    """The layers that `options.targets` names. Raises ValueError, with the names that there are, for an unknown one."""
+    require_positive(options, "r", "alpha", "lr_ratio")
+    linears = {name: m for name, m in gpt.named_modules() if isinstance(m, Linear)}
+    targets = [target.strip() for target in re.split(r",(?![^{]*})", options.targets)]  # not at the comma of {1,3}
+    layers = {}
+    for target in targets:
+        names = [name for name in linears if name.split(".")[-1] == target or _matches(target, name)]
+        if not names:
+            known = ", ".join(sorted({name.split(".")[-1] for name in linears}))
+            raise ValueError(f"lora.targets: no layer is called {target or 'nothing'}; there are {known}")
+        layers |= {name: linears[name] for name in names}
+    return layers
+
+
+def _matches(target: str, name: str) -> bool:
+    try:
+        return re.fullmatch(target, name) is not None
+    except re.error:
+        return False
+
+
+def lr_scale(options: LoRA) -> Callable[[str], float]:
+    """LoRA+: what the learning rate of a trained tensor is multiplied by, from its name."""
+    return lambda name: options.lr_ratio if name.endswith(".B") else 1.0
+
+
+def validate_rank(gpt: GPT) -> None:
+    """Raises ValueError for a rank that adds nothing. Files may have one: PiSSA's doubles when it is saved."""
+    for name, delta in gpt.named_modules():
+        if isinstance(delta, LoRADelta) and len(delta.A) > (most := min(delta.A.shape[1], len(delta.B))):
+            layer = name.rsplit(".deltas.")[0]
+            raise ValueError(
+                f"lora.r is {len(delta.A)}, but {layer} is a matrix of rank {most} at most: more adds nothing"
+            )

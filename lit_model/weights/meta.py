@@ -1,0 +1,106 @@
+"""Weights in: a folder as Meta publishes LLaMA becomes a Hugging Face folder.
+
+    consolidated.00.pth, consolidated.01.pth, ...    the network in slices, one for each GPU that it was meant for
+    params.json, tokenizer.model
+
+q and k are in Meta's rope order, where neighbours turn together. Slices of matrices whose inputs are sliced (wo, w2,
+and the embeddings before LLaMA 3) stand side by side, of the others one below the other.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lit_model.files import read_json, reading, refuse_used
+from lit_model.model import Config
+from lit_model.rope import RopeScaling
+from lit_model.weights.folder import save_folder, tokenizer_files, unpickled
+from lit_model.weights.gguf import files_of, half_split, our_name, sentencepiece_bpe
+
+NAMES = {  # Meta's modules -> ours
+    "tok_embeddings": "wte", "norm": "norm_f", "output": "lm_head", "attention_norm": "norm_1", "ffn_norm": "norm_2",
+    **{f"attention.w{p}": f"attn.{p}_proj" for p in "qkvo"},
+    **{f"feed_forward.w{i}": f"mlp.{p}_proj" for i, p in enumerate(("gate", "down", "up"), 1)},
+}  # fmt: skip
+
+
+def convert_meta(src_dir: Path, out_dir: Path, dtype: torch.dtype | None = None, block_size: int | None = None) -> None:
+    """Converts a folder with params.json and consolidated.*.pth.
+
+    Args:
+        dtype: dtype of the stored weights; None keeps that of the source.
+        block_size: longest context, which the files do not state; None: that of LLaMA 1, 3 or 3.1, as they look.
+    Raises:
+        FileNotFoundError: a file is missing. ValueError: a file is broken, or no such network.
+    """
+    refuse_used(out_dir)
+    params = read_json(src_dir / "params.json")
+    names = sorted(path.name for path in src_dir.glob("consolidated.*.pth"))
+    if not names or names != [f"consolidated.{i:02}.pth" for i in range(len(names))]:
+        has = ", ".join(names) or "none"
+        raise FileNotFoundError(f"{src_dir} needs all of consolidated.00.pth, consolidated.01.pth, ...; it has {has}")
+    slices = [unpickled(src_dir / name) for name in names]
+
+    def tensors() -> Iterator[tuple[str, Tensor]]:
+        for name in sorted(slices[0].keys() - {"rope.freqs"}):
+            t = _joined(name, [part[name] for part in slices], config)
+            if not t.is_floating_point():
+                raise ValueError(f"{name} is of the type {t.dtype}: take weights that are not quantized")
+            yield our_name(name, NAMES), t.to(dtype or t.dtype)
+
+    with reading(src_dir):
+        config = _config(params, slices, block_size)
+        save_folder(out_dir, config, tensors(), _tokenizer_files(src_dir))
+
+
+def _config(params: dict[str, Any], slices: list[dict[str, Tensor]], block_size: int | None) -> Config:
+    is_long = params.get("use_scaled_rope", False)
+    vocab_size, n_embd = params.get("vocab_size", -1), params["dim"]
+    if vocab_size < 0:  # not stated before LLaMA 3
+        vocab_size = len(slices[0]["tok_embeddings.weight"])
+    if block_size is None:
+        block_size = 131072 if is_long else 8192 if vocab_size > 100_000 else 2048
+    if params["n_layers"] > len(slices[0]):
+        raise ValueError(f"it has {params['n_layers']} layers, and {len(slices[0])} tensors")
+    return Config(
+        vocab_size=vocab_size,
+        block_size=block_size,
+        n_layer=params["n_layers"],
+        n_head=params["n_heads"],
+        n_kv_head=params.get("n_kv_heads"),
+        n_embd=n_embd,
+        n_hidden=len(slices[0]["layers.0.feed_forward.w1.weight"]) * len(slices),
+        rope_base=params.get("rope_theta", 10000.0),
+        rope_scaling=RopeScaling(32.0 if n_embd < 4096 else 8.0, 1.0, 4.0, 8192) if is_long else None,
+        window=params.get("sliding_window"),  # Mistral's
+        norm_eps=params["norm_eps"],
+        tie="output.weight" not in slices[0],
+    )
+
+
+def _joined(name: str, parts: list[Tensor], config: Config) -> Tensor:
+    inputs_sliced = name.endswith(("wo.weight", "w2.weight"))
+    inputs_sliced |= name == "tok_embeddings.weight" and len(parts[0]) == config.vocab_size
+    whole = torch.cat(parts, dim=int(inputs_sliced)) if len(parts) > 1 and parts[0].ndim > 1 else parts[0]
+    return half_split(whole, config.head_size) if name.endswith(("wq.weight", "wk.weight")) else whole
+
+
+def _tokenizer_files(src_dir: Path) -> dict[str, bytes]:
+    """tokenizer.json and its kin as they stand there, or made from tokenizer.model of sentencepiece."""
+    files = tokenizer_files(src_dir)
+    if "tokenizer.json" in files or "tokenizer.model" not in files:
+        return files
+    from sentencepiece import sentencepiece_model_pb2
+
+    content = files["tokenizer.model"]
+    with reading(src_dir / "tokenizer.model"):
+        if content.split(b"\n", 1)[0].split(b" ")[-1].isdigit():  # lines of base64 and a rank
+            more = "tokenizer.json and tokenizer_config.json of the same network on the Hub"
+            raise ValueError(f"it is of tiktoken's kind: put {more} beside it")
+        model = sentencepiece_model_pb2.ModelProto.FromString(content)
+        tokens, scores, kinds = zip(*((p.piece, p.score, p.type) for p in model.pieces))
+        tokenizer = sentencepiece_bpe(tokens, scores, kinds, model.normalizer_spec.add_dummy_prefix)
+        return files_of(tokenizer, tokens.index("<s>"), [tokens.index("</s>")], adds_bos=True)

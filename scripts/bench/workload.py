@@ -1,0 +1,36 @@
+"""Examples to measure with: random tokens in the lengths of Alpaca's 52,002 rows, or the rows of the demo."""
+
+import numpy as np
+
+from lit_model.weights import demo as hub
+from lit_model.data.rows import PromptOptions, read_rows
+from lit_model.data.examples import tokenize
+from lit_model.packing import Example
+from lit_model.data.tokenizer import Tokenizer
+
+
+def lengths(
+    n: int = 52_002, mean: float = 130.0, sigma: float = 0.62, lo: int = 40, hi: int = 512, seed: int = 0
+) -> np.ndarray:
+    """Lengths in tokens like those of Alpaca's examples: lognormal, clipped."""
+    rng = np.random.default_rng(seed)
+    return np.clip(np.rint(rng.lognormal(np.log(mean) - sigma**2 / 2, sigma, n)), lo, hi).astype(int)
+
+
+def alpaca_lengths(vocab_size: int) -> list[Example]:
+    """52,002 examples of random tokens, after Alpaca's preambles: 29 tokens, or 39 in two fifths of the examples."""
+    rng = np.random.default_rng(3)
+    preambles = [rng.integers(5, vocab_size, n).astype(np.int32) for n in (29, 39)]
+    examples = []
+    for n in lengths():
+        preamble = preambles[int(rng.random() < 0.4)]
+        own = max(int(n) - len(preamble), 8)
+        ids = np.concatenate((preamble, rng.integers(5, vocab_size, own).astype(np.int32)))
+        examples.append(Example(ids, len(preamble) + int(0.3 * own)))
+    return examples
+
+
+def demo_examples() -> list[Example]:
+    hub.fetch_demo_model()
+    hub.fetch_demo_data()
+    return tokenize(read_rows(hub.DEMO_DATA), Tokenizer(hub.DEMO_CHECKPOINT), PromptOptions(), "rows")
