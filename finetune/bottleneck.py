@@ -9,9 +9,7 @@ from pathlib import Path
 
 from finetune.dry_run import dry_run
 from finetune.loop import Summary, fit
-from finetune.run import Options as RunOptions
-from finetune.run import Train, build, start
-from finetune.state import may_differ
+from finetune.run import RunOptions, Train, build, may_differ, start
 from lit_model.cli import cli
 from lit_model.methods.bottleneck import Bottleneck
 

@@ -127,9 +127,33 @@ def highest(value: float, device: torch.device) -> float:
     return highest_of(torch.tensor(value, dtype=torch.float64, device=device)).item()
 
 
+def gathered(value: Any) -> list[Any]:
+    """The values of all processes, on each of them."""
+    values = [value]
+    if dist.is_initialized():
+        values = [None] * dist.get_world_size()
+        dist.all_gather_object(values, value)
+    return values
+
+
 def local(t: Tensor) -> Tensor:
-    """The part of it that this process keeps."""
+    """The slice that this process has of a tensor."""
     return t.to_local() if isinstance(t, DTensor) else t
+
+
+def whole(t: Tensor) -> Tensor:
+    """The tensor in one piece; all processes call this together."""
+    return t.full_tensor() if isinstance(t, DTensor) else t
+
+
+@torch.no_grad()
+def fill(t: Tensor, values: Tensor) -> None:
+    """Copies whole `values` into a tensor, or into the slice that this process has of it (cut as FSDP2 cuts)."""
+    if isinstance(t, DTensor):
+        parts = values.chunk(t.device_mesh.size())
+        rank = t.device_mesh.get_local_rank()
+        values = parts[rank] if rank < len(parts) else values[:0]
+    local(t).copy_(values)
 
 
 def shard(gpt: GPT, mesh: DeviceMesh, offload: bool) -> GPT:
@@ -143,7 +167,7 @@ def shard(gpt: GPT, mesh: DeviceMesh, offload: bool) -> GPT:
     device = torch.device("cpu") if offload else own
     quantized = {p for m in gpt.modules() if isinstance(m, Linear) and m.weight is None for p in m.parameters(False)}
     source: dict[str, nn.Parameter] = {}
-    whole: set[nn.Parameter] = set()
+    in_one_piece: set[nn.Parameter] = set()
     replaced: dict[nn.Parameter, nn.Parameter] = {}
     for name, p in gpt.named_parameters(remove_duplicate=False):
         if p not in replaced:
@@ -156,7 +180,7 @@ def shard(gpt: GPT, mesh: DeviceMesh, offload: bool) -> GPT:
                 t = torch.empty_like(p, device="meta", dtype=dtype)
                 source[name] = p
             replaced[p] = nn.Parameter(t, requires_grad=p.requires_grad)
-            whole |= set() if t.is_meta else {replaced[p]}
+            in_one_piece |= set() if t.is_meta else {replaced[p]}
         _set(gpt, name, replaced[p])
     for module in gpt.modules():  # such as a LoRA's start
         module._buffers |= {name: b.to(own) for name, b in module._buffers.items() if b is not None}
@@ -165,23 +189,21 @@ def shard(gpt: GPT, mesh: DeviceMesh, offload: bool) -> GPT:
     mixed = MixedPrecisionPolicy(gpt.dtype, torch.float32, cast_forward_inputs=False)
     settings = dict(
         mesh=mesh["data_parallel"],
-        ignored_params=whole,
+        ignored_params=in_one_piece,
         mp_policy=mixed if trains_base else MixedPrecisionPolicy(),
         offload_policy=CPUOffloadPolicy() if offload else OffloadPolicy(),
         reshard_after_forward=True,  # by default what lies in no block stays gathered after an evaluation
     )
     for module in (*gpt.blocks, gpt):
         fully_shard(module, **settings)
-    rank, n = settings["mesh"].get_local_rank(), settings["mesh"].size()
     filled: dict[nn.Parameter, nn.Parameter] = {}
     for name, p in list(gpt.named_parameters(remove_duplicate=False)):
-        if p in whole:
+        if p in in_one_piece:
             continue
         if p not in filled:
-            t, spread = source[name].detach(), torch.empty_like(p.detach(), device=device)
-            parts = t.chunk(n)
-            local(spread).copy_(parts[rank] if rank < len(parts) else t[:0])
-            filled[p] = nn.Parameter(spread, requires_grad=p.requires_grad)
+            sliced = torch.empty_like(p.detach(), device=device)
+            fill(sliced, source[name].detach())
+            filled[p] = nn.Parameter(sliced, requires_grad=p.requires_grad)
         _set(gpt, name, filled[p])
     return gpt
 
@@ -200,8 +222,8 @@ def clip(trained: Sequence[nn.Parameter], most: float) -> Tensor:
     if not parts[1]:
         return nn.utils.clip_grad_norm_(trained, most)
     norms = [nn.utils.get_total_norm([p.grad for p in part]) for part in parts if part]
-    whole = [t.full_tensor() if isinstance(t, DTensor) else t for t in norms]
-    norm = torch.stack([t.to(whole[0].device) for t in whole]).norm()
+    norms = [whole(t) for t in norms]
+    norm = torch.stack([t.to(norms[0].device) for t in norms]).norm()
     for part in parts:
         nn.utils.clip_grads_with_norm_(part, most, norm)
     return norm

@@ -67,20 +67,19 @@ def fit(
                 is_best = watch.evaluated(evaluate(run, network, gpt))
                 save(run, gpt, method, method_options, watch, is_best)
             if watch.is_finished:
-                run.states.finish(step.number)
+                run.states.begin(finished=step.number)
                 break
             if step.evaluates or ask:
                 run.save_state(gpt, optimizer, watch)
             if ask >= Ask.STOP:
                 break
-    return watch.summary(gpt)
+    return watch.summary()
 
 
 def train_step(
     run: Run, network: nn.Module, optimizer: torch.optim.Optimizer, step: Step, rows: list[tuple[Tensor, Packed, float]]
 ) -> None:
     """One update of what is trained, with a batch packed into `rows`. Leaves loss and gradient norm in `step`."""
-    step.mark()
     step.loss = torch.zeros((), device=run.device)
     for i, (idx, packed, weight) in enumerate(rows):
         waits = run.world > 1 and not run.sharded and i + 1 < len(rows)  # gradients of several rows are summed at once
@@ -102,7 +101,6 @@ def train_step(
     step.norm = clip(trained, run.options.train.grad_clip or math.inf)
     optimizer.step()
     optimizer.zero_grad()
-    step.mark()
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""How a run fits into the memory of a GPU, measured before the first step; on a CPU, what is freed is kept.
+"""How a run fits into the memory of a GPU, measured before the first step; on a CPU, freed memory is kept.
 
 The peak of a step is a straight line in the tokens of its longest row,
 
@@ -14,9 +14,9 @@ import ctypes
 import math
 import os
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from itertools import accumulate, cycle, islice
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -24,7 +24,10 @@ from torch.distributed.fsdp import FSDPModule
 
 from finetune.devices import highest, local
 from lit_model.model import GPT, Linear
-from lit_model.packing import Example, Packed, pack, pack_share
+from lit_model.packing import Example, Packed, pack_share
+
+if TYPE_CHECKING:
+    from finetune.run import Run
 
 # rows differ in length from step to step: without this the memory between tensors is lost bit by bit
 os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
@@ -36,137 +39,114 @@ SHORTEST = 1024  # tokens of a row, and a quarter of what was asked for: shorter
 WAYS = {"off": "", "on": ", blocks recomputed", "offload": ", blocks recomputed and their inputs kept on the host"}
 
 
-@dataclass
-class Plan:
-    row_tokens: int
-    report: str
-    """what training needs, and what is done about it"""
-    advice: str
-    """what would need less, and by how much"""
-
-
-def plan(
-    gpt: GPT,
-    backward: Callable[[Tensor], None],
-    batches: Sequence[list[Example]],
-    row_tokens: int,
-    share: bool,
-    memory_gb: float | None,
-    world: int,
-    device: torch.device,
-) -> Plan:
-    """Finds rows with which training fits into the memory of a GPU, and sets `gpt.recompute`.
+def plan(run: "Run", gpt: GPT, batches: Sequence[list[Example]], share: bool) -> None:
+    """Finds rows with which training fits into the memory of a GPU; sets `run.row_tokens`, `run.advice` (what would
+    need less) and `gpt.recompute`, and prints them. All processes call this at the same time, and agree.
 
     Args:
-        backward: called with a loss.
         batches: the examples of a few steps.
-        row_tokens: how long a row may be.
-        memory_gb: GiB that PyTorch may use, and never more; None: what is free.
-        world: number of processes that a batch is spread over. All call this at the same time, and agree.
-        device: where it is computed; the weights may wait somewhere else.
     Raises:
         ValueError: it does not fit; the message says what would help, and by how much.
     """
-    free, total = torch.cuda.mem_get_info(device)
-    limit = free + torch.cuda.memory_reserved(device)
-    if memory_gb is not None:
-        limit = min(limit, int(memory_gb * GIB))
-        torch.cuda.empty_cache()
-    limit = -highest(-limit, device)
-    if memory_gb is not None or world > 1:  # all processes run out of memory at the same place, or none
-        torch.cuda.set_per_process_memory_fraction(min(limit / total, 1.0), device)
+    limit = _limit(run)
     longest = max(len(e.ids) for batch in batches for e in batch)
-    usual = len(_longest_row(gpt, batches, row_tokens, share, world)[1].pos)
+    usual = len(_longest_row(run, gpt, batches, run.row_tokens, share)[1].pos)
     report = f"rows of {usual:,} tokens do not fit into {limit / GIB:.1f} GiB"
-    advice = f"{_nf4(gpt)}a smaller network needs less"
+    run.advice = f"{_nf4(gpt)}a smaller network needs less"
     for way, meaning in WAYS.items():
         gpt.recompute = way
-        line = _measure(gpt, backward, batches[0], usual, share, device)
+        line = _measure(run, gpt, batches[0], usual, share)
         if line is None:
             continue
         fixed, per_token = line
         if way == "off":
             report = f"training needs {(fixed + per_token * usual) / GIB:.1f} GiB of {limit / GIB:.1f}"
         fewer = f"100 tokens less in --train.row_tokens or --examples.max_length save {100 * per_token / GIB:.2f} GiB"
-        advice = f"{fewer}, {_nf4(gpt)}a smaller network needs less"
+        run.advice = f"{fewer}, {_nf4(gpt)}a smaller network needs less"
         fits = int((limit * (1 - SPARE) - fixed) / per_token)
         least = min(usual, longest if way == "offload" else max(longest, SHORTEST, usual // 4))
-        tokens = min(row_tokens, fits)
+        tokens = min(run.row_tokens, fits)
         while fits >= least and tokens >= least // 2:  # a row of up to twice as many ends where an example ends
-            rows = len(_longest_row(gpt, batches, tokens, share, world)[1].pos)
-            roomy = fixed + per_token * rows < TIGHT * limit
-            if rows <= fits and (roomy or _runs(gpt, backward, batches, tokens, share, world, device)):
+            rows = len(_longest_row(run, gpt, batches, tokens, share)[1].pos)
+            is_roomy = fixed + per_token * rows < TIGHT * limit
+            if rows <= fits and (is_roomy or _runs(run, gpt, batches, tokens, share)):
                 change = f"; rows of {tokens:,} tokens instead of {usual:,}" if tokens < usual else ""
-                return Plan(tokens, f"{report}{change}{meaning}", advice)
+                print(f"{report}{change}{meaning}")
+                run.row_tokens = tokens
+                return
             tokens = min(tokens, rows) * 9 // 10
-    raise ValueError(f"{report}, even with blocks recomputed and on the host: {advice}")
+    raise ValueError(f"{report}, even with blocks recomputed and on the host: {run.advice}")
+
+
+def _limit(run: "Run") -> float:
+    """Bytes that PyTorch may use, the fewest of all processes."""
+    free, total = torch.cuda.mem_get_info(run.device)
+    limit, memory_gb = free + torch.cuda.memory_reserved(run.device), run.options.memory_gb
+    if memory_gb is not None:
+        limit = min(limit, int(memory_gb * GIB))
+        torch.cuda.empty_cache()
+    limit = -highest(-limit, run.device)
+    if memory_gb is not None or run.world > 1:  # all processes run out of memory at the same place, or none
+        torch.cuda.set_per_process_memory_fraction(min(limit / total, 1.0), run.device)
+    return limit
 
 
 def _longest_row(
-    gpt: GPT, batches: Sequence[list[Example]], row_tokens: int, share: bool, world: int
+    run: "Run", gpt: GPT, batches: Sequence[list[Example]], row_tokens: int, share: bool
 ) -> tuple[Tensor, Packed]:
-    """Of all processes."""
+    """The longest row of all processes."""
     settings = row_tokens, gpt.n_virtual_tokens, gpt.n_virtual_keys, share
-    rows = (row for batch in batches for rank in range(world) for row in pack_share(batch, *settings, rank, world))
+    ranks = range(run.world)
+    rows = (row for batch in batches for rank in ranks for row in pack_share(batch, *settings, rank, run.world))
     return max(rows, key=lambda row: len(row[1].pos))[:2]
 
 
-def _measure(
-    gpt: GPT,
-    backward: Callable[[Tensor], None],
-    batch: list[Example],
-    usual: int,
-    share: bool,
-    device: torch.device,
-) -> tuple[float, float] | None:
+def _peak(run: "Run", gpt: GPT, idx: Tensor, packed: Packed) -> float:
+    """Bytes that a pass forward and backward takes at most, the most of all processes; inf: more than there are."""
+    torch.cuda.reset_peak_memory_stats()
+    try:
+        run.fabric.backward(gpt(idx.to(run.device), packed.to(run.device)) / len(packed.targets))
+        peak = torch.cuda.max_memory_allocated()
+    except torch.OutOfMemoryError:
+        peak = math.inf
+    return highest(peak, run.device)
+
+
+def _measure(run: "Run", gpt: GPT, batch: list[Example], usual: int, share: bool) -> tuple[float, float] | None:
     """The line's two numbers, in bytes; None if even short rows do not fit."""
     for part in (4, 8, 16, 32):  # the shorter of the two rows, of the usual one
         n = 1 + sum(accumulated < usual // part for accumulated in accumulate(len(e.ids) for e in batch))
         points = []
         for count in (n, n, 2 * n):  # the first one also compiles, and leaves the gradients that a second row meets
             examples = list(islice(cycle(batch), count))
-            idx, packed = pack(examples, 2**31, gpt.n_virtual_tokens, gpt.n_virtual_keys, share)[0]
-            torch.cuda.reset_peak_memory_stats()
-            try:
-                backward(gpt(idx.to(device), packed.to(device)) / len(packed.targets))
-                peak = torch.cuda.max_memory_allocated()
-            except torch.OutOfMemoryError:
-                peak = math.inf
-            if math.isinf(peak := highest(peak, device)):
+            virtual = gpt.n_virtual_tokens, gpt.n_virtual_keys
+            idx, packed, _ = pack_share(examples, 2**31, *virtual, share, 0, 1)[0]
+            if math.isinf(peak := _peak(run, gpt, idx, packed)):
                 break
             points.append((len(packed.pos), peak))
         gpt.zero_grad()
         if len(points) == 3:
             _, (short, low), (long, high) = points
             per_token = max(high - low, 1) / max(long - short, 1)
-            return low - per_token * short + highest(_states(gpt, device), device), per_token
+            return low - per_token * short + highest(_states(gpt, run.device), run.device), per_token
         _forget(gpt)
     return None
 
 
-def _runs(
-    gpt: GPT,
-    backward: Callable[[Tensor], None],
-    batches: Sequence[list[Example]],
-    row_tokens: int,
-    share: bool,
-    world: int,
-    device: torch.device,
-) -> bool:
-    """Whether the longest row of each batch fits in fact, in all processes."""
-    failed = False
+def _runs(run: "Run", gpt: GPT, batches: Sequence[list[Example]], row_tokens: int, share: bool) -> bool:
+    """Whether the longest row of each batch fits in fact, beside what AdamW will keep, in all processes."""
     try:
-        states = torch.empty(_states(gpt, device), dtype=torch.uint8, device=device)
-        for batch in batches:
-            idx, packed = _longest_row(gpt, [batch], row_tokens, share, world)
-            backward(gpt(idx.to(device), packed.to(device)) / len(packed.targets))
-        del states
+        states = torch.empty(_states(gpt, run.device), dtype=torch.uint8, device=run.device)
     except torch.OutOfMemoryError:
-        failed = True
+        states = None
+    fits = highest(float(states is None), run.device) == 0
+    for batch in batches:
+        fits = fits and math.isfinite(_peak(run, gpt, *_longest_row(run, gpt, [batch], row_tokens, share)))
+    del states
     gpt.zero_grad()
-    if failed := highest(failed, device) > 0:
+    if not fits:
         _forget(gpt)
-    return not failed
+    return fits
 
 
 def _forget(gpt: GPT) -> None:

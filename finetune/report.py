@@ -4,7 +4,6 @@ out_dir, signals and the clock, the closing lines."""
 import csv
 import math
 import os
-import re
 import resource
 import shlex
 import signal
@@ -12,8 +11,7 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from enum import IntEnum
 from typing import TYPE_CHECKING, Any, Self
 
@@ -25,8 +23,9 @@ from tqdm import tqdm
 from finetune.devices import highest_of, total
 from finetune.state import Progress, plain
 from lit_model.files import lock, replacing, write_text
-from lit_model.model import GPT, Config, Linear
+from lit_model.model import Config
 from lit_model.packing import Example
+from lit_model.weights.folder import network_shapes
 
 if TYPE_CHECKING:
     from finetune.run import Run
@@ -54,17 +53,10 @@ class Step:
     norm: Tensor | None = None  # () of the whole gradient
     n_computed: int = 0  # tokens in this process's rows: fewer than in the examples where these share a beginning
     n_own_targets: int = 0  # in this process's rows
-    events: list[Any] | None = None  # on a GPU: when it began and ended
 
     @property
     def n_targets(self) -> int:
         return sum(e.n_targets for e in self.batch)
-
-    def mark(self) -> None:
-        """Call at the beginning and at the end of the GPU's work on the step."""
-        if torch.cuda.is_initialized():
-            self.events = [*(self.events or []), torch.cuda.Event(enable_timing=True)]
-            self.events[-1].record()
 
     def send(self, ask: Ask) -> None:
         values = torch.stack((total(self.loss), self.norm.to(self.loss), highest_of(torch.full_like(self.loss, ask))))
@@ -78,39 +70,6 @@ class Step:
             self.arrived.synchronize()
         loss, norm, ask = self.values.tolist()
         return loss, norm, Ask(int(ask))
-
-
-class Meter:
-    """Counts tokens, seconds of training without the evaluations, and how long the GPU waited between two steps."""
-
-    COUNTS = ("n_tokens", "n_computed", "n_targets", "before", "idle_ms")
-
-    def __init__(self, counts: dict[str, float]):
-        for name in self.COUNTS:
-            setattr(self, name, counts.get(name, 0))
-        self.began: float | None = None
-        self.previous: Step | None = None
-
-    def counts(self) -> dict[str, float]:
-        return {name: getattr(self, name) for name in self.COUNTS} | dict(before=self.seconds())
-
-    def start(self) -> None:
-        self.began, self.previous = time.perf_counter(), None
-
-    def pause(self) -> None:
-        self.before, self.began = self.seconds(), None
-
-    def seconds(self) -> float:
-        return self.before + (time.perf_counter() - self.began if self.began else 0.0)
-
-    def count(self, step: Step) -> None:
-        """Call when the GPU is done with the step."""
-        self.n_tokens += sum(len(e.ids) for e in step.batch)
-        self.n_computed += step.n_computed
-        self.n_targets += step.n_own_targets
-        if step.events and self.previous:
-            self.idle_ms += self.previous.events[1].elapsed_time(step.events[0])
-        self.previous = step
 
 
 @dataclass
@@ -138,13 +97,15 @@ class Watch:
 
     def __init__(self, run: "Run", method: str, progress: Progress):
         self.run, self.progress, self.train = run, progress, run.options.train
-        self.meter = Meter(progress.counts)
+        self.began: float | None = None  # when training did, or was continued after an evaluation
         self.lag = 1 if run.device.type == "cuda" else 0
         self.underway: deque[Step] = deque()
         self.losses: deque[float] = deque(maxlen=50)
         self.signal, self.saved_at, self.step_number, self.is_over = 0, time.monotonic(), progress.step, False
         self.handlers: dict[int, Any] = {}
         self.log = Log(run.options, progress.step, run.rank == 0)
+        if not progress.step:
+            run.states.begin()
         bar = dict(initial=progress.step, desc=method, unit="step", dynamic_ncols=True)
         self.bar = tqdm(total=run.n_steps, **bar)
 
@@ -154,7 +115,7 @@ class Watch:
             for number in (getattr(signal, name) for name in names if hasattr(signal, name)):
                 self.handlers[number] = signal.signal(number, self._on_signal)
         if self.step_number:  # otherwise an evaluation comes first
-            self.meter.start()
+            self.began = time.perf_counter()
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, _: object) -> None:
@@ -173,9 +134,13 @@ class Watch:
             os.write(2, f"\n{signal.Signals(number).name}: the run ends after this step{again}\n".encode())
         self.signal = number
 
+    def seconds(self) -> float:
+        """Seconds of training so far, without evaluations."""
+        return self.progress.seconds + (time.perf_counter() - self.began if self.began else 0.0)
+
     def _ask(self) -> Ask:
         """What this process wants."""
-        if self.train.max_time is not None and self.meter.seconds() >= 60 * self.train.max_time:
+        if self.train.max_time is not None and self.seconds() >= 60 * self.train.max_time:
             return Ask.OVER
         if self.signal:
             return Ask.STOP
@@ -194,7 +159,7 @@ class Watch:
             self.signal = self.signal or signal.SIGTERM
         self.is_over = step.is_last or ask is Ask.OVER
         if step.evaluates or self.is_over:
-            self.meter.pause()
+            self.progress.seconds, self.began = self.seconds(), None
         return ask
 
     def _receive(self, n: int) -> Ask:
@@ -209,9 +174,9 @@ class Watch:
             if len(self.losses) == self.losses.maxlen and loss > 2 * sum(self.losses) / len(self.losses):
                 self.say(f"step {step.number}: the loss of {loss:.3f} is more than twice that of the steps before")
             self.losses.append(loss)
-            self.meter.count(step)
-            speed = self.meter.n_tokens / self.meter.seconds()
-            values = dict(loss=loss, lr=step.lr, grad_norm=norm, tokens=self.meter.n_tokens)
+            self.progress.n_tokens += sum(len(e.ids) for e in step.batch)
+            speed = self.progress.n_tokens / self.seconds()
+            values = dict(loss=loss, lr=step.lr, grad_norm=norm, tokens=self.progress.n_tokens)
             epoch = step.number / self.run.steps_per_epoch
             self.log.write(step=step.number, epoch=epoch, **values, tokens_per_second=speed)
             self.bar.set_postfix(loss=f"{loss:.3f}", lr=f"{step.lr:.1e}", tok_s=f"{speed:.0f}", refresh=False)
@@ -222,9 +187,6 @@ class Watch:
         out_dir = self.run.options.out_dir
         saved = f"{out_dir} keeps the best before it" if self.progress.best else "nothing was saved yet"
         return f"try a lower train.lr; {saved}"
-
-    def save_done(self) -> None:
-        self.saved_at = time.monotonic()
 
     def say(self, line: str) -> None:
         self.bar.write(line)
@@ -249,7 +211,7 @@ class Watch:
             progress.stale += 1
             self.is_over |= self.train.patience == progress.stale
         if not self.is_over:
-            self.meter.start()
+            self.began = time.perf_counter()
         return is_best
 
     @property
@@ -258,25 +220,29 @@ class Watch:
         patience = self.train.patience
         return self.step_number == self.run.n_steps or bool(patience and self.progress.stale >= patience)
 
-    def summary(self, gpt: GPT) -> Summary:
+    def summary(self) -> Summary:
         """Prints what came of the run; after a signal, ends the program as the signal would have."""
-        run, options, meter = self.run, self.run.options, self.meter
+        run, options, progress = self.run, self.run.options, self.progress
         if self.signal and not self.is_finished:
             name = signal.Signals(self.signal).name
             print(f"stopped by {name} after step {self.step_number}; this resumes it: {_command()}")
             sys.exit(128 + (self.signal if self.signal == signal.SIGINT else signal.SIGTERM) if run.rank == 0 else 0)
-        first, best = self.progress.first, self.progress.best
+        first, best = progress.first, progress.best
         if run.val_examples:
             is_worse = best["val_loss"] > first["val_loss"]
             hint = "; that is worse: try a lower train.lr, or train longer" if is_worse else ""
             print(f"before: {_listed(first)}\nafter (best): {_listed(best)}{hint}")
-        print(closing_line(gpt, meter, run.device, run.world))
+        where = "" if run.device.type == "cpu" else f" on {run.world} x {torch.cuda.get_device_name(run.device)}"
+        speed = (
+            f"{progress.n_tokens:,} tokens in {self.seconds():.0f} s: {progress.n_tokens / self.seconds():.0f} tokens/s"
+        )
+        print(f"trained {speed}, peak memory {peak_memory(run.device):.1f} GiB{where}")
         files = "lit_method.safetensors, last.safetensors, hparams.yaml, metrics.csv, loss.png"
         print(f"saved {options.out_dir}/: {files}")
         print(f"try:  {run.next_command}")
         n_trained, n_total = run.counted
         val_loss = best.get("val_loss", math.nan) if run.val_examples else math.nan
-        return Summary(n_trained, n_total, meter.seconds(), int(meter.n_tokens), peak_memory(run.device), val_loss)
+        return Summary(n_trained, n_total, self.seconds(), progress.n_tokens, peak_memory(run.device), val_loss)
 
 
 def _listed(numbers: dict[str, float]) -> str:
@@ -291,53 +257,9 @@ def _command() -> str:
     return shlex.join(["python", *args])
 
 
-# TFLOP/s of matrix products in bf16 without sparsity, from the makers' data sheets, half of those in fp8; the first
-# name that fits counts
-PEAK_TFLOPS = {
-    "H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "H200": 989, "A100": 312, "L40S": 362, "L4": 121, "RTX 4090": 165,
-}  # fmt: skip
-
-
 def n_parameters(config: Config) -> int:
-    """Of the base network, however its weights are kept."""
-    with torch.device("meta"):
-        return sum(
-            p.numel() for p in GPT(Config(**{f.name: getattr(config, f.name) for f in fields(Config)})).parameters()
-        )
-
-
-def products(gpt: GPT, n_computed: float, n_targets: float) -> Iterator[tuple[Linear, float, bool, bool]]:
-    """The matrix products that training on so many tokens takes, without attention scores: of each linear layer, for
-    how many tokens, whether it also takes one towards its input, and whether one for its weight's gradient.
-
-    Blocks below the lowest one that is trained have no backward pass. Only the targets need the output layer and, in
-    the last block, all but keys and values.
-    """
-    trains = [any(p.requires_grad for p in block.parameters()) for block in gpt.blocks]
-    lowest = trains.index(True) if any(trains) else len(trains)  # none: only the output layer is trained
-    if len(gpt.virtual_tokens) or len(gpt.virtual_keys):
-        lowest = 0
-    for i, block in enumerate(gpt.blocks):
-        for linear in (m for m in block.modules() if isinstance(m, Linear)):
-            in_last = i == len(gpt.blocks) - 1 and linear not in (block.attn.k_proj, block.attn.v_proj)
-            trained = linear.weight is not None and linear.weight.requires_grad
-            yield linear, n_targets if in_last else n_computed, i >= lowest, trained
-    yield gpt.head, n_targets, True, gpt.head.weight.requires_grad
-
-
-def n_flops(gpt: GPT, n_computed: float, n_targets: float) -> float:
-    return sum(
-        2 * (1 + backward + trained) * linear.in_features * linear.out_features * n
-        for linear, n, backward, trained in products(gpt, n_computed, n_targets)
-    )
-
-
-def peak_tflops(gpt: GPT) -> int | None:
-    """Of the GPU, in the type that most products of `gpt` are in; None where it is not known."""
-    name = torch.cuda.get_device_name()
-    found = (tflops for known, tflops in PEAK_TFLOPS.items() if re.search(rf"\b{known}\b", name))
-    in_fp8 = any(type(m).__name__ == "FP8Linear" for m in gpt.modules())
-    return next((tflops * (1 + in_fp8) for tflops in found), None)
+    """Number of parameters of the base network, however its weights are kept."""
+    return sum(shape.numel() for shape in network_shapes(config).values())
 
 
 def peak_memory(device: torch.device) -> float:
@@ -348,20 +270,6 @@ def peak_memory(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
 
 
-def closing_line(gpt: GPT, meter: Meter, device: torch.device, world: int = 1) -> str:
-    """Tokens per second, share of the GPU's peak where it is known, idle share of the GPU, and the most memory used."""
-    n_tokens, seconds = meter.n_tokens, meter.seconds()
-    line = f"trained {n_tokens:,} tokens in {seconds:.0f} s: {n_tokens / seconds:.0f} tokens/s"
-    memory = f"peak memory {peak_memory(device):.1f} GiB"
-    if device.type != "cuda":
-        return f"{line}, {memory}"
-    if peak := peak_tflops(gpt):
-        mfu = n_flops(gpt, meter.n_computed, meter.n_targets) / seconds / peak / 1e12
-        line += f", MFU {100 * mfu:.1f} % of {peak} TFLOP/s"
-    where = f"{world} x {torch.cuda.get_device_name(device)}" if world > 1 else torch.cuda.get_device_name(device)
-    return f"{line}, GPU idle {meter.idle_ms / seconds / 10:.1f} %, {memory} on {where}"
-
-
 class Log:
     """Writes out_dir: hparams.yaml at once, or with our first tensors if others are there; metrics.csv and TensorBoard
     events as they come; loss.png at the end. Only the first process does.
@@ -370,21 +278,11 @@ class Log:
     """
 
     COLUMNS = (
-        "step",
-        "epoch",
-        "loss",
-        "val_loss",
-        "accuracy",
-        "macro_f1",
-        "lr",
-        "grad_norm",
-        "tokens",
-        "tokens_per_second",
-    )
+        "step", "epoch", "loss", "val_loss", "accuracy", "macro_f1", "lr", "grad_norm", "tokens", "tokens_per_second",
+    )  # fmt: skip
 
-    def __init__(self, options: Any, done: int = 0, writes: bool = True):
+    def __init__(self, options: Any, done: int, writes: bool):
         self.out_dir, self.writes = options.out_dir, writes
-        self.rows: list[dict] = []
         if not writes:
             return
         self.out_dir.mkdir(parents=True, exist_ok=True)
@@ -395,41 +293,34 @@ class Log:
         self.settings = plain(options)
         for name in ("overwrite", "dry_run"):  # or --config with this file would overwrite another run
             self.settings.pop(name)
-        if done:
-            self._resume(done)
-        elif (self.out_dir / "hparams.yaml").exists():  # a failed run, or one to overwrite; its tensors stay until ours
-            for events in self.out_dir.glob("events.out.tfevents.*"):
-                events.unlink()
-            (self.out_dir / "confusion.png").unlink(missing_ok=True)
+        if not done and (self.out_dir / "hparams.yaml").exists():  # a failed run, or one to overwrite
+            for old in (*self.out_dir.glob("events.out.tfevents.*"), self.out_dir / "confusion.png"):
+                old.unlink(missing_ok=True)
         if not any(self.out_dir.glob("*.safetensors")):
             self.write_settings()
-        self.file = open(self.out_dir / "metrics.csv", "a" if done else "w", newline="")
+        path = self.out_dir / "metrics.csv"
+        self.rows = []
+        if done:
+            with open(path, newline="", encoding="utf-8") as file:
+                self.rows = [row for row in csv.DictReader(file) if row["step"].isdigit() and int(row["step"]) <= done]
+        with replacing(path) as aside, open(aside, "w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, self.COLUMNS)
+            writer.writeheader()
+            writer.writerows(self.rows)
+        self.file = open(path, "a", newline="", encoding="utf-8")
         self.csv = csv.DictWriter(self.file, self.COLUMNS)
-        if not done:
-            self.csv.writeheader()
         from torch.utils.tensorboard import SummaryWriter  # whose import takes most of a second
 
         self.events = SummaryWriter(str(self.out_dir), purge_step=done + 1 if done else None)
-
-    def _resume(self, done: int) -> None:
-        path = self.out_dir / "metrics.csv"
-        with open(path, newline="", encoding="utf-8") as file:
-            kept = [row for row in csv.DictReader(file) if row["step"].isdigit() and int(row["step"]) <= done]
-        with replacing(path) as aside, open(aside, "w", newline="") as file:
-            writer = csv.DictWriter(file, self.COLUMNS)
-            writer.writeheader()
-            writer.writerows(kept)
-        self.rows = [{name: float(value) for name, value in row.items() if value} for row in kept]
 
     def write_settings(self) -> None:
         """Call with the first tensors that are saved: those of a run before must not stand under our settings."""
         if self.writes:
             write_text(self.out_dir / "hparams.yaml", yaml.safe_dump(self.settings, sort_keys=False))
 
-    def write(self, step: int, **values: float | None) -> None:
+    def write(self, step: int, **values: float) -> None:
         if not self.writes:
             return
-        values = {name: value for name, value in values.items() if value is not None}
         self.rows.append(dict(step=step, **values))
         self.csv.writerow(self.rows[-1])
         self.file.flush()
@@ -441,17 +332,24 @@ class Log:
             return
         self.file.close()
         self.events.close()
+        self.draw()
+        (self.out_dir / ".lock").unlink(missing_ok=True)
+        self.lock.close()
+
+    def draw(self) -> None:
+        """The loss curves: loss.png."""
         from matplotlib.figure import Figure  # which takes most of a second, and not at the start
 
         figure = Figure(figsize=(7, 4), layout="constrained")
         axes = figure.subplots()
-        for name, style in (("loss", dict(lw=1, alpha=0.5)), ("val_loss", dict(marker="o"))):
-            points = [(row["step"], row[name]) for row in self.rows if name in row]
+        for name, label, style in (
+            ("loss", "training", dict(lw=1, alpha=0.5)),
+            ("val_loss", "validation", dict(marker="o")),
+        ):
+            points = [(int(row["step"]), float(row[name])) for row in self.rows if row.get(name)]
             if points:
-                axes.plot(*zip(*points), label={"loss": "training", "val_loss": "validation"}[name], **style)
+                axes.plot(*zip(*points), label=label, **style)
         axes.set(xlabel="step", ylabel="loss per target token")
-        if axes.lines:  # not of a run that ended at once
+        if axes.lines:  # a run that ended at once has none
             axes.legend()
         figure.savefig(self.out_dir / "loss.png", dpi=120)
-        (self.out_dir / ".lock").unlink(missing_ok=True)
-        self.lock.close()

@@ -3,6 +3,7 @@
 import math
 import shlex
 import sys
+import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -75,7 +76,7 @@ class Train:
 
 
 @dataclass
-class Options:
+class RunOptions:
     """Options that all methods share."""
 
     checkpoint_dir: Path = may_differ(demo.DEMO_CHECKPOINT)
@@ -115,7 +116,7 @@ class Options:
 class Run:
     """What `start` has found out and `fit` works with."""
 
-    options: Options
+    options: RunOptions
     fabric: Fabric
     dtype: torch.dtype
     base: Folder
@@ -178,10 +179,9 @@ class Run:
         if self.world > 1:  # up to here all have drawn the same numbers; dropout is to differ
             torch.manual_seed(self.options.train.seed + self.rank)
         if self.state is None:
-            self.states.begin()
             return Progress()
         progress, limit = self.states.load(self.state, network, optimizer), self.options.train.max_time
-        if limit is not None and progress.best and progress.counts["before"] >= 60 * limit:
+        if limit is not None and progress.best and progress.seconds >= 60 * limit:
             print(f"this run has had its train.max_time of {limit} minutes; a higher one resumes it: {self.state}")
             sys.exit(0)
         print(f"resumed after step {progress.step}: {self.state}")
@@ -189,15 +189,14 @@ class Run:
 
     def save_state(self, network: nn.Module, optimizer: torch.optim.Optimizer, watch: Watch) -> None:
         """Where the disk is full, the run continues with the state before; a run that is to stop does not."""
-        progress = watch.progress
-        progress.step, progress.counts = watch.step_number, watch.meter.counts()
+        progress = replace(watch.progress, step=watch.step_number, seconds=watch.seconds())
         try:
             self.states.save(network, optimizer, progress)
         except OSError as e:
             if watch.signal:
                 raise
             watch.say(f"{e}; the run continues")
-        watch.save_done()
+        watch.saved_at = time.monotonic()
 
     @property
     def next_command(self) -> str:
@@ -210,7 +209,7 @@ class Run:
         return f"python {'scripts/evaluate.py' if self.task else 'generate/base.py'} {shlex.join(words)}"
 
 
-def start(options: Options) -> Run:
+def start(options: RunOptions) -> Run:
     """Checks the folders, fetches the demo if it is wanted, chooses the device, reads and tokenizes the data.
 
     Raises ValueError or FileNotFoundError for what a user can mend.
@@ -350,11 +349,7 @@ def prepare(
     if run.device.type == "cuda":
         first = list(islice(batches(run.train_examples, run.options.train), 8))
         with torch.random.fork_rng([run.device]):
-            plan = memory.plan(
-                gpt, run.fabric.backward, first, run.row_tokens, share, run.options.memory_gb, run.world, run.device
-            )
-        run.row_tokens, run.advice = plan.row_tokens, plan.advice
-        print(plan.report)
+            memory.plan(run, gpt, first, share)
     return network, optimizer
 
 

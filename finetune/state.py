@@ -1,9 +1,9 @@
 """What an interrupted run resumes from, so that it ends as if nothing had happened.
 
-out_dir/state/run.json            options and data of the run, and its last step once it is finished
-              step-N/tensors/*    what is trained and AdamW's two moments of it, by torch.distributed.checkpoint: a run
-                                  of FSDP resumes with another number of processes
-              step-N/state.json   progress, states of the random numbers, and the sha256 of every file
+out_dir/state/run.json                 options and data of the run, and its last step once it is finished
+              step-N/state.safetensors what is trained, AdamW's two moments of it, and buffers: whole tensors, so that a
+                                       run of FSDP resumes with another number of processes
+              step-N/state.json        progress, states of the random numbers, and the sha256 of the tensors
 
 A state is written aside, brought to the disk and renamed; the last two are kept. One that is cut off or altered differs
 from its sha256, and the one before it is taken. Nothing is pickled.
@@ -13,27 +13,20 @@ import hashlib
 import json
 import os
 import shutil
-import warnings
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
-from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
+from safetensors import safe_open
 from torch import Tensor, nn
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 
-from finetune.devices import local
-from lit_model.files import reading, write_text
+from finetune.devices import fill, gathered, whole
+from lit_model.files import reading, stream_tensors, write_text
 from lit_model.packing import Example
 
 KEPT = 2
-PIECE = 2**30  # bytes: a file of tensors is twice in the host's memory while it is written
 MOMENTS = ("exp_avg", "exp_avg_sq")
 HASHED = ("base network", "examples")
 
@@ -49,8 +42,9 @@ class Progress:
     """numbers of the evaluation before training"""
     best: dict[str, float] = field(default_factory=dict)
     """numbers of the best evaluation"""
-    counts: dict[str, float] = field(default_factory=dict)
-    """what the meter has counted"""
+    n_tokens: int = 0
+    seconds: float = 0.0
+    """of training, without evaluations"""
 
 
 def may_differ(default: Any) -> Any:
@@ -104,10 +98,8 @@ class States:
             there, here = stored.get(name), self.identity.get(name)
             if there != here:
                 difference = f"another {name}" if name in HASHED else f"{name} {there} there and {here} here"
-                raise ValueError(
-                    f"{self.folder.parent} holds a run with {difference}: name another --out_dir, or replace it with "
-                    "--overwrite"
-                )
+                hint = "name another --out_dir, or replace it with --overwrite"
+                raise ValueError(f"{self.folder.parent} holds a run with {difference}: {hint}")
         return step
 
     def newest(self) -> Path | None:
@@ -118,26 +110,20 @@ class States:
         paths = [path for path in self._all()[::-1] if path.suffix != ".partial"]
         for path in paths:
             try:
-                _verify(path)
-                return path
-            except (ValueError, OSError, KeyError, TypeError, AttributeError) as e:
+                if _sha256(path / "state.safetensors") == _read(path / "state.json")["sha256"]:
+                    return path
+                print(f"{path} is not used: state.safetensors is cut off or altered")
+            except (ValueError, OSError, KeyError, TypeError) as e:
                 print(f"{path} is not used: {e}")
         if paths:
             raise ValueError(f"no state in {self.folder} is whole: start anew with --overwrite")
         return None
 
-    def begin(self) -> None:
-        """Another run begins here. What is not ours stays."""
-        self._clear(None)
-
-    def finish(self, step: int) -> None:
-        """The run is over: its states are no longer needed."""
-        self._clear(step)
-
-    def _clear(self, finished: int | None) -> None:
+    def begin(self, finished: int | None = None) -> None:
+        """Another run begins here, or (finished: its last step) ends. What is not ours stays."""
         if self.rank == 0:
             self.folder.mkdir(exist_ok=True, parents=True)
-            if finished is not None:
+            if finished is not None:  # before its states go: it is not to begin again
                 _write(self.folder / "run.json", dict(identity=self.identity, finished=finished))
             for path in self._all():
                 shutil.rmtree(path)
@@ -145,46 +131,32 @@ class States:
 
     def save(self, network: nn.Module, optimizer: torch.optim.Optimizer, progress: Progress) -> None:
         """Called by all processes at the same time. Raises OSError in all of them, and leaves what was there, if it
-        cannot be written in one."""
+        cannot be written."""
         path = self.folder / f"step-{progress.step}"
         aside = path.with_suffix(".partial")
-        try:
-            _together(lambda: self._empty(aside))
-            random = _together(lambda: self._write_tensors(aside, _tensors(network, optimizer)))
-            _together(lambda: self._complete(aside, path, progress, random))
-        except OSError as e:
-            if self.rank == 0:
-                shutil.rmtree(aside, ignore_errors=True)
-            raise OSError(f"{path} could not be written, the state before it is kept ({e})") from None
-
-    def _empty(self, aside: Path) -> None:
+        random = gathered(_random_states())
+        sliced = _tensors(network, optimizer)
+        tensors = ((name, whole(t)) for name, t in sliced.items())
+        failure = ""
         if self.rank == 0:
-            shutil.rmtree(aside, ignore_errors=True)
-            (aside / "tensors").mkdir(parents=True)
-
-    def _write_tensors(self, aside: Path, tensors: dict[str, Tensor]) -> dict[str, str]:
-        """Writes the tensors that this process has. Returns the states of its random numbers."""
-        ends = accumulate(local(t).nbytes for t in tensors.values())
-        pieces = {name: 1 + end // PIECE for name, end in zip(tensors, ends)}
-        writer = HuggingFaceStorageWriter(str(aside / "tensors"), pieces, save_distributed=True)
-        with warnings.catch_warnings(action="ignore"):  # that there is one process alone
-            dcp.save(tensors, storage_writer=writer, no_dist=not dist.is_initialized())
-        states = dict(cpu=torch.get_rng_state())
-        if torch.cuda.is_initialized():
-            states["cuda"] = torch.cuda.get_rng_state()
-        return {device: bytes(state.tolist()).hex() for device, state in states.items()}
-
-    def _complete(self, aside: Path, path: Path, progress: Progress, random: list[dict[str, str]]) -> None:
-        if self.rank > 0:
-            return
-        files = sorted((aside / "tensors").iterdir())
-        sums = dict(zip((str(file.relative_to(aside)) for file in files), _each(_to_disk, files)))
-        _write(aside / "state.json", dict(progress=asdict(progress), random=random, sha256=sums))
-        shutil.rmtree(path, ignore_errors=True)
-        os.replace(aside, path)
-        _to_disk(self.folder)
-        for old in [other for other in self._all() if other.suffix == ".partial"] + self._all()[:-KEPT]:
-            shutil.rmtree(old, ignore_errors=True)
+            try:
+                shutil.rmtree(aside, ignore_errors=True)
+                aside.mkdir(parents=True)
+                file = aside / "state.safetensors"
+                stream_tensors(file, tensors, {name: t.shape for name, t in sliced.items()})
+                _write(aside / "state.json", dict(progress=asdict(progress), random=random, sha256=_sha256(file)))
+                shutil.rmtree(path, ignore_errors=True)
+                os.replace(aside, path)
+            except OSError as e:
+                shutil.rmtree(aside, ignore_errors=True)
+                failure = str(e)
+        for _ in tensors:  # all processes make each tensor whole together
+            pass
+        if failure := gathered(failure)[0]:
+            raise OSError(f"{path} could not be written, the state before it is kept ({failure})")
+        if self.rank == 0:
+            for old in [other for other in self._all() if other.suffix == ".partial"] + self._all()[:-KEPT]:
+                shutil.rmtree(old, ignore_errors=True)
 
     def _all(self) -> list[Path]:
         """The states, whole and cut off, the newest last."""
@@ -198,9 +170,9 @@ class States:
         for p in (p for group in optimizer.param_groups for p in group["params"]):
             step = torch.tensor(float(progress.step), device=p.device)
             optimizer.state[p] = dict(step=step) | {name: torch.zeros_like(p) for name in MOMENTS}
-        reader = HuggingFaceStorageReader(str(path / "tensors"))
-        with warnings.catch_warnings(action="ignore"):
-            dcp.load(_tensors(network, optimizer), storage_reader=reader, no_dist=not dist.is_initialized())
+        with safe_open(path / "state.safetensors", framework="pt") as file:
+            for name, t in _tensors(network, optimizer).items():
+                fill(t, file.get_tensor(name))
         if self.rank < len(content["random"]):  # otherwise there were fewer processes
             states = {d: torch.tensor(list(bytes.fromhex(s))).byte() for d, s in content["random"][self.rank].items()}
             torch.set_rng_state(states["cpu"])
@@ -209,7 +181,13 @@ class States:
         return progress
 
 
-@torch.no_grad()
+def _random_states() -> dict[str, str]:
+    states = dict(cpu=torch.get_rng_state())
+    if torch.cuda.is_initialized():
+        states["cuda"] = torch.cuda.get_rng_state()
+    return {device: bytes(state.tolist()).hex() for device, state in states.items()}
+
+
 def _tensors(network: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """By name what is trained, AdamW's moments of it, and buffers (PiSSA's start: an SVD may differ next time): the
     tensors themselves."""
@@ -219,58 +197,19 @@ def _tensors(network: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, 
     return {f"trained.{name}": p.detach() for name, p in trained.items()} | moments | buffers
 
 
-def _verify(path: Path) -> None:
-    """Raises ValueError or OSError, with the name of the file, if a state is not whole."""
-    sums = _read(path / "state.json")["sha256"]
-    for (name, expected), actual in zip(sums.items(), _each(_sha256, [path / name for name in sums])):
-        if actual != expected:
-            raise ValueError(f"{name} is cut off or altered: its sha256 is {actual[:12]}... and not {expected[:12]}...")
-
-
 def _write(path: Path, content: dict[str, Any]) -> None:
     text = json.dumps(content, sort_keys=True)
     write_text(path, json.dumps(dict(sha256=hashlib.sha256(text.encode()).hexdigest(), content=content), indent=1))
 
 
 def _read(path: Path) -> dict[str, Any]:
-    whole = json.loads(path.read_text(encoding="utf-8"))
-    text = json.dumps(whole["content"], sort_keys=True)
-    if hashlib.sha256(text.encode()).hexdigest() != whole["sha256"]:
-        raise ValueError(f"{path.name} is cut off or altered: its content differs from its sha256")
-    return whole["content"]
+    stored = json.loads(path.read_text(encoding="utf-8"))
+    text = json.dumps(stored["content"], sort_keys=True)
+    if hashlib.sha256(text.encode()).hexdigest() != stored["sha256"]:
+        raise ValueError(f"{path.name} is cut off or altered")
+    return stored["content"]
 
 
 def _sha256(path: Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _each(of: Callable[[Path], str], paths: Sequence[Path]) -> list[str]:
-    with ThreadPoolExecutor(8) as threads:
-        return list(threads.map(of, paths))
-
-
-def _to_disk(path: Path) -> str:
-    """Waits until a file or folder is on the disk. Returns the sha256 of a file."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-    return _sha256(path) if path.is_file() else ""
-
-
-def _together(do: Callable[[], Any]) -> list[Any]:
-    """What it returns in each process. Raises OSError in all of them if it fails in one."""
-    try:
-        result = "", do()
-    except (Exception, CheckpointException) as e:  # whatever dcp raises; CheckpointException is no Exception
-        result = " ".join(str(e).split())[-200:] or type(e).__name__, None
-    results = [result]
-    if dist.is_initialized():
-        results = [None] * dist.get_world_size()
-        dist.all_gather_object(results, result)
-    for failure, _ in results:
-        if failure:
-            raise OSError(failure)
-    return [value for _, value in results]

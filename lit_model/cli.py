@@ -6,7 +6,7 @@ import shutil
 import sys
 import time
 from argparse import RawDescriptionHelpFormatter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import fields, is_dataclass
 from difflib import get_close_matches
 from pathlib import Path
@@ -26,9 +26,9 @@ ROOT = Path(__file__).resolve().parents[1]
 def _end(message: object) -> NoReturn:
     if os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")) != "0":
         # the first process most likely says the same, and takes us with it
-        said, sys.stderr = sys.stderr, open(os.devnull, "w")
+        stderr, sys.stderr = sys.stderr, open(os.devnull, "w")
         time.sleep(5)
-        sys.stderr = said
+        sys.stderr = stderr
     line = "".join(c if c.isprintable() else "?" for c in " ".join(str(message).split()))  # it may quote a file
     print(f"error: {line if len(line) <= 600 else f'{line[:400]} ... {line[-190:]}'}", file=sys.stderr)
     sys.exit(2)
@@ -67,17 +67,6 @@ class _Parser(ArgumentParser):
         _end(f"{_plain(message, list(self._option_string_actions))} (see --help{also})")
 
 
-def _check_config(path: Path, options_class: type) -> None:
-    """Ends unless the file holds options, and those of a group by name: a text would be taken for another file."""
-    try:
-        content = read_yaml(path)
-    except (ValueError, OSError) as e:
-        _end(e)
-    groups = {f.name for f in fields(options_class) if is_dataclass(f.type)}
-    if odd := [name for name in content if name == "config" or name in groups and not isinstance(content[name], dict)]:
-        _end(f"{path}: {odd[0]} holds no options by name")
-
-
 _KINDS = {"float": "a number", "int": "a whole number", "bool": "true or false", "Path": "a path", "str": "a text"}
 
 
@@ -102,15 +91,6 @@ def _plain(message: str, options: list[str]) -> str:
     return message
 
 
-def _flags(options_class: type, prefix: str = "--") -> Iterator[str]:
-    """The options that are true or false."""
-    for f in fields(options_class):
-        if f.type is bool:
-            yield prefix + f.name
-        elif is_dataclass(f.type):
-            yield from _flags(f.type, f"{prefix}{f.name}.")
-
-
 def cli(main: Callable[[Any], None], options_class: type, description: str, positional: tuple[str, ...] = ()) -> None:
     """Calls main(options) with an `options_class` made from sys.argv and, with --config, from a YAML file.
 
@@ -121,30 +101,31 @@ def cli(main: Callable[[Any], None], options_class: type, description: str, posi
         description: the first lines of --help, usually the script's docstring.
         positional: fields that may also be given by their place, first of all, without a name.
     """
+    parser = _Parser(description=description, formatter_class=_Formatter)
+    about = "a YAML file of options, such as a run's hparams.yaml; options that are given beside it count more"
+    parser.add_argument("--config", action="config", help=about)
+    parser.add_class_arguments(options_class)
     args = sys.argv[1:]
     for i, name in enumerate(positional):
         if len(args) <= i or args[i].startswith("-"):
             break
         args[i] = f"--{name}={args[i]}"
-    front = 0
-    for i, arg in enumerate(args):
-        if arg.split("=")[0] == "--config":  # first, so that the other options count wherever they stand
-            n = 1 if "=" in arg else 2
-            args = args[:front] + args[i : i + n] + args[front:i] + args[i + n :]
-            front += n
-    flags = set(_flags(options_class))
-    for i, arg in enumerate(args):  # `--overwrite` alone means `--overwrite true`
-        if arg in flags and (i + 1 == len(args) or args[i + 1].startswith("-")):
+    flags = {name for name, action in parser._option_string_actions.items() if action.metavar == "{true,false}"}
+    for i, arg in reversed([*enumerate(args)]):
+        if arg == "--config":
+            args[i : i + 2] = [f"--config={args[i + 1]}"]
+        elif arg in flags and (i + 1 == len(args) or args[i + 1].startswith("-")):  # `--overwrite` alone
             args[i] = f"{arg}=true"
-    configs = [value for arg, value in zip(args, args[1:]) if arg == "--config"]
-    configs += [arg.split("=", 1)[1] for arg in args if arg.startswith("--config=")]
-    for path in configs:
-        _check_config(Path(path), options_class)
-    parser = _Parser(description=description, formatter_class=_Formatter)
-    parser.configs = configs
-    about = "a YAML file of options, such as a run's hparams.yaml; options that are given beside it count more"
-    parser.add_argument("--config", action="config", help=about)
-    parser.add_class_arguments(options_class)
+    args.sort(key=lambda arg: not arg.startswith("--config="))  # the other options count wherever they stand
+    parser.configs = [arg.partition("=")[2] for arg in args if arg.startswith("--config=")]
+    groups = [f.name for f in fields(options_class) if is_dataclass(f.type)]
+    try:
+        for path in parser.configs:
+            content = read_yaml(Path(path))
+            if odd := [name for name in groups if not isinstance(content.get(name, {}), dict)]:  # or it names a file
+                raise ValueError(f"{path}: {odd[0]} holds no options by name")
+    except (ValueError, OSError) as e:
+        _end(e)
     values = vars(parser.instantiate(parser.parse_args(args)))
     options = options_class(**{f.name: values[f.name] for f in fields(options_class)})
     try:
@@ -153,10 +134,8 @@ def cli(main: Callable[[Any], None], options_class: type, description: str, posi
         if os.environ.get("LIT_TRACEBACK"):
             raise
         _end(e)
-    except torch.OutOfMemoryError as e:
+    except (torch.OutOfMemoryError, MemoryError) as e:
         _end(f"out of memory: lower --train.row_tokens or --examples.max_length, or take a smaller network ({e})")
-    except MemoryError as e:
-        _end(f"out of memory ({e})")
     except KeyboardInterrupt:
         sys.exit(130)
 
@@ -165,13 +144,11 @@ def choose_device(name: str) -> torch.device:
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        if (device := torch.zeros((), device=name).device).type == "meta":
-            raise RuntimeError("meta computes nothing")
-        return device
+        return torch.zeros((), device=name).device
     except (RuntimeError, AssertionError) as e:
         raise ValueError(f"there is no device {name!r} here: {str(e).splitlines()[0]}") from None
 
 
 def choose_dtype(name: str, device: torch.device) -> torch.dtype:
-    """Of inference. auto: bfloat16 on a GPU, float32 on a CPU."""
+    """dtype of inference. auto: bfloat16 on a GPU, float32 on a CPU."""
     return getattr(torch, ("bfloat16" if device.type == "cuda" else "float32") if name == "auto" else name)

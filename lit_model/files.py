@@ -145,9 +145,7 @@ def stream_tensors(
     need is filled with spaces, as the format allows.
     """
     header, end, uneven = {"__metadata__": dict(metadata)} if metadata else {}, 0, []
-    room = len(json.dumps(header)) + sum(
-        len(json.dumps(name)) + 24 * len(shape) + 120 for name, shape in shapes.items()
-    )
+    room = len(json.dumps(header)) + sum(len(name) + 24 * len(shape) + 122 for name, shape in shapes.items())
     room = room // 64 * 64 + 64 - 8
 
     def write(name: str, t: Tensor) -> None:

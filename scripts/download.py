@@ -62,11 +62,11 @@ def download(repo_id: str, folder: Path) -> None:
 
 
 def files_to_fetch(files: list[str]) -> list[str]:
-    """Config, tokenizer and weights: one file or its shards, safetensors before pickles, and nothing twice."""
+    """Config, tokenizer and weights: one file or else its shards, safetensors or else pickles, and nothing twice."""
     for name in ("model.safetensors", "pytorch_model.bin"):
-        stem, ending = name.split(".")
-        if shards := [name] if name in files else matching(files, f"{stem}-*-of-*.{ending}"):
-            return [f for f in files if f in (*shards, "config.json", *TOKENIZER_FILES, f"{name}.index.json")]
+        shards = matching(files, name.replace(".", "-*-of-*."))
+        if weights := [name] if name in files else shards and [*shards, f"{name}.index.json"]:
+            return [file for file in files if file in (*weights, "config.json", *TOKENIZER_FILES)]
     raise ValueError("it has no weights: neither model.safetensors nor pytorch_model.bin")
 
 

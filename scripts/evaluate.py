@@ -21,7 +21,6 @@ from lit_model.data.rows import read_rows
 from lit_model.data.score import judge
 from lit_model.data.tokenizer import Tokenizer
 from lit_model.load import method_header, task_in
-from lit_model.quantize import Kind
 from lit_model.weights.demo import DEMO_CHECKPOINT, fetch_if_demo
 
 
@@ -50,7 +49,7 @@ class Options:
     """PNG file for the confusion matrix"""
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
     """auto: bfloat16 on a GPU, float32 on a CPU"""
-    quantize: Kind = "none"
+    quantize: Literal["none", "nf4", "int8", "fp8"] = "none"
     """keep the base weights in fewer bits, as in training"""
     device: str = "auto"
     """auto: the GPU if there is one; or cpu, cuda, cuda:1"""
@@ -59,7 +58,7 @@ class Options:
 def main(options: Options) -> None:
     if options.shots < 0 or (options.shots > 0) != (options.shots_from is not None):
         raise ValueError("--shots and --shots_from go together: how many demonstrations, and from which rows")
-    if options.row_tokens < 1 or (options.max_examples or 1) < 1:
+    if options.row_tokens < 1 or (options.max_examples is not None and options.max_examples < 1):
         raise ValueError("row_tokens and max_examples must be at least 1")
     fetch_if_demo(options.checkpoint_dir)
     tokenizer = Tokenizer(options.checkpoint_dir)

@@ -3,6 +3,7 @@ nothing else than write."""
 
 import json
 import re
+import threading
 
 import pytest
 import torch
@@ -15,13 +16,12 @@ from finetune import lora
 from generate import base
 from lit_model import model
 from lit_model.data.chat import CHATML, chat_text, turns
-from lit_model.load import save_checkpoint
-from lit_model.weights.folder import tokenizer_files
-from lit_model.data.rows import PromptOptions, read_rows
 from lit_model.data.dataset import read_dataset
-from lit_model.data.examples import render, tokenize
-from lit_model.packing import Example, pack
+from lit_model.data.examples import ExampleOptions, render, tokenize
+from lit_model.data.rows import read_rows
 from lit_model.data.tokenizer import Tokenizer
+from lit_model.packing import Example, pack
+from lit_model.weights.folder import save_folder, tokenizer_files
 
 LLAMA_3 = (
     "{{ bos_token }}{% for m in messages %}<|start|>{{ m['role'] }}<|end_of|>\n\n{{ m['content'] | trim }}<|im_end|>"
@@ -57,7 +57,7 @@ def chatty(tiny, tmp_path):
 @pytest.mark.parametrize("template", [CHATML, LLAMA_3, MARKED, None], ids=["chatml", "llama-3", "marked", "none"])
 def test_only_the_assistants_turns_are_learned(chatty, template):
     tokenizer = chatty(template)
-    (e,) = tokenize([{"messages": CHAT}], tokenizer, PromptOptions(max_length=500))
+    (e,) = tokenize([{"messages": CHAT}], tokenizer, ExampleOptions(max_length=500))
     hf = PreTrainedTokenizerFast(tokenizer_file=None, tokenizer_object=tokenizer._hf, bos_token="<bos>")
     whole = hf.apply_chat_template(CHAT, chat_template=template or CHATML, tokenize=False)
     text = whole.removeprefix("<bos>")
@@ -74,7 +74,7 @@ def test_only_the_assistants_turns_are_learned(chatty, template):
 def test_instructions_in_the_style_chat_are_a_turn_of_each(chatty):
     tokenizer = chatty("<bos>" + LLAMA_3.removeprefix("{{ bos_token }}"))  # spelt out: still once
     rows = [dict(instruction="apple?", input="stone", output=output) for output in ("seven", " ")]
-    (e,) = tokenize(rows, tokenizer, PromptOptions(style="chat", max_length=500))
+    (e,) = tokenize(rows, tokenizer, ExampleOptions(style="chat", max_length=500))
     prompt = tokenizer.encode(render("chat", "apple?", "stone", tokenizer))
     assert e.ids.tolist()[: e.first_target] == [tokenizer.bos_id, *prompt] and e.ids.tolist().count(0) == 1
     assert tokenizer._hf.decode(e.ids[e.first_target :], skip_special_tokens=False) == "seven<|im_end|>"
@@ -90,7 +90,7 @@ def test_instructions_beside_messages_are_asked_as_these_are(chatty, tmp_path):
     ]
     (tmp_path / "b.json").write_text(json.dumps(chats))
     of_both, again = (
-        read_dataset(f"{tmp_path}/a.json,{tmp_path}/b.json", tokenizer, PromptOptions(style=style, val_fraction=0.2))
+        read_dataset(f"{tmp_path}/a.json,{tmp_path}/b.json", tokenizer, ExampleOptions(style=style, val_fraction=0.2))
         for style in ("alpaca", "chat")
     )
     assert of_both.style == "chat" and len(of_both.train) > n // 2
@@ -117,8 +117,8 @@ def test_holes_in_what_is_learned_cost_the_loss_nothing_else():
 @pytest.mark.parametrize(
     "template, says",
     [
-        ("{{ ''.__class__.__mro__[1].__subclasses__() }}", "does what a template must not"),
-        ("{{ messages.append(1) }}", "does what a template must not"),
+        ("{{ ''.__class__.__mro__[1].__subclasses__() }}", "cannot take .* access to attribute '__class__'"),
+        ("{{ messages.append(1) }}", "cannot take .* SecurityError"),
         ("{% include '/etc/passwd' %}", "cannot take"),
         ("{{ raise_exception('roles must alternate') }}", "roles must alternate"),
         ("{% for m in messages %}", "cannot take"),
@@ -138,7 +138,7 @@ def test_bos_is_kept_where_only_the_template_writes_it(chatty, tiny):
     config = tokenizer.folder / "tokenizer_config.json"
     config.write_text(config.read_text().replace('"add_bos_token": true', '"add_bos_token": false'))
     without = Tokenizer(tokenizer.folder)
-    both = [tokenize([{"messages": CHAT}], t, PromptOptions(max_length=500))[0] for t in (tokenizer, without)]
+    both = [tokenize([{"messages": CHAT}], t, ExampleOptions(max_length=500))[0] for t in (tokenizer, without)]
     assert without.bos == [] and both[0].ids.tolist() == both[1].ids.tolist()
 
 
@@ -151,7 +151,7 @@ def test_what_the_assistant_begins_with_or_weighs_nothing_is_not_learned(chatty,
              [ask, says(" "), ask, says("seven")], [begins, ask], [ask, says("green", weight=0)]]  # fmt: skip
     (tmp_path / "a.json").write_text(json.dumps([{"messages": chat} for chat in chats]))
     tokenizer = chatty(CHATML)
-    found = tokenize(read_rows(tmp_path / "a.json"), tokenizer, PromptOptions(max_length=500))
+    found = tokenize(read_rows(tmp_path / "a.json"), tokenizer, ExampleOptions(max_length=500))
     learned = [e.ids[e.first_target :] if e.learned is None else e.ids[e.first_target :][e.learned] for e in found]
     assert [tokenizer._hf.decode(ids, skip_special_tokens=False) for ids in learned] == ["seven<|im_end|>"] * 3
     assert "4 of 7 rows left out: they have nothing to learn" in capsys.readouterr().out
@@ -168,7 +168,7 @@ def test_messages_as_they_are_found(tmp_path, capsys):
     assert "a.json: not read: id (of 1 rows)" in capsys.readouterr().out
     call = dict(role="assistant", content="", tool_calls=[{"id": "x"}])
     (tmp_path / "b.json").write_text(json.dumps([{"messages": [CHAT[1], call]}]))
-    with pytest.raises(ValueError, match="b.json, row 1: a message calls tools, which is not supported"):
+    with pytest.raises(ValueError, match="b.json, row 1: a message needs .*, without tool_calls; it is "):
         read_rows(tmp_path / "b.json")
 
 
@@ -188,16 +188,18 @@ def test_sharegpt_is_read_as_messages(tmp_path):
 def test_chats_train_and_the_run_answers_in_the_same_template(chatty, tmp_path, capsys, monkeypatch):
     chatty(LLAMA_3)
     gpt = model.GPT(model.Config(**{**LLAMA, "vocab_size": 410, "block_size": 512}))
-    save_checkpoint(tmp_path / "lit", gpt.config, gpt.state_dict(), tokenizer_files(tmp_path / "base"))
+    save_folder(tmp_path / "model", gpt.config, gpt.state_dict(), tokenizer_files(tmp_path / "base"))
     rows = [{"messages": [*CHAT[:-1], {"role": "assistant", "content": f"quiet {i}"}]} for i in range(30)]
     (tmp_path / "chats.json").write_text(json.dumps(rows))
-    said = say(lora, capsys, monkeypatch, f"--checkpoint_dir {tmp_path}/lit --data {tmp_path}/chats.json --out_dir "
+    said = say(lora, capsys, monkeypatch, f"--checkpoint_dir {tmp_path}/model --data {tmp_path}/chats.json --out_dir "
                f"{tmp_path}/out --train.batch_size 8 --devices cpu")  # fmt: skip
     assert "29 examples" in said or "28 examples" in said
     assert "style: chat" in (tmp_path / "out/hparams.yaml").read_text()
-    args = f"--checkpoint_dir {tmp_path}/lit --method_dir {tmp_path}/out --prompt apple --max_new_tokens 2 --device cpu"
+    args = (
+        f"--checkpoint_dir {tmp_path}/model --method_dir {tmp_path}/out --prompt apple --max_new_tokens 2 --device cpu"
+    )
     say(base, capsys, monkeypatch, args)
-    assert render("chat", "apple", tokenizer=Tokenizer(tmp_path / "lit")) == (
+    assert render("chat", "apple", tokenizer=Tokenizer(tmp_path / "model")) == (
         "<|start|>user<|end_of|>\n\napple<|im_end|><|start|>assistant<|end_of|>\n\n"
     )
 
@@ -205,15 +207,39 @@ def test_chats_train_and_the_run_answers_in_the_same_template(chatty, tmp_path, 
 @pytest.mark.parametrize(
     "template, says",
     [
-        ("{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}", "more than 1 seconds"),
-        ("{{ 'a' * 10000000000 }}", "more than 536870912 bytes"),
-        ("{{ 'a'|center(10000000000) }}", "more than 536870912 bytes"),
+        ("{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}", "more than 1,000,000 steps"),
+        ("{% for i in range(99999) %}{% for j in range(99999) if false %}{% endfor %}{% endfor %}", "1,000,000 steps"),
+        ("{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(60) }}", "000 steps"),
+        ("{% for i in range(10000000000) %}{% endfor %}", "Range too big"),
+        ("{{ 'a' * 10000000000 }}", "a * 10000000000"),
+        (
+            "{% set ns = namespace(x=9) %}{% for i in range(60) %}{% set ns.x = ns.x * ns.x %}{% endfor %}",
+            "6561 * 6561",
+        ),
         ("{{ 9 ** 999999999 }}", "9 ** 999999999"),
     ],
 )
-def test_a_template_that_takes_too_much_is_stopped(template, says, tiny, monkeypatch):
-    monkeypatch.setattr("lit_model.chat.SECONDS", 1)
-    tokenizer = Tokenizer(tiny / "base")
-    tokenizer.chat_template = template
-    with pytest.raises(ValueError, match=re.escape(says)):
-        chat_text(tokenizer, "chat", [dict(role="user", content="a")], asks=True)
+def test_a_template_that_takes_too_much_is_stopped(template, says, chatty):
+    """By counting, so that no clock and no load of the machine decides."""
+    tokenizer = chatty(template)
+    with pytest.raises(ValueError, match=f"cannot take .*{re.escape(says)}"):
+        chat_text(tokenizer, "chat", CHAT[:1], asks=True)
+
+
+def test_what_a_template_may_take_begins_anew_with_each_conversation(chatty, monkeypatch):
+    monkeypatch.setattr("lit_model.data.chat.MAX_STEPS", len(CHAT))
+    tokenizer = chatty("{% for m in messages %}{{ m.content * 2 }}{% endfor %}")
+    assert [chat_text(tokenizer, "chat", CHAT, asks=True) for _ in range(3)] == [
+        "".join(m["content"] * 2 for m in CHAT)
+    ] * 3
+    with pytest.raises(ValueError, match="more than 5 steps"):
+        chat_text(tokenizer, "chat", [*CHAT, CHAT[0]], asks=True)
+
+
+def test_templates_are_rendered_outside_the_main_thread_too(chatty):
+    """No signal, and no limit of the whole process, is set."""
+    tokenizer, texts = chatty(LLAMA_3), []
+    thread = threading.Thread(target=lambda: texts.append(chat_text(tokenizer, "chat", CHAT, asks=True)))
+    thread.start()
+    thread.join()
+    assert texts == [chat_text(tokenizer, "chat", CHAT, asks=True)]

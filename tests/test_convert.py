@@ -333,7 +333,7 @@ REPOSITORIES = {  # files of repositories on the Hub, and those that make a Hugg
     "pickles": ("pytorch_model.bin rust_model.ot 64.tflite", "pytorch_model.bin"),
     "both": (
         "model.safetensors model-00001-of-00001.safetensors model.safetensors.index.json",
-        "model.safetensors model.safetensors.index.json",
+        "model.safetensors",
     ),
 }
 

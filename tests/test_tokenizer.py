@@ -10,10 +10,9 @@ from sentencepiece import SentencePieceProcessor
 from tokenizers import Tokenizer as HFTokenizer
 from transformers import PreTrainedTokenizerFast
 
-from lit_model.weights import demo as hub
-from lit_model.data.rows import PromptOptions
-from lit_model.data.examples import tokenize
+from lit_model.data.examples import ExampleOptions, tokenize
 from lit_model.data.tokenizer import Tokenizer
+from lit_model.weights import demo as hub
 
 SENTENCEPIECE = hub.Asset(
     "mistral-common==1.13.1",
@@ -34,16 +33,16 @@ POOLS = [
 
 def strings() -> list[str]:
     rng = random.Random(0)
-    made = [piece for pool in POOLS for piece in pool] + ["", "a" * 300, "no" + " " * 40 + "gap"]
-    while len(made) < 500:
+    texts = [piece for pool in POOLS for piece in pool] + ["", "a" * 300, "no" + " " * 40 + "gap"]
+    while len(texts) < 500:
         pools = rng.sample(POOLS[:-1], rng.randint(1, 3))
         between = rng.choice(["", " ", "\n"])
-        made.append(between.join(rng.choice(rng.choice(pools)) for _ in range(rng.randint(1, 20))))
-    return made
+        texts.append(between.join(rng.choice(rng.choice(pools)) for _ in range(rng.randint(1, 20))))
+    return texts
 
 
 def test_ids_of_tokenizer_json_equal_transformers(tiny):
-    checkpoints = [tiny / "base"] + [c for c in [hub.DEMO_CHECKPOINT] if (c / "lit_config.json").is_file()]
+    checkpoints = [tiny / "base"] + [c for c in [hub.DEMO_CHECKPOINT] if (c / "tokenizer.json").is_file()]
     for folder in checkpoints:
         ours, theirs = Tokenizer(folder), PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"))
         same = [ours.encode(s) == theirs.encode(s, add_special_tokens=False) for s in strings()]
@@ -87,7 +86,7 @@ def test_ids_of_sentencepiece_equal_its_own(tmp_path):
     rows = [dict(instruction="a", input="", output="Apple"), dict(prompt="Paris is", completion=" big")]
     ends = [[*theirs.encode("\nApple")[2:], 2], [*theirs.encode("big"), 2]]
     for row, end in zip(rows, ends):
-        (e,) = tokenize([row], ours, PromptOptions())
+        (e,) = tokenize([row], ours, ExampleOptions())
         assert e.ids[e.first_target :].tolist() == end
 
 
@@ -104,7 +103,7 @@ def test_a_run_of_tokens_ends_where_generation_config_says(tiny, tmp_path):
         ours = Tokenizer(tmp_path / "x")
         assert ours.stop_ids == [*Tokenizer(tiny / "base").stop_ids, *more] and ours.eos_id == 1
     (tmp_path / "x/generation_config.json").write_text('{"eos_token_id": ["</s>"]}')
-    with pytest.raises(ValueError, match="generation_config.json: eos_token_id is .* no number of a token"):
+    with pytest.raises(ValueError, match="generation_config.json: invalid literal for int"):
         Tokenizer(tmp_path / "x")
 
 
@@ -130,4 +129,33 @@ def test_the_chat_template_is_found_wherever_transformers_keeps_it(tiny, tmp_pat
         stated["chat_template"] = "{{ 1 }}" if kept_in == "json" else several
     (tmp_path / "x/tokenizer_config.json").write_text(json.dumps(stated))
     assert Tokenizer(tmp_path / "x").chat_template == "{{ 1 }}"
-    assert Tokenizer(tmp_path / "x").fingerprint != Tokenizer(tiny / "base").fingerprint
+
+
+@pytest.mark.parametrize("files", ["no name in tokenizer_config.json", "no tokenizer_config.json"])
+def test_the_end_of_text_may_be_named_by_its_number_only(tiny, tmp_path, files):
+    """As in GPT-2's own repository, and in what older versions of transformers wrote."""
+    shutil.copytree(tiny / "base", tmp_path / "x")
+    (tmp_path / "x/tokenizer_config.json").unlink()
+    if files.startswith("no name"):
+        (tmp_path / "x/tokenizer_config.json").write_text('{"model_max_length": 1024}')
+    for ends in (1, [1, 7]):
+        (tmp_path / "x/config.json").write_text(json.dumps({"eos_token_id": ends, "bos_token_id": 0}))
+        ours = Tokenizer(tmp_path / "x")
+        assert (ours.eos_id, ours.eos_token, ours.bos, ours.stop_ids) == (1, "<eos>", [], [1])
+    for config in ({"eos_token_id": 9999}, {"eos_token_id": "<eos>"}, {}):
+        (tmp_path / "x/config.json").write_text(json.dumps(config))
+        with pytest.raises(ValueError, match="tokenizer_config.json: "):
+            Tokenizer(tmp_path / "x")
+    (tmp_path / "x/tokenizer_config.json").write_text('{"eos_token": "nothing"}')
+    with pytest.raises(ValueError, match="tokenizer_config.json: it must name the eos_token"):
+        Tokenizer(tmp_path / "x")
+
+
+def test_a_folder_without_a_tokenizer_and_a_broken_one_are_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match="has neither tokenizer.json nor tokenizer.model"):
+        Tokenizer(tmp_path)
+    for name, content in (("tokenizer.model", "hello"), ("tokenizer.json", '{"model": ')):
+        (tmp_path / name).write_text(content)
+        with pytest.raises(ValueError, match="it is broken or only partly written") as error:
+            Tokenizer(tmp_path)
+        assert name in str(error.value)

@@ -3,7 +3,7 @@
     gpt = load("checkpoints/x", {"fr": "out/fr", "de": "out/de"})
     logits = gpt(idx, method="fr")              (B, T) -> (B, T, vocab_size)
     logits = gpt(idx, method=["fr", "de"])      one for each of the B examples
-    gpt.switch("de")                            for generate and for calls that name none; None: the base alone
+    gpt.switch("de")                            for generate and for calls without a method; None: the base alone
 
 Nothing is loaded or merged again. In a mixed batch the examples of one method lie together in the packed row, and its
 deltas act on their slice of it; its soft prompt is a segment, its prefix keys are seen by its examples only.
@@ -17,8 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lit_model import model
 from lit_model.attention import KVCache
+from lit_model.model import GPT, CausalSelfAttention, Config, Linear
 from lit_model.packing import Packed, Segment, lay_out
 
 
@@ -47,7 +47,7 @@ class InSlices(nn.Module):
         super().__init__()
         self.name, self.delta, self.route, self.at_head = name, delta, route, at_head
 
-    def forward(self, linear: model.Linear, x: Tensor, y: Tensor) -> Tensor:
+    def forward(self, linear: Linear, x: Tensor, y: Tensor) -> Tensor:
         spans = [span for name, span in (self.route.at_head if self.at_head else self.route.spans) if name == self.name]
         if spans == [slice(None)]:
             return self.delta(linear, x, y)
@@ -64,7 +64,7 @@ class GatedSlices(nn.Module):
         super().__init__()
         self.name, self.delta, self.route = name, delta, route
 
-    def forward(self, attn: model.CausalSelfAttention, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor] | None:
+    def forward(self, attn: CausalSelfAttention, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor] | None:
         spans = [span for name, span in self.route.spans if name == self.name]
         if not spans:
             return None
@@ -78,33 +78,38 @@ class GatedSlices(nn.Module):
         return k, v, gates
 
 
-class GPT(model.GPT):
+class SideBySide(GPT):
     """A network with several methods side by side. For inference."""
 
-    def __init__(self, config: model.Config):
+    def __init__(self, config: Config):
         super().__init__(config)
         self.route = Route()
         self.route.everywhere(None)
         self.tokens_of, self.keys_of = nn.ModuleDict(), nn.ModuleDict()  # name -> its slot of virtual modules
         self.names: list[str] = []
 
-    def take(self, name: str, donor: model.GPT) -> None:
-        """Moves what fills the slots of `donor` into this network, for the tokens of `name`."""
+    def take(self, name: str, donor: GPT) -> None:
+        """Moves what fills the slots of `donor` into this network, for the tokens of `name`.
+
+        Raises ValueError for a name that torch cannot give a module.
+        """
+        if not name or "." in name or hasattr(nn.ModuleDict, name):
+            raise ValueError(f"{name!r} cannot be the name of a method: take letters, digits and '-'")
         self.names.append(name)
-        slots = (model.Linear, model.CausalSelfAttention)
+        slots = (Linear, CausalSelfAttention)
         for path, theirs in [(path, m) for path, m in donor.named_modules() if isinstance(m, slots)]:
             ours = self.get_submodule(path)
             for key, delta in theirs.deltas.items():
-                if isinstance(ours, model.Linear):
+                if isinstance(ours, Linear):
                     ours.deltas[f"{name}/{key}"] = InSlices(name, delta, self.route, at_head=path == "lm_head")
                 else:
                     ours.deltas[f"{name}/{key}"] = GatedSlices(name, delta, self.route)
         self.tokens_of[name], self.keys_of[name] = donor.virtual_tokens, donor.virtual_keys
 
     def switch(self, name: str | None) -> None:
-        """Makes `name` the method of all calls that name none; None: the base alone.
+        """Makes `name` the method of all calls without one; None: the base alone.
 
-        Raises ValueError, with the names that there are, if there is none of that name.
+        Raises ValueError, with the names that there are, for another name.
         """
         self._check(name)
         self.route.everywhere(name)
@@ -125,7 +130,7 @@ class GPT(model.GPT):
         cache: KVCache | None = None,
         method: str | Sequence[str | None] | None = None,
     ) -> Tensor:
-        """As in model.GPT. method: of all examples, or of each of a (B, T) batch; None: what `switch` has set."""
+        """As GPT.forward. method: that of all examples, or of each of a (B, T) batch; None: what `switch` has set."""
         if isinstance(method, str):
             before = self.route.spans[0][0]
             self.switch(method)
@@ -159,9 +164,8 @@ class GPT(model.GPT):
             examples = [Segment(T, roots[name], front=fronts[name]) for _ in group]
             segments += examples
             spans.append((name, T * len(examples)))
-        packed = lay_out(segments, keys, cached=0)
-        packed.slots, packed.has_virtual_tokens = None, n_virtual > 0
-        packed.wanted = torch.arange(n_virtual, len(packed.pos))
+        wanted = np.arange(n_virtual, n_virtual + idx.numel())
+        packed = lay_out(segments, keys, wanted=wanted, has_virtual_tokens=n_virtual > 0)
         self.virtual_tokens = nn.ModuleDict({f"{n}/{k}": m for n in used for k, m in self.tokens_of[n].items()})
         self.virtual_keys = nn.ModuleDict({f"{n}/{k}": m for n in used for k, m in self.keys_of[n].items()})
         self.route.spans, self.route.at_head = _slices(spans), _slices([s for s in spans[-len({*methods}) :]])

@@ -24,7 +24,8 @@ from lightning_fabric import Fabric
 
 from finetune import loop, memory, setup
 from finetune.devices import launch
-from finetune.report import Step, n_flops, peak_memory, peak_tflops
+from finetune.report import Step, peak_memory
+from scripts.bench.flops import n_flops, peak_tflops
 from lit_model.methods import adapter, adapter_v2, bottleneck, full, ia3, lora, prefix, prompt
 from lit_model import model
 from lit_model.load import freeze, initialize

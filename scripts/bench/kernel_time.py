@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from finetune.report import products
+from scripts.bench.flops import products
 from lit_model import model
 
 
