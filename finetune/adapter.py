@@ -11,7 +11,6 @@ of the run, not for two of five epochs.
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from finetune.dry_run import dry_run
 from finetune.loop import Summary, fit
 from finetune.run import RunOptions, Train, build, may_differ, start
 from lit_model.cli import cli
@@ -27,11 +26,9 @@ class Options(RunOptions):
     train: Train = field(default_factory=lambda: Train(lr=3e-2))
 
 
-def main(options: Options) -> Summary | None:
+def main(options: Options) -> Summary:
     run = start(options)
     gpt = build(run, "adapter", options.adapter)
-    if options.dry_run:
-        return dry_run(run, gpt)
     return fit(run, gpt, "adapter", options.adapter)
 
 

@@ -18,7 +18,7 @@ import time
 from collections.abc import Sequence
 from datetime import timedelta
 from functools import partial, partialmethod
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -46,15 +46,12 @@ def launch(devices: str, strategy: Strategy) -> Fabric:
     kind, _, number = devices.rpartition(":") if ":" in devices or devices.isdigit() else (devices, "", "")
     if kind not in ("", "auto", "cpu") or (number and not (number.isdigit() and int(number))):
         raise ValueError(f"--devices is {devices!r}; it must be auto, cpu, a number of GPUs, or cpu: and a number")
-    if strategy not in (known := get_args(Strategy)):
-        raise ValueError(f"--strategy is {strategy!r}; it must be one of {', '.join(known)}")
     started, machines = _started()
     n = int(number or started or 1)
-    if started and n != started:
-        raise ValueError(f"--devices {devices}, but {started} processes were started on this machine: omit it")
     world = n * machines
-    if int(os.environ.get("WORLD_SIZE", world)) != world:
-        raise ValueError(f"--devices {devices} makes {world} processes, but WORLD_SIZE is {os.environ['WORLD_SIZE']}")
+    launched = int(os.environ.get("WORLD_SIZE", world))
+    if launched != world or (started and n != started):
+        raise ValueError(f"--devices {devices} makes {world} processes, but {launched} were started: omit it")
     if kind != "cpu" and n > 1 and n > torch.cuda.device_count():
         raise ValueError(f"--devices {n}, but this machine has {torch.cuda.device_count()} GPUs (cpu:{n} needs none)")
     how: Any = "auto"

@@ -6,15 +6,14 @@ The features of a text are the last layer's vectors, normed, of its last token o
 features.npz. Reports accuracy, macro F1 and the confusion matrix of the validation rows.
 """
 
-import importlib
 import pickle
 from dataclasses import dataclass, field, replace
+from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
-from sklearn.base import is_classifier
 from tqdm import tqdm
 
 from lit_model import load
@@ -23,6 +22,7 @@ from lit_model.data import labels
 from lit_model.data.examples import ExampleOptions
 from lit_model.data.rows import read_rows, split_rows
 from lit_model.data.tokenizer import Tokenizer
+from lit_model.files import reading
 from lit_model.model import GPT
 from lit_model.packing import Example, pack
 from lit_model.weights.demo import DEMO_CHECKPOINT, fetch_if_demo
@@ -35,7 +35,7 @@ class Options:
     data: Path
     """.csv, .json or .jsonl file of rows with text and label"""
     checkpoint_dir: Path = DEMO_CHECKPOINT
-    """folder of the network; by default the demo's, fetched once"""
+    """Hugging Face folder of the network; default: the demo's, fetched once"""
     out_dir: Path = Path("out/features")
     """folder for the features, the classifier and the confusion matrix"""
     examples: ExampleOptions = field(default_factory=ExampleOptions)
@@ -43,14 +43,12 @@ class Options:
     """the vector of the last token, or the mean over all"""
     classifier: str = "sklearn.linear_model.LogisticRegression"
     """any classifier with fit and predict, by its import path"""
-    classifier_options: dict[str, Any] = field(default_factory=dict)
-    """its options, such as '{"C": 0.1}'; without any LogisticRegression gets max_iter 2000"""
     max_examples: int | None = None
     """train on this many rows only"""
     row_tokens: int = 4096
     """about this many tokens go through the network at a time"""
     seed: int = 0
-    """of the validation split"""
+    """seed of the validation split"""
     overwrite: bool = False
     """replace the features that out_dir holds"""
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
@@ -63,13 +61,11 @@ def main(options: Options) -> None:
     rows = read_rows(options.data)
     if "label" not in rows[0]:
         raise ValueError(f"{options.data} has no rows with text and label")
-    if options.row_tokens < 1 or (options.max_examples is not None and options.max_examples < 1):
-        raise ValueError("row_tokens and max_examples must be at least 1")
-    if not 0 < options.examples.val_fraction < 1:
-        raise ValueError(f"examples.val_fraction is {options.examples.val_fraction}; it must be above 0 and below 1")
     if options.out_dir.is_dir() and any(options.out_dir.iterdir()) and not options.overwrite:
         raise ValueError(f"{options.out_dir} is not empty; name another --out_dir, or replace it with --overwrite")
-    classifier = classifier_of(options)
+    module, _, name = options.classifier.rpartition(".")
+    with reading(Path(options.classifier)):
+        classifier = getattr(import_module(module), name)(**dict(max_iter=2000) if "Logistic" in name else {})
     fetch_if_demo(options.checkpoint_dir)
     tokenizer = Tokenizer(options.checkpoint_dir)
     task = labels.task_of(rows, "linear", options.examples.style)
@@ -92,19 +88,6 @@ def main(options: Options) -> None:
         print(f"{part}: {verdict}")
     verdict.draw(options.out_dir / "confusion.png")
     print(f"saved {options.out_dir}/: features.npz, classifier.pickle, confusion.png")
-
-
-def classifier_of(options: Options) -> Any:
-    """The classifier that the options name. Raises ValueError if there is none of that name, or with these options."""
-    module, _, name = options.classifier.rpartition(".")
-    settings = options.classifier_options or ({"max_iter": 2000} if name == "LogisticRegression" else {})
-    try:
-        classifier = getattr(importlib.import_module(module), name)(**settings)
-        if not (hasattr(classifier, "fit") and is_classifier(classifier)):
-            raise ValueError("it is no classifier")
-    except (ImportError, AttributeError, ValueError, TypeError) as e:
-        raise ValueError(f"--classifier {options.classifier} with {options.classifier_options}: {e}") from None
-    return classifier
 
 
 def read_classifier(folder: Path) -> Any:

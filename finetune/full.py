@@ -7,7 +7,6 @@ lit_model/methods/full.py, the loop finetune/loop.py.
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from finetune.dry_run import dry_run
 from finetune.loop import Summary, fit
 from finetune.run import RunOptions, Train, build, may_differ, start
 from lit_model.cli import cli
@@ -24,13 +23,11 @@ class Options(RunOptions):
     train: Train = field(default_factory=lambda: Train(lr=1e-4))
 
 
-def main(options: Options) -> Summary | None:
+def main(options: Options) -> Summary:
     run = start(options)
     gpt = build(run, "full")
-    if options.dry_run:
-        return dry_run(run, gpt)
     summary = fit(run, gpt, "full")
-    if options.save_hf and run.rank == 0:
+    if options.save_hf and run.rank == 0 and not options.dry_run:
         merge(options.checkpoint_dir, options.out_dir, options.out_dir / "hf", overwrite=True)
     return summary
 

@@ -5,18 +5,20 @@ fits into a GPU's memory in memory.py.
 """
 
 import math
+import shutil
+import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from itertools import takewhile
+from itertools import islice, takewhile
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from finetune.devices import clip, sum_gradients, total
-from finetune.report import Ask, Step, Summary, Watch
+from finetune.devices import clip, local, sum_gradients, total
+from finetune.report import Ask, Step, Summary, Watch, peak_memory
 from finetune.run import Run, prepare
 from lit_model import GPT, generate
 from lit_model.data.examples import render
@@ -42,7 +44,8 @@ def fit(
     lr_scale: Callable[[str], float] = the_same,
     share: bool = True,
 ) -> Summary:
-    """Trains what requires gradients in `gpt` and writes `options.out_dir`; resumes the run that it holds.
+    """Trains what requires gradients in `gpt` and writes `options.out_dir`; resumes the run that it holds. With
+    `--dry_run` it only prints what that would need.
 
     To hack it for one method, copy these lines into its script. The loss of a step is the sum of the objective over all
     target tokens of its examples divided by their number: the same as example by example, however they are packed into
@@ -54,6 +57,8 @@ def fit(
         lr_scale: what the learning rate of a trained tensor is multiplied by, from its name.
         share: compute what examples begin with once; not with dropout.
     """
+    if run.options.dry_run:
+        return dry_run(run, gpt)
     gpt.objective = objective
     network, optimizer = prepare(run, gpt, share, lr_scale)
     progress = run.resume(gpt, optimizer)
@@ -155,3 +160,26 @@ def ahead(items: Iterator, n: int = 2) -> Iterator:
         while (item := waiting.popleft().result()) is not None:
             waiting.append(thread.submit(next, items, None))
             yield item
+
+
+def dry_run(run: Run, gpt: GPT) -> Summary:
+    """Prints what a run would need of memory, time and disk; three steps are measured, and nothing is written."""
+    network, optimizer = prepare(run, gpt, share=True, lr_scale=the_same)
+    for step, rows in islice(run.steps(gpt), 3):  # the first one compiles, and fills caches
+        began = time.perf_counter()
+        train_step(run, network, optimizer, step, rows)
+        step.norm.item()  # waits for the GPU
+    seconds = (time.perf_counter() - began) * run.n_steps
+    trained = {p: None for p in gpt.parameters() if p.requires_grad}
+    n_local, n_whole = sum(local(p).numel() for p in trained), sum(p.numel() for p in trained)
+    frozen = sum(local(p).numel() * local(p).element_size() for p in set(gpt.parameters()) - trained.keys())
+    peak, gib = peak_memory(run.device), 2**30
+    free = shutil.disk_usage(next(path for path in run.options.out_dir.absolute().parents if path.exists())).free
+    print(f"what each of {run.world} processes would need:")
+    print(f"  {frozen / gib:8.2f} GiB  frozen weights")
+    print(f"  {16 * n_local / gib:8.2f} GiB  trained weights in float32, their gradients, AdamW's two moments")
+    print(f"  {peak:8.2f} GiB  with everything else, measured")
+    disk = f"{36 * n_whole / gib:.2f} more until then, {free / gib:.1f} are free"
+    print(f"  {8 * n_whole / gib:8.2f} GiB of disk at the end, {disk}")
+    print(f"  {seconds / 60:8.1f} minutes for {run.n_steps} steps, without evaluations")
+    return Summary(*run.counted, seconds, 0, peak, math.nan)

@@ -11,7 +11,6 @@ rsLoRA are options of it, QLoRA is --quantize nf4; DoRA and PiSSA have scripts o
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from finetune.dry_run import dry_run
 from finetune.loop import Summary, fit
 from finetune.run import RunOptions, Train, build, may_differ, start
 from lit_model.cli import cli
@@ -28,12 +27,10 @@ class Options(RunOptions):
     train: Train = field(default_factory=lambda: Train(lr=2e-3))
 
 
-def main(options: Options) -> Summary | None:
+def main(options: Options) -> Summary:
     run = start(options)
     gpt = build(run, "lora", options.lora)
     lora.validate_rank(gpt)
-    if options.dry_run:
-        return dry_run(run, gpt)
     return fit(run, gpt, "lora", options.lora, lr_scale=lora.lr_scale(options.lora), share=not options.lora.dropout)
 
 

@@ -7,7 +7,6 @@ lit_model/methods/pissa.py, the loop finetune/loop.py.
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from finetune.dry_run import dry_run
 from finetune.loop import Summary, fit
 from finetune.run import RunOptions, Train, build, may_differ, start
 from lit_model.cli import cli
@@ -24,13 +23,11 @@ class Options(RunOptions):
     train: Train = field(default_factory=lambda: Train(lr=2e-3))
 
 
-def main(options: Options) -> Summary | None:
+def main(options: Options) -> Summary:
     run = start(options)
     gpt = build(run, "pissa", options.pissa)
     lora.validate_rank(gpt)
     pissa.init_from_base(gpt, options.pissa)
-    if options.dry_run:
-        return dry_run(run, gpt)
     return fit(run, gpt, "pissa", options.pissa, lr_scale=lora.lr_scale(options.pissa), share=not options.pissa.dropout)
 
 

@@ -7,7 +7,6 @@ lit_model/methods/prefix.py, the loop finetune/loop.py.
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from finetune.dry_run import dry_run
 from finetune.loop import Summary, fit
 from finetune.run import RunOptions, Train, build, may_differ, start
 from lit_model.cli import cli
@@ -24,13 +23,11 @@ class Options(RunOptions):
     train: Train = field(default_factory=lambda: Train(lr=1e-2))
 
 
-def main(options: Options) -> Summary | None:
+def main(options: Options) -> Summary:
     run = start(options)
     gpt = build(run, "prefix", options.prefix)
     if options.prefix.init == "tokens" and not options.prefix.mlp:
         prefix.init_from_base(gpt, run.tokenizer.encode(options.prefix.text))
-    if options.dry_run:
-        return dry_run(run, gpt)
     return fit(run, gpt, "prefix", options.prefix)
 
 

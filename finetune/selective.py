@@ -7,7 +7,6 @@ lit_model/methods/selective.py, the loop finetune/loop.py.
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from finetune.dry_run import dry_run
 from finetune.loop import Summary, fit
 from finetune.run import RunOptions, Train, build, may_differ, start
 from lit_model.cli import cli
@@ -23,11 +22,9 @@ class Options(RunOptions):
     train: Train = field(default_factory=lambda: Train(lr=1e-4))
 
 
-def main(options: Options) -> Summary | None:
+def main(options: Options) -> Summary:
     run = start(options)
     gpt = build(run, "selective", options.selective)
-    if options.dry_run:
-        return dry_run(run, gpt)
     return fit(run, gpt, "selective", options.selective)
 
 

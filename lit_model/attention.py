@@ -34,7 +34,7 @@ except ImportError:  # a build of torch without it
 _VARLEN_GQA = varlen_attn is not None and "enable_gqa" in inspect.signature(varlen_attn).parameters
 HAS_TRITON = find_spec("triton") is not None
 
-Prompt = tuple[Tensor, Tensor, Tensor]  # k, v (K, nkv, hs) and a gate (nh,) or (T, nh), see attend
+Prompt = tuple[Tensor, Tensor, Tensor]  # k, v (K, nkv, hs) and a gate (nh,), see attend
 MOST_PROMPT_KEYS = 128  # that a kernel takes: with head size 128 they fit into the 99 KiB of an RTX 40's shared memory
 
 

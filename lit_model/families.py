@@ -112,13 +112,12 @@ def read_config(hf: dict[str, Any]) -> tuple[Family, Config]:
     the field, for what is not supported."""
     kind = hf.get("model_type")
     if not isinstance(kind, str) or kind not in FAMILIES:
-        raise ValueError(f"model_type is {kind!r}; known are {', '.join(FAMILIES)}")
+        raise ValueError(f"model_type is {kind!r}; known are {', '.join(sorted(FAMILIES))}")
     family = FAMILIES[kind]
-    if quantization := hf.get("quantization_config"):
-        raise ValueError(f"its weights are quantized ({quantization.get('quant_method')}): take the original ones")
-    odd = [name for name, values in family.only.items() if hf.get(name) is not None and hf[name] not in values]
+    only = family.only | dict(quantization_config=())
+    odd = [name for name, values in only.items() if hf.get(name) is not None and hf[name] not in values]
     if odd:
-        raise ValueError(f"{odd[0]} is {hf[odd[0]]!r}, which is not supported")
+        raise ValueError(f"{odd[0]} is {hf[odd[0]]!r:.80}, which is not supported")
     stated = family.defaults | hf
     if missing := [theirs for theirs in family.fields.values() if theirs not in stated]:
         raise ValueError(f"it lacks {', '.join(missing)}")

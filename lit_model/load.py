@@ -100,7 +100,7 @@ def install_saved(gpt: GPT, method_dir: Path | str, base: Folder) -> set[str]:
     """Adds the method of a folder to a network on the meta device. Returns the names of the tensors that it adds."""
     header = method_header(method_dir)
     if header["base"] != base.identity:
-        raise ValueError(f"{method_dir} was trained on another base than {base.path}{_named_base(method_dir)}")
+        raise ValueError(f"{method_dir} was trained on another base than {base.path}")
     before = gpt.state_dict().keys()
     with reading(method_file(method_dir)), torch.device("meta"):
         name = header["method"]
@@ -110,16 +110,6 @@ def install_saved(gpt: GPT, method_dir: Path | str, base: Folder) -> set[str]:
 
             labels.install(gpt, len(task.classes))
     return gpt.state_dict().keys() - before
-
-
-def _named_base(method_dir: Path | str) -> str:
-    from lit_model.files import read_yaml
-
-    try:
-        named = read_yaml(method_file(method_dir).parent / "hparams.yaml").get("checkpoint_dir")
-    except (ValueError, OSError):
-        return ""
-    return f"; its hparams.yaml names {named}"
 
 
 def _check_order(gpt: GPT) -> None:
@@ -143,7 +133,7 @@ def _side_by_side(
         donor = empty_network(base)
         added = install_saved(donor, folder, base)
         tensors = {key: t.to(device) for key, t in read_method(folder, donor, added).items()}
-        if replaced := sorted(key for key in tensors if is_base(key) or key.startswith("heads.")):
+        if replaced := [key for key in tensors if is_base(key) or key.startswith("heads.")]:
             raise ValueError(f"{folder} replaces {replaced[0]}; side by side go methods that only add to the base")
         donor.load_state_dict(tensors, strict=False, assign=True)
         gpt.take(name, donor)

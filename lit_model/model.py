@@ -5,7 +5,7 @@ the row's context (attention.py): `y = row.attend(q, k, v, prompts)`.
 No finetuning method is known here. A method adds small modules to five slots:
   Linear.deltas                y = delta(linear, x, y)      after a linear layer (LoRA)
   CausalSelfAttention.deltas   k, v, gate = delta(attention, dtype)   what every token sees in a softmax of its
-                               own, times a gate: (K, nkv, hs), (K, nkv, hs), (nh,) or (T, nh); or None (LLaMA-Adapter)
+                               own, times a gate: (K, nkv, hs), (K, nkv, hs), (nh,) (LLaMA-Adapter)
   GPT.virtual_tokens           x = virtual()                (P, C) embeddings in front of every example (soft prompt)
   GPT.virtual_keys             kv = virtual()               (layers, 2, P, nkv, hs) in front of every example: P keys
                                and values in each layer (prefix tuning)
@@ -31,6 +31,7 @@ from torch import Tensor, nn
 
 from lit_model.attention import CachedRow, KVCache, LastRow, PackedRow
 from lit_model.files import validate_fields
+from lit_model.kernels.cpu import RMSNormCPU
 from lit_model.loss import chunk_loss, cross_entropy
 from lit_model.packing import Packed, equal_examples
 from lit_model.recompute import Offload, recomputed
@@ -75,10 +76,10 @@ class Config:
             self.bias = self.arch == "gpt2"
         if self.qkv_bias is None:
             self.qkv_bias = self.bias
-        if self.head_size < 1 or (self.arch == "llama" and self.head_size % 2):
-            raise ValueError(f"head_size is {self.head_size}; it must be even: rotary positions turn pairs")
-        if self.n_head % self.n_kv_head:
-            raise ValueError(f"n_head {self.n_head} is not a multiple of n_kv_head {self.n_kv_head}")
+        is_odd = self.arch == "llama" and self.head_size % 2  # rotary positions turn pairs
+        if self.head_size < 1 or is_odd or self.n_head % self.n_kv_head:
+            heads = f"head_size is {self.head_size}, n_head {self.n_head}, n_kv_head {self.n_kv_head}"
+            raise ValueError(f"{heads}: head_size must be even, and n_head a multiple of n_kv_head")
 
     def check_tokens(self, highest: int) -> None:
         """Raises ValueError if the network has no row for this token id."""
@@ -145,28 +146,8 @@ class RMSNorm(nn.RMSNorm):
     def forward(self, x: Tensor) -> Tensor:
         weight = self.weight.to(x.dtype)
         if x.device.type == "cpu":
-            return _RMSNormCPU.apply(x, weight, self.eps)
+            return RMSNormCPU.apply(x, weight, self.eps)
         return F.rms_norm(x, self.normalized_shape, weight, self.eps)
-
-
-class _RMSNormCPU(torch.autograd.Function):
-    """The same in fewer operations: torch's own takes twice as long on a CPU, forward and backward."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.promote_types(x.dtype, torch.float32))
-        r = (norm.square() / x.shape[-1] + eps).rsqrt()  # (T, 1)
-        ctx.save_for_backward(x, weight, r)
-        return (x * r).to(x.dtype) * weight
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple:
-        x, weight, r = ctx.saved_tensors
-        short_r = r.to(x.dtype)
-        grad_weight = (grad * x * short_r).flatten(0, -2).sum(0) if ctx.needs_input_grad[1] else None
-        grad = grad * weight
-        along_x = (grad * x).sum(-1, keepdim=True, dtype=r.dtype) * r**3 / x.shape[-1]  # (T, 1)
-        return torch.addcmul(grad * short_r, x, along_x.to(x.dtype), value=-1), grad_weight, None
 
 
 class LayerNorm(nn.LayerNorm):
@@ -202,7 +183,6 @@ class CausalSelfAttention(nn.Module):
         q = self.q_norm(self.split_heads(self.q_proj(x)))  # (T, nh, hs)
         k, v = self.keys_and_values(x)  # (T, nkv, hs)
         prompts = [delta(self, x.dtype) for delta in self.deltas.values()]
-        prompts = [prompt for prompt in prompts if prompt is not None]
         y = row.attend(q, k, v, prompts)  # (T, nh, hs); in the last layer (M, nh, hs)
         return self.o_proj(y.flatten(1))
 
@@ -348,10 +328,10 @@ class GPT(nn.Module):
         if packed is None:
             packed = equal_examples(*idx.shape, self.n_virtual_tokens, self.n_virtual_keys).to(idx.device)
             return self(idx.flatten(), packed).unflatten(0, idx.shape)
-        if packed.n_virtual_keys != self.n_virtual_keys:
-            raise ValueError(f"packed for {packed.n_virtual_keys} virtual keys; the network has {self.n_virtual_keys}")
-        if cache is None and packed.has_virtual_tokens != bool(self.n_virtual_tokens):
-            raise ValueError(f"packed with or without virtual tokens; the network has {self.n_virtual_tokens}")
+        differs = cache is None and packed.has_virtual_tokens != bool(self.n_virtual_tokens)
+        if differs or packed.n_virtual_keys != self.n_virtual_keys:
+            virtual = f"{self.n_virtual_tokens} virtual tokens and {self.n_virtual_keys} virtual keys"
+            raise ValueError(f"the row was packed for another network: this one has {virtual}")
         x = self.embed(idx, packed)  # (T, C)
         recompute = self.recompute != "off" and torch.is_grad_enabled()
         offload = Offload(x.device) if recompute and self.recompute == "offload" else None

@@ -128,10 +128,9 @@ class Packed(Movable):
 class Segment:
     """A run of tokens, and the segment that it continues. `lay_out` fills in the rest."""
 
-    def __init__(self, length: int, parent: "Segment | None" = None, front: np.ndarray | None = None):
+    def __init__(self, length: int, parent: "Segment | None" = None):
         self.length = length
         self.parent = parent
-        self.front = front  # which of the virtual keys it sees, if it continues none; None: all
         self.keys: np.ndarray  # indices into the source of keys: all that its last token sees
         self.end: int  # position after its last token
         self.until: int  # index into the source of keys, after its last descendant
@@ -159,8 +158,7 @@ def lay_out(
     keys, pos, first = [], [], n_virtual_keys + (cached or 0)
     offset = first
     for s in segments:
-        front = np.arange(n_virtual_keys) if s.front is None else s.front
-        seen, start = (s.parent.keys, s.parent.end) if s.parent else (front, len(front))
+        seen, start = (s.parent.keys, s.parent.end) if s.parent else (np.arange(n_virtual_keys), n_virtual_keys)
         s.keys = np.concatenate((seen, np.arange(offset, offset + s.length)))
         s.end = start + s.length
         keys.append(s.keys)
@@ -179,14 +177,12 @@ def lay_out(
         wanted=None if wanted is None else torch.as_tensor(wanted),
         targets=None if targets is None else torch.from_numpy(targets).long(),
     )
-    if targets is not None and packed.blocks is not None:
+    if targets is not None and cached is None:
         packed.last = _for_last_layer(packed, segments, np.asarray(wanted))
     return packed
 
 
-def _blocks(segments: Sequence[Segment], first: int, end: int) -> Blocks | None:
-    if any(s.front is not None for s in segments):  # then who sees a virtual key is no run of tokens
-        return None
+def _blocks(segments: Sequence[Segment], first: int, end: int) -> Blocks:
     for s in reversed(segments):
         if s.parent:
             s.parent.until = max(s.parent.until, s.until)

@@ -48,16 +48,15 @@ def download(repo_id: str, folder: Path) -> None:
     Raises ValueError if the Hub does not give them.
     """
     from huggingface_hub import list_repo_files, snapshot_download
-    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
     try:
         snapshot_download(repo_id, local_dir=folder, allow_patterns=files_to_fetch(list_repo_files(repo_id)))
-    except GatedRepoError:
-        raise ValueError(f"{repo_id} wants its licence accepted on its page, and then 'hf auth login'") from None
-    except RepositoryNotFoundError:
-        raise ValueError(f"the Hub has no public repository {repo_id}") from None
     except Exception as e:  # of the Hub or of the network, and these are other classes in every version
-        reason = " ".join(str(e).split())[:200]
+        hints = {
+            "GatedRepoError": "it wants its licence accepted on its page, and then 'hf auth login'",
+            "RepositoryNotFoundError": "there is no public repository of this name",
+        }
+        reason = hints.get(type(e).__name__) or " ".join(str(e).split())[:200]
         raise ValueError(f"{repo_id} cannot be fetched from the Hub: {reason}") from None
 
 

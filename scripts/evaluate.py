@@ -31,26 +31,26 @@ class Options:
     data: Path
     """.csv, .json or .jsonl file of rows with text and label"""
     checkpoint_dir: Path = DEMO_CHECKPOINT
-    """folder of the base network; by default the demo's, fetched once"""
+    """Hugging Face folder of the base network; default: the demo's, fetched once"""
     method_dir: Path | None = None
     """out_dir of a finetuning run on that base; its labels and style are taken"""
     shots: int = 0
-    """number of demonstrations, each label as often as another"""
+    """number of demonstrations, as many of each label as of another"""
     shots_from: Path | None = None
     """file of the demonstrations, with rows that are not in --data"""
     examples: ExampleOptions = field(default_factory=ExampleOptions)
     max_examples: int | None = None
-    """only the first rows, this many"""
+    """judge only this many rows, the first"""
     row_tokens: int = 4096
     """about this many tokens go through the network at a time"""
     seed: int = 0
-    """of the choice of demonstrations"""
+    """seed of the choice of demonstrations"""
     draw: Path | None = None
     """PNG file for the confusion matrix"""
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
     """auto: bfloat16 on a GPU, float32 on a CPU"""
     quantize: Literal["none", "nf4", "int8", "fp8"] = "none"
-    """keep the base weights in fewer bits, as in training"""
+    """form of the base weights, such as that of the run in method_dir"""
     device: str = "auto"
     """auto: the GPU if there is one; or cpu, cuda, cuda:1"""
 

@@ -37,13 +37,13 @@ class Options:
     """Options."""
 
     name: Literal["alpaca", "dolly", "text"]
-    """the set"""
+    """set to fetch"""
     source: str | None = None
     """URL, or a file that you have; null: where the set comes from"""
     out: Path | None = None
     """file to write; null: alpaca.json, dolly.json or text.txt in data/"""
     sha256: str | None = None
-    """what the source must have; null: anything"""
+    """hash that the source must have; null: any"""
 
 
 def main(options: Options) -> None:

@@ -42,12 +42,27 @@ def n_code_lines(paths: list[Path]) -> int:
 def functions(paths: list[Path]) -> list[tuple[int, str]]:
     """(lines, name) of all functions, the longest first."""
     kinds = (ast.FunctionDef, ast.AsyncFunctionDef)
-    nodes = [(path, node) for path in paths for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, kinds)]
+    nodes = [
+        (path, node) for path in paths for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, kinds)
+    ]
     return sorted(((n.end_lineno - n.lineno + 1, f"{n.name} in {path.name}") for path, n in nodes), reverse=True)
 
 
 def n_raises(paths: list[Path]) -> int:
-    return sum(isinstance(n, ast.Raise) and n.exc is not None for p in paths for n in ast.walk(ast.parse(p.read_text())))
+    return sum(
+        isinstance(n, ast.Raise) and n.exc is not None for p in paths for n in ast.walk(ast.parse(p.read_text()))
+    )
+
+
+def top_imports(path: Path) -> set[str]:
+    """The project's modules that a file imports when it is imported itself."""
+    names = set()
+    for node in ast.parse(path.read_text()).body:
+        if isinstance(node, ast.ImportFrom) and node.module:
+            names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+        elif isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+    return {name for name in names if name.split(".")[0] in FOLDERS and name not in ("lit_model", "finetune")}
 
 
 def run(root: Path, *args: str) -> str:
@@ -59,8 +74,9 @@ def run(root: Path, *args: str) -> str:
 
 def own_files(root: Path) -> int:
     """Files of the project that `python finetune/lora.py` imports before its main."""
-    code = "import sys; from finetune import lora; print(sum(str(getattr(m, '__file__', '')).startswith('{root}/') for m in sys.modules.values()))"
-    return int(run(root, "-c", code.replace("{root}", str(root))))
+    code = "import sys; from finetune import lora; print(*(getattr(m, '__file__', '') for m in sys.modules.values()))"
+    paths = [Path(name) for name in run(root, "-c", code).split() if name.startswith(f"{root}/")]
+    return sum(path.stat().st_size > 0 for path in paths)  # an empty __init__.py is nothing to read
 
 
 def options(root: Path) -> list[str]:

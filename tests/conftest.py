@@ -13,7 +13,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 if not torch.cuda.is_available():  # before Triton is imported
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-from lit_model import model
+from lit_model import families, model
 from lit_model.cli import cli
 from lit_model.weights.folder import save_folder, tokenizer_files
 
@@ -30,9 +30,13 @@ NEWER = dict(  # what came after LLaMA 2, all at once
     rope_scaling=dict(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_block_size=32),
 )  # fmt: skip
 FAMILIES = {"llama": LLAMA, "gpt2": GPT2, "newer": NEWER}
+families.FAMILIES["newer"] = families._llama_like(  # no network has all of it: a family of its own, for its folders
+    "NewerForCausalLM", {}, dict(attention_bias=False, mlp_bias=False), qkv_bias=True, qk_norm=True, window=11,
+    no_rope_every=2,
+)  # fmt: skip
 
 
-@pytest.fixture(params=FAMILIES)
+@pytest.fixture(params=FAMILIES, scope="module")
 def family(request) -> dict:
     """Config fields of a tiny model: LLaMA with grouped-query attention, GPT-2, and what Mistral, Qwen & co. added."""
     return FAMILIES[request.param]
@@ -47,12 +51,14 @@ def randomize(gpt: model.GPT, std: float = 0.2) -> model.GPT:
     return gpt
 
 
-@pytest.fixture
-def checkpoint(family, tmp_path):
-    """A folder with a random network of this family."""
+@pytest.fixture(scope="module")
+def checkpoint(family, tmp_path_factory):
+    """A folder with a random network of this family, which all tests of a file share."""
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp(family["arch"]) / "base"
     base = randomize(model.GPT(model.Config(**family)), std=0.05)
-    save_folder(tmp_path / "base", base.config, base.state_dict(), {})
-    return tmp_path / "base"
+    save_folder(folder, base.config, base.state_dict(), {})
+    return folder
 
 
 ROOT = Path(__file__).resolve().parents[1]

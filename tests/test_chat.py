@@ -207,20 +207,18 @@ def test_chats_train_and_the_run_answers_in_the_same_template(chatty, tmp_path, 
 @pytest.mark.parametrize(
     "template, says",
     [
-        ("{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}", "more than 1,000,000 steps"),
-        ("{% for i in range(99999) %}{% for j in range(99999) if false %}{% endfor %}{% endfor %}", "1,000,000 steps"),
-        ("{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(60) }}", "000 steps"),
+        ("{% for i in range(99) %}{% for j in range(99) %}{% endfor %}{% endfor %}", "more than 1,000 steps"),
+        ("{% for i in range(99) %}{% for j in range(99) if false %}{% endfor %}{% endfor %}", "more than 1,000 steps"),
+        ("{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(12) }}", "1,000 steps"),
         ("{% for i in range(10000000000) %}{% endfor %}", "Range too big"),
-        ("{{ 'a' * 10000000000 }}", "a * 10000000000"),
-        (
-            "{% set ns = namespace(x=9) %}{% for i in range(60) %}{% set ns.x = ns.x * ns.x %}{% endfor %}",
-            "6561 * 6561",
-        ),
-        ("{{ 9 ** 999999999 }}", "9 ** 999999999"),
+        ("{{ 'a' * 100000000 }}", "a * 100000000 is refused"),
+        ("{% set ns = namespace(x=9) %}{% for i in range(5) %}{% set ns.x = ns.x * ns.x %}{% endfor %}", "6561 * 6561"),
+        ("{{ 9 ** 999 }}", "9 ** 999 is refused"),
     ],
 )
-def test_a_template_that_takes_too_much_is_stopped(template, says, chatty):
+def test_a_template_that_takes_too_much_is_stopped(template, says, chatty, monkeypatch):
     """By counting, so that no clock and no load of the machine decides."""
+    monkeypatch.setattr("lit_model.data.chat.MAX_STEPS", 1000)
     tokenizer = chatty(template)
     with pytest.raises(ValueError, match=f"cannot take .*{re.escape(says)}"):
         chat_text(tokenizer, "chat", CHAT[:1], asks=True)

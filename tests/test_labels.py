@@ -75,7 +75,7 @@ def test_labels_are_learned_saved_and_loaded(head, labelled, tiny, tmp_path, cap
     cli(SCRIPTS["selective"].main, SCRIPTS["selective"].Options, "")
     said = capsys.readouterr().out
     assert (tmp_path / "run/confusion.png").stat().st_size > 5000
-    accuracy = float(said.split("after: accuracy ")[1].split(",")[0])
+    accuracy = float(re.search(r"after \(best\): .*accuracy ([\d.]+)", said)[1])
     assert accuracy > 0.6, said
     gpt, task = load(tiny / "base", tmp_path / "run"), task_in(method_header(tmp_path / "run"))
     assert task.classes == ["apple", "river", "stone"] and task.head == head
@@ -121,7 +121,7 @@ def test_a_linear_head_is_kept_whatever_the_method(name, labelled, tiny, tmp_pat
     asked = labels.examples(rows, tokenizer, ExampleOptions(), task)
     found = scores(gpt, [e.ids[: e.first_target] for e in asked], [[0], [1], [2]], 4096)
     loss = -found[range(len(rows)), [e.ids[-1] for e in asked]].mean()
-    assert f"before, {loss:.4f} after (best)" in summary and "try:  python scripts/evaluate.py" in summary
+    assert f"after (best): validation loss {loss:.4f}" in summary and "try:  python scripts/evaluate.py" in summary
     assert "by scripts/evaluate.py, and writes no text" in fail(
         generate_base, capsys, monkeypatch, f"--checkpoint_dir {tiny}/base --method_dir {tmp_path}/run --prompt a"
     )

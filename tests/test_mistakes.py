@@ -14,9 +14,8 @@ from safetensors.torch import load_file, save_file
 from finetune import lora
 from generate import base as generate_base
 from lit_model import model
-from lit_model.load import save_checkpoint
-from lit_model.weights.folder import tokenizer_files
-from scripts import convert_gguf, convert_hf, merge
+from lit_model.weights.folder import save_folder, tokenizer_files
+from scripts import convert, merge
 
 
 def broken_json(d: Path) -> None:
@@ -24,16 +23,16 @@ def broken_json(d: Path) -> None:
 
 
 def half_a_checkpoint(d: Path) -> None:
-    path = d / "base/lit_model.safetensors"
+    path = d / "base/model.safetensors"
     path.write_bytes(path.read_bytes()[:5000])
 
 
 def no_weights(d: Path) -> None:
-    (d / "base/lit_model.safetensors").unlink()
+    (d / "base/model.safetensors").unlink()
 
 
 def a_tensor(d: Path, change) -> None:
-    path = d / "base/lit_model.safetensors"
+    path = d / "base/model.safetensors"
     tensors = load_file(path)
     change(tensors)
     save_file({name: t.clone() for name, t in tensors.items()}, path)
@@ -45,11 +44,11 @@ def another_base(d: Path) -> None:
     gpt = model.GPT(model.Config(**{**LLAMA, "vocab_size": 400, "block_size": 512}))
     files = tokenizer_files(d / "base")
     shutil.rmtree(d / "base")
-    save_checkpoint(d / "base", gpt.config, gpt.state_dict(), files)
+    save_folder(d / "base", gpt.config, gpt.state_dict(), files)
 
 
 def fewer_tokens(d: Path) -> None:
-    stated, path = d / "base/lit_config.json", d / "base/lit_model.safetensors"
+    stated, path = d / "base/config.json", d / "base/model.safetensors"
     stated.write_text(stated.read_text().replace('"vocab_size": 400', '"vocab_size": 300'))
     tensors = load_file(path)
     save_file({n: t[:300].clone() if len(t) == 400 else t.clone() for n, t in tensors.items()}, path)
@@ -73,7 +72,7 @@ TRAIN, GENERATE = (
     (lora, "--checkpoint_dir base --out_dir out --devices cpu "),
     (generate_base, "--checkpoint_dir base "),
 )
-HF = (convert_hf, "--src_dir hf --out_dir new ")
+HF = (generate_base, "--checkpoint_dir hf ")
 MISTAKES = [  # what is wrong, what is done before, script and arguments, the line
     ("a misspelt option", None, TRAIN, "--lora.rnk 4", "there is no option --lora.rnk; did you mean --lora.r?"),
     ("half of an option's name", None, TRAIN, "--lr 1e-3", "there is no option --lr; did you mean --train.lr?"),
@@ -83,18 +82,18 @@ MISTAKES = [  # what is wrong, what is done before, script and arguments, the li
     ("an infinite rate", None, TRAIN, "--train.lr .inf", "train.lr is inf; it must be finite"),
     ("more tokens than the network has", fewer_tokens, TRAIN, "",
      "base: the tokenizer has a token 397, and the network only 300"),
-    ("rank 0", None, TRAIN, "--lora.r 0", "lora.r is 0; it must be at least 1"),
+    ("rank 0", None, TRAIN, "--lora.r 0", "lora.r is 0; it must be above 0"),
     ("a rank of no use", None, TRAIN, "--lora.r 65", "lora.r is 65, but blocks.0.attn.q_proj is a matrix of "),
     ("an unknown layer", None, TRAIN, "--lora.targets query", "no layer is called query; there are down_proj"),
-    ("no checkpoint", None, (lora, "--checkpoint_dir nowhere"), "", "nowhere/lit_config.json is not there; "),
-    ("half a checkpoint", half_a_checkpoint, GENERATE, "", "lit_model.safetensors is broken or only partly"),
-    ("a checkpoint without weights", no_weights, GENERATE, "", "base/lit_model.safetensors is not there"),
-    ("a tensor too few", lambda d: a_tensor(d, lambda t: t.pop("norm_f.weight")), GENERATE, "",
-     "lacks 1 tensors, such as norm_f.weight; convert the checkpoint again"),
+    ("no checkpoint", None, (lora, "--checkpoint_dir nowhere"), "", "nowhere/config.json is not there; "),
+    ("half a checkpoint", half_a_checkpoint, GENERATE, "", "model.safetensors: it is broken or only partly"),
+    ("a checkpoint without weights", no_weights, GENERATE, "", "base has no weights: neither model.safetensors nor"),
+    ("a tensor too few", lambda d: a_tensor(d, lambda t: t.pop("model.norm.weight")), GENERATE, "",
+     "base/model.safetensors lacks 1 tensors, such as model.norm.weight"),
     ("a tensor too many", lambda d: a_tensor(d, lambda t: t.update(x=torch.zeros(1))), GENERATE, "",
      "has a tensor x that the model has no place for"),
-    ("another shape", lambda d: a_tensor(d, lambda t: t.update({"norm_f.weight": torch.zeros(3)})), GENERATE, "",
-     "norm_f.weight is (3,); the model wants (64,)"),
+    ("another shape", lambda d: a_tensor(d, lambda t: t.update({"model.norm.weight": torch.zeros(3)})), GENERATE, "",
+     "model.norm.weight is (3,); the model wants (64,)"),
     ("trained on another base", another_base, GENERATE, "--method_dir run", "run was trained on another base"),
     ("no data", None, TRAIN, "--data nothing.json", "nothing.json is not there; --data wants a .json, "),
     ("a broken line", broken_json, TRAIN, "--data rows.jsonl", "rows.jsonl, line 2: not JSON ("),
@@ -105,18 +104,18 @@ MISTAKES = [  # what is wrong, what is done before, script and arguments, the li
      "a.json is not text in UTF-8"),
     ("only empty answers", lambda d: answers(d, " "), TRAIN, "--data a.jsonl",
      "none of the 38 training rows is left to learn from"),
-    ("prompts that fill all", None, TRAIN, "--prompt.max_length 5", "none of the 57 training rows is left"),
+    ("prompts that fill all", None, TRAIN, "--examples.max_length 5", "none of the 57 training rows is left"),
     ("longer than the context", lambda d: answers(d, "stone " * 900), TRAIN,
-     "--data a.jsonl --prompt.max_length 9999", "tokens, and the model's context of 512 has room for 512"),
+     "--data a.jsonl --examples.max_length 9999", "tokens, and the model's context of 512 has room for 512"),
     ("an output folder in use", lambda d: shutil.copytree(ROOT_RUN / "run", d / "out"), TRAIN, "--train.lr 0.1",
      "out holds a run with train.lr 0.002 there and 0.1 here: name another --out_dir, or replace it with --overwrite"),
     ("another family", lambda d: hf_folder(d, model_type="mamba"), HF, "", "model_type is 'mamba'; known are gpt2"),
     ("an odd activation", lambda d: hf_folder(d, hidden_act="gelu"), HF, "", "hidden_act is 'gelu', which is not "),
-    ("weights that are not all there", hf_folder, HF, "", "these weights do not make the network: blocks.0.attn"),
-    ("no GGUF file", lambda d: (d / "m.gguf").write_text("hello"), (convert_gguf, "--src m.gguf --out_dir new"), "",
+    ("weights that are not all there", hf_folder, HF, "", "hf/model.safetensors lacks 11 tensors, such as model.embed_tokens.weight"),
+    ("no GGUF file", lambda d: (d / "m.gguf").write_text("hello"), (convert, "--src m.gguf --out_dir new"), "",
      "m.gguf is not a whole GGUF file"),
     ("merging onto the base", lambda d: shutil.copytree(ROOT_RUN / "run", d / "run"),
-     (merge, "--checkpoint_dir base --method_dir run --out_dir base"), "", "base holds a checkpoint already; name"),
+     (merge, "--checkpoint_dir base --method_dir run --out_dir base"), "", "base holds a checkpoint or a run already; name"),
 ]  # fmt: skip
 
 

@@ -8,10 +8,9 @@ import torch.nn.functional as F
 from conftest import LLAMA, randomize
 from torch import Tensor, nn
 
-from lit_model.methods import adapter, prefix, prompt
 from lit_model import attention, model, packing
-from lit_model.kernels import cpu as attention_cpu
-from lit_model.attention import KVCache
+from lit_model.kernels import cpu
+from lit_model.methods import adapter, prefix, prompt
 from lit_model.packing import Example, Segment, lay_out, pack
 
 
@@ -155,12 +154,10 @@ def test_cached_decoding_equals_one_pass(family, methods):
     gpt = build(family, methods)
     sequences = [torch.randint(0, 97, (n,)) for n in (11, 8)]
     starts = [6, 3]
-    c = gpt.config
-    cache = KVCache(c.n_layer, 40, c.n_kv_head, c.head_size, torch.float64, torch.device("cpu"))
+    cache = gpt.new_cache(40)
     root = Segment(gpt.n_virtual_tokens) if gpt.n_virtual_tokens else None
     tails = [Segment(n, root) for n in starts]
-    packed = lay_out([root] * bool(root) + tails, gpt.n_virtual_keys, cached=0)
-    packed.has_virtual_tokens = root is not None
+    packed = lay_out([root] * bool(root) + tails, gpt.n_virtual_keys, cached=0, has_virtual_tokens=root is not None)
     with torch.no_grad():
         expected = [gpt(s[None])[0] for s in sequences]
         torch.testing.assert_close(expected[0], naive(gpt, sequences[0]), rtol=1e-9, atol=1e-9)
@@ -226,23 +223,24 @@ def test_training_attention_on_the_cpu_agrees_with_the_fused_one(monkeypatch):
     n_q, n_k = (sum(n) for n in zip(*lengths))
     q, k, v = (torch.randn(n, heads, 16).double().requires_grad_() for n, heads in ((n_q, 4), (n_k, 2), (n_k, 2)))
     expected = attention._attend_each(q, k, v, lengths)
-    got = attention_cpu.SegmentsAttention.apply(q, k, v, lengths)
+    got = cpu.SegmentsAttention.apply(q, k, v, lengths)
     towards = torch.randn_like(expected)
     torch.testing.assert_close(got, expected)
     for a, b in zip(torch.autograd.grad(got, (q, k, v), towards), torch.autograd.grad(expected, (q, k, v), towards)):
         torch.testing.assert_close(a, b)
 
     short = [t.detach().bfloat16().requires_grad_() for t in (q, k, v)]
-    assert attention_cpu.can_take(short[0], lengths) and not attention_cpu.can_take(q, lengths)
+    assert cpu.can_take(short[0], lengths) and not cpu.can_take(q, lengths)
     taken = attention._attend_each(*short, lengths)
     assert type(taken.grad_fn).__name__ == "SegmentsAttentionBackward"
     assert (taken.double() - expected).norm() / expected.norm() < 1e-2
-    monkeypatch.setattr(attention_cpu, "MOST_SCORES", 1000)
-    assert not attention_cpu.can_take(short[0], lengths)
+    monkeypatch.setattr(cpu, "MOST_SCORES", 1000)
+    assert not cpu.can_take(short[0], lengths)
 
 
 def test_rows_packed_without_the_virtual_tokens_are_refused():
-    gpt = prompt.GPT(prompt.Config(**LLAMA, prompt=prompt.Prompt(length=3)))
+    gpt = model.GPT(model.Config(**LLAMA))
+    prompt.install(gpt, prompt.Prompt(length=3))
     (row,) = pack([Example(np.arange(9, dtype=np.int32), 4)], 100)
     with pytest.raises(ValueError, match="packed with or without virtual tokens; the network has 3"):
         gpt(*row)

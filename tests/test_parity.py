@@ -1,5 +1,4 @@
-"""The same numbers as transformers and peft, through the commands a user types: save a Hugging Face folder, convert it,
-load it. Run with -s to see the differences."""
+"""The same numbers as transformers and peft, over a folder as transformers saves it. Run with -s to see them."""
 
 import functools
 import re
@@ -16,13 +15,14 @@ from peft import (
     PromptTuningConfig,
     get_peft_model,
 )
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, logging
 
-from lit_model.methods import adapter, adapter_v2, bottleneck, ia3, lora, prefix, prompt, selective
-from lit_model import generate, load, model
-from lit_model.load import fingerprint_of, freeze, load_base, save_method
-from lit_model.weights.folder import convert_hf
+from lit_model import GPT, generate, load, model
+from lit_model.load import empty_network, load_base, method_module, method_options, save_method
+from lit_model.methods import pissa
+from lit_model.weights.folder import Folder
 
+logging.disable_progress_bar()
 SIZES = dict(vocab_size=97, hidden_size=64, num_hidden_layers=3, num_attention_heads=4)
 LLAMA = dict(**SIZES, intermediate_size=112, max_position_embeddings=128, bos_token_id=0, eos_token_id=96)
 HF = {
@@ -36,11 +36,10 @@ HF = {
 
 
 def make(name: str, tmp_path):
-    """(the transformers model, its converted checkpoint folder)"""
+    """(the transformers model, its folder)"""
     hf = randomize(HF[name](), std=0.1).eval()
     hf.save_pretrained(tmp_path / "hf")
-    convert_hf(tmp_path / "hf", tmp_path / "lit")
-    return hf, tmp_path / "lit"
+    return hf, tmp_path / "hf"
 
 
 def difference(what: str, ours: torch.Tensor, theirs: torch.Tensor) -> float:
@@ -67,14 +66,17 @@ def test_greedy_decoding_equals_transformers_token_by_token(name, tmp_path):
     assert got == expected.tolist()
 
 
-def built(module, checkpoint, **options):
-    """Ours with the base weights, ready for the method's own to be set."""
-    gpt = module.GPT(module.Config.load(checkpoint, **options)).eval()
-    load_base(gpt, checkpoint, torch.float32)
-    return gpt
+def built(checkpoint, name: str, **options) -> GPT:
+    """Ours with the base weights and a method, ready for the method's own to be set."""
+    folder = Folder(checkpoint)
+    gpt = empty_network(folder)
+    with torch.device("meta"):
+        method_module(name).install(gpt, method_options(name, **options))
+    load_base(gpt, folder, torch.float32)
+    return gpt.eval()
 
 
-def same(what: str, gpt, peft, checkpoint) -> None:
+def same(what: str, gpt: GPT, peft, checkpoint) -> None:
     """The logits of both in float64, which are not the base's."""
     idx = torch.randint(0, 97, (2, 20))
     gpt.double().dtype = torch.float64
@@ -96,8 +98,8 @@ def test_lora_equals_peft(name, kind, tmp_path):
         LoraConfig(r=4, lora_alpha=16, target_modules=list(theirs.values()), use_rslora=kind == "rslora",
                    use_dora=kind == "dora", init_lora_weights=False, fan_in_fan_out=name == "gpt2"),
     ).eval()  # fmt: skip
-    options = lora.LoRA(r=4, alpha=16, targets=",".join(theirs), rslora=kind == "rslora", dora=kind == "dora")
-    gpt = built(lora, checkpoint, lora=options)
+    method = "dora" if kind == "dora" else "lora"
+    gpt = built(checkpoint, method, r=4, alpha=16, targets=",".join(theirs), rslora=kind == "rslora")
     weights = {k: v for k, v in peft.state_dict().items() if "lora_" in k}
     names = {v: k for k, v in theirs.items()}
     with torch.no_grad():
@@ -106,7 +108,7 @@ def test_lora_equals_peft(name, kind, tmp_path):
                 if f".{i}." in key:
                     target = next(names[n] for n in names if n in key)
                     linear = getattr(block.attn if target in ("q_proj", "v_proj") else block.mlp, target)
-                    delta = linear.deltas["lora"]
+                    delta = linear.deltas[method]
                     if "magnitude" in key:
                         t.mul_(1 + 0.2 * torch.randn_like(t))
                         delta.magnitude.copy_(t.flatten() - linear.weight.norm(dim=-1))
@@ -116,12 +118,12 @@ def test_lora_equals_peft(name, kind, tmp_path):
 
 
 @pytest.mark.parametrize("init", ["pissa", "olora"])
-def test_lora_started_from_the_weights_equals_peft(init, tmp_path):
+def test_pissa_equals_peft(init, tmp_path):
     """At the start it is the base model, A and B are peft's, and so is a step away from there, also in its file."""
     hf, checkpoint = make("llama-gqa", tmp_path)
-    options = lora.LoRA(r=4, alpha=16, targets="q_proj,down_proj", init=init)
-    gpt = built(lora, checkpoint, lora=options)
-    lora.start(gpt, options)
+    options = pissa.PiSSA(r=4, alpha=16, targets="q_proj,down_proj", init=init)
+    gpt = built(checkpoint, "pissa", **vars(options))
+    pissa.init_from_base(gpt, options)
     idx = torch.randint(0, 97, (2, 20))
     torch.testing.assert_close(gpt(idx), load(checkpoint)(idx), rtol=1e-5, atol=1e-5)
     peft = get_peft_model(
@@ -130,7 +132,7 @@ def test_lora_started_from_the_weights_equals_peft(init, tmp_path):
     with torch.no_grad():
         for i, block in enumerate(gpt.blocks):
             for part, linear in (("self_attn.q_proj", block.attn.q_proj), ("mlp.down_proj", block.mlp.down_proj)):
-                delta, prefix = linear.deltas["lora"], f"base_model.model.model.layers.{i}.{part}.lora_"
+                delta, prefix = linear.deltas["pissa"], f"base_model.model.model.layers.{i}.{part}.lora_"
                 A, B = (peft.get_parameter(f"{prefix}{letter}.default.weight") for letter in "AB")
                 torch.testing.assert_close(delta.B @ delta.A, B @ A, rtol=1e-4, atol=1e-5)
                 delta.A.copy_(A)  # the signs of singular vectors are free
@@ -139,8 +141,7 @@ def test_lora_started_from_the_weights_equals_peft(init, tmp_path):
                 for ours, theirs in ((delta.A, A), (delta.B, B)):
                     ours.add_(0.1 * torch.randn_like(ours))
                     theirs.copy_(ours)
-    freeze(gpt, lora.trainable)
-    save_method(tmp_path / "m.safetensors", gpt, "lora", options, fingerprint_of(checkpoint))
+    save_method(tmp_path / "m.safetensors", gpt, "pissa", options, Folder(checkpoint).identity)
     torch.testing.assert_close(load(checkpoint, tmp_path / "m.safetensors")(idx), gpt(idx), rtol=1e-5, atol=1e-5)
     same(init, gpt, peft, checkpoint)
 
@@ -152,7 +153,7 @@ def test_ia3_equals_peft(name, tmp_path):
     peft = get_peft_model(
         hf, IA3Config(target_modules=targets, feedforward_modules=targets[-1:], fan_in_fan_out=name == "gpt2")
     ).eval()
-    gpt = built(ia3, checkpoint)
+    gpt = built(checkpoint, "ia3")
     with torch.no_grad():
         for i, block in enumerate(gpt.blocks):
             layer = peft.base_model.model.transformer.h[i] if name == "gpt2" else peft.base_model.model.model.layers[i]
@@ -178,7 +179,7 @@ def test_prefix_equals_peft(name, mlp, tmp_path):
         PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=5, prefix_projection=mlp > 0,
                            encoder_hidden_size=mlp or None),
     ).eval()  # fmt: skip
-    gpt = built(prefix, checkpoint, prefix=prefix.Prefix(length=5, mlp=mlp))
+    gpt = built(checkpoint, "prefix", length=5, mlp=mlp)
     encoder, ours, c = peft.prompt_encoder["default"], gpt.virtual_keys["prefix"], gpt.config
     with torch.no_grad():
         if mlp:
@@ -194,7 +195,7 @@ def test_prefix_equals_peft(name, mlp, tmp_path):
 def test_prompt_equals_peft(name, tmp_path):
     hf, checkpoint = make(name, tmp_path)
     peft = get_peft_model(hf, PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=5)).eval()
-    gpt = built(prompt, checkpoint, prompt=prompt.Prompt(length=5))
+    gpt = built(checkpoint, "prompt", length=5)
     with torch.no_grad():
         gpt.virtual_tokens["prompt"].embedding.copy_(peft.prompt_encoder["default"].embedding.weight)
     same(f"{name} prompt", gpt, peft, checkpoint)
@@ -204,7 +205,7 @@ def test_norms_equal_peft(tmp_path):
     hf, checkpoint = make("llama-gqa", tmp_path)
     norms = {"input_layernorm": "norm_1", "post_attention_layernorm": "norm_2", "norm": "norm_f"}
     peft = get_peft_model(hf, LNTuningConfig(task_type="CAUSAL_LM", target_modules=list(norms))).eval()
-    gpt = built(selective, checkpoint, selective=selective.Selective(what="norms"))
+    gpt = built(checkpoint, "selective", what="norms")
     with torch.no_grad():
         for name, p in peft.named_parameters():
             if p.requires_grad:
@@ -245,13 +246,12 @@ def test_bottleneck_adapter_v2_and_bitfit_are_their_equations(name, tmp_path):
     def with_bias(name, m, x):
         return plain(m, x) + (m.deltas["bitfit"].bias if "bitfit" in m.deltas else 0)
 
-    for module, options, equation in (
-        (bottleneck, dict(bottleneck=bottleneck.Bottleneck(size=7)), with_bottleneck),
-        (adapter_v2, dict(adapter_v2=adapter_v2.AdapterV2(prompt_length=3, start_layer=1)), with_scale_and_bias),
-        (selective, dict(selective=selective.Selective(what="bitfit")), with_bias),
+    for method, options, equation in (
+        ("bottleneck", dict(size=7), with_bottleneck),
+        ("adapter_v2", dict(prompt_length=3, start_layer=1), with_scale_and_bias),
+        ("selective", dict(what="bitfit"), with_bias),
     ):
-        gpt = built(module, checkpoint, **options)
-        freeze(gpt, module.trainable)
+        gpt = built(checkpoint, method, **options)
         gpt.double().dtype = torch.float64
         with torch.no_grad():
             for p in gpt.parameters():
@@ -259,16 +259,14 @@ def test_bottleneck_adapter_v2_and_bitfit_are_their_equations(name, tmp_path):
                     p.add_(0.2 * torch.randn_like(p))
             got = gpt(idx)
             naive_linear(gpt, equation)
-            what = f"{name} {module.__name__.split('.')[-1]}, written out"
-            assert difference(what, got, gpt(idx)) <= 1e-12
+            assert difference(f"{name} {method}, written out", got, gpt(idx)) <= 1e-12
             assert (got - load(checkpoint)(idx)).abs().max() > 1e-2
 
 
 def test_adapter_equals_peft_with_one_gate_a_layer(tmp_path):
     hf, checkpoint = make("llama-gqa", tmp_path)
     peft = get_peft_model(hf, AdaptionPromptConfig(adapter_len=5, adapter_layers=2, task_type="CAUSAL_LM")).eval()
-    options = adapter.Adapter(prompt_length=5, start_layer=1, gate="linear")
-    gpt = built(adapter, checkpoint, adapter=options)
+    gpt = built(checkpoint, "adapter", prompt_length=5, start_layer=1, gate="linear")
     with torch.no_grad():
         for name, p in peft.named_parameters():
             if "adaption_gate" in name:

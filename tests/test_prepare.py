@@ -3,7 +3,7 @@
 import hashlib
 import json
 import re
-import subprocess
+import runpy
 import sys
 import threading
 import time
@@ -107,11 +107,12 @@ def test_a_set_without_a_source_comes_from_its_url(url, tmp_path, capsys, monkey
     assert "saved data/text.txt: 1 rows" in say(prepare, capsys, monkeypatch, "--name text")
 
 
-def test_the_name_is_given_by_its_place(tmp_path):
+def test_the_name_is_given_by_its_place(tmp_path, capsys, monkeypatch):
     (tmp_path / "book.txt").write_text("one\n")
     args = ["text", "--source", f"{tmp_path}/book.txt", "--out", f"{tmp_path}/out.txt"]
-    done = subprocess.run([sys.executable, "scripts/prepare.py", *args], cwd=ROOT, capture_output=True, text=True)
-    assert done.stdout == f"saved {tmp_path}/out.txt: 1 rows\n", done.stderr
+    monkeypatch.setattr(sys, "argv", ["prepare.py", *args])
+    runpy.run_path(str(ROOT / "scripts/prepare.py"), run_name="__main__")
+    assert capsys.readouterr().out == f"saved {tmp_path}/out.txt: 1 rows\n"
 
 
 def test_the_demo_is_fetched_once_however_many_want_it(tmp_path, monkeypatch):

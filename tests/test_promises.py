@@ -1,19 +1,69 @@
-"""Promises about the code itself. Run with -s to see what they count."""
+"""Promises about the code itself. Run with -s to see what they count; budget.py prints the whole table."""
 
-import os
-import re
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import budget
 import peft
+import pytest
 import torch
-from conftest import LLAMA, ROOT
+from budget import CORE, ROOT, files, functions, n_code_lines, n_lines, n_raises
+from conftest import LLAMA
 from torch import nn
 
-from lit_model.methods import lora
 from lit_model import model
+from lit_model.methods import lora
+
+LIBRARY = files(ROOT, "lit_model", "finetune", "generate")
+SCRIPTS = files(ROOT, "scripts")
+
+
+@pytest.mark.parametrize(
+    "what, count, most",
+    [
+        ("lines of lit_model, finetune and generate", lambda: n_lines(LIBRARY), 6500),
+        ("lines of scripts", lambda: n_lines(SCRIPTS), 1800),
+        ("lines of the core list", lambda: n_lines([ROOT / name for name in CORE]), 1350),
+        ("lines of model.py", lambda: n_lines([ROOT / "lit_model/model.py"]), 400),
+        ("lines of fit", lambda: dict((name, n) for n, name in functions(LIBRARY))["fit in loop.py"], 60),
+        ("lines of the longest function", lambda: functions(LIBRARY + SCRIPTS)[0][0], 60),
+        ("lines of the longest method file", lambda: max(n_lines([p]) for p in files(ROOT, "lit_model/methods")), 110),
+        (
+            "raises in 1,000 code lines",
+            lambda: 1000 * n_raises(LIBRARY + SCRIPTS) / n_code_lines(LIBRARY + SCRIPTS),
+            20,
+        ),
+        ("own files behind finetune/lora.py", lambda: budget.own_files(ROOT), 30),
+        ("options of finetune/lora.py", lambda: len(budget.options(ROOT)), 36),
+        ("lines of the README", lambda: len((ROOT / "README.md").read_text().splitlines()), 150),
+        ("words of the README", lambda: len((ROOT / "README.md").read_text().split()), 1500),
+    ],
+)
+def test_the_budget_holds(what, count, most):
+    n = count()
+    print(f"{what}: {n:.6g} of {most}")
+    assert n <= most, f"{what}: {n}, and the budget is {most}"
+
+
+def test_no_file_imports_itself_through_others():
+    """Imports at the top of a file; one inside a function waits until it is called."""
+    imports = {}
+    for path in LIBRARY:
+        name = ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+        imports[name] = budget.top_imports(path)
+    done: set[str] = set()
+
+    def visit(name: str, above: tuple[str, ...]) -> None:
+        assert name not in above, " -> ".join((*above, name))
+        if name not in done and name in imports:
+            for other in imports[name]:
+                visit(other, (*above, name))
+            done.add(name)
+
+    for name in imports:
+        visit(name, ())
 
 
 def entered(build: Callable[[], object], folder: Path) -> set[tuple[str, str]]:
@@ -43,16 +93,20 @@ def test_building_one_lora_layer_enters_few_functions_and_files():
     assert "lora" in gpt.blocks[0].attn.q_proj.deltas and len(ours) <= 10 and len({file for file, _ in ours}) <= 2
 
 
-def test_the_library_imports_no_script():
-    scripts = ("finetune", "generate", "scripts")
-    code = f"import lit_model, sys; print([m for m in sys.modules if m.split('.')[0] in {scripts}])"
+def test_the_library_imports_no_script_and_no_method():
+    code = (
+        "import lit_model, sys; print([m for m in sys.modules if m.split('.')[0] in ('finetune', 'generate', 'scripts')"
+    )
+    code += " or m.startswith(('lit_model.methods.', 'lit_model.weights.gguf', 'lit_model.weights.meta', 'gguf'))])"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout == "[]\n"
 
 
 def test_no_script_hides_a_module_that_something_imports():
     """A script's own folder comes first on sys.path."""
-    scripts = {p.stem for folder in ("finetune", "generate", "scripts") for p in (ROOT / folder).glob("*.py")}
+    scripts = {
+        p.stem for folder in ("finetune", "generate", "scripts", "scripts/bench") for p in (ROOT / folder).glob("*.py")
+    }
     assert not scripts & set(sys.stdlib_module_names)
     assert not [name for name in scripts if name in {m.split(".")[0] for m in sys.modules} - {"finetune", "generate"}]
 
@@ -61,24 +115,6 @@ def test_no_slot_is_a_class_attribute():
     """`deltas = None` in a class body would shadow the registered submodule and switch every method off."""
     for cls in (model.Linear, model.CausalSelfAttention, model.GPT):
         assert not {"deltas", "virtual_tokens", "virtual_keys"} & vars(cls).keys()
-
-
-def test_every_file_is_in_the_readme_tree():
-    readme = (ROOT / "README.md").read_text()
-    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True).stdout.split()
-    for path in tracked:
-        if os.path.dirname(path) in ("lit_model", "finetune", "generate", "scripts") and not path.endswith(
-            "__init__.py"
-        ):
-            folder = readme.split(f"\n{os.path.dirname(path)}/")[1].split("\ntests/")[0]
-            assert os.path.basename(path) in folder, f"README's tree lacks {path}"
-
-
-def test_the_readme_counts_the_lines_of_the_methods():
-    counted = re.findall(r"^\| .*? \| (\w+\.py) \| (\d+) \|", (ROOT / "README.md").read_text(), re.MULTILINE)
-    assert len(counted) >= 9
-    for name, n in counted:
-        assert len((ROOT / "lit_model" / name).read_text().splitlines()) == int(n), name
 
 
 def test_bfloat16_cannot_hold_a_small_step():

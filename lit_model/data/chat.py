@@ -37,10 +37,8 @@ def chat_text(tokenizer: Tokenizer, style: str, messages: Sequence[Message], ask
     """
     template, eos = (CHATML, None) if style == "chatml" else (tokenizer.chat_template, tokenizer.eos_token)
     if template is None or (style == "chat" and tokenizer.is_sentencepiece):
-        needs = "a chat template in tokenizer_config.json and, as tokenizer.model cannot read one, a tokenizer.json"
-        raise ValueError(
-            f"this checkpoint has no chat template that can be used ({needs}): take --examples.style chatml"
-        )
+        needs = "take --examples.style chatml, or put its tokenizer.json beside a tokenizer.model"
+        raise ValueError(f"this checkpoint has no chat template that its tokenizer can read: {needs}")
     bos = tokenizer.bos_token or "" if tokenizer else ""
     try:
         compiled = _compiled(template)

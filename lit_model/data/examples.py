@@ -66,10 +66,8 @@ def validate_style(style: str, tokenizer: Tokenizer) -> None:
     if style == "chatml":
         fits = all(len(tokenizer.encode(token)) == 1 for token in ("<|im_start|>", "<|im_end|>"))
     if not fits:
-        known = "alpaca, chat, chatml (if the tokenizer knows <|im_start|> and <|im_end|>)"
-        raise ValueError(
-            f"the style {style!r} cannot be taken: known are {known} and texts with {{instruction}} in them"
-        )
+        known = "alpaca, chat, chatml (if the tokenizer knows <|im_start|>) and texts with {instruction} in them"
+        raise ValueError(f"the style {style!r} cannot be taken: known are {known}")
 
 
 def render(style: str, instruction: str, input: str = "", tokenizer: Tokenizer | None = None) -> str:

@@ -30,7 +30,7 @@ KINDS = {  # what a row must have: all that is read of it
     ("prompt", "completion"): ("prompt", "completion"),
     ("text",): ("text",),
 }
-_KNOWN = {key for keys in KINDS.values() for key in keys}
+_KNOWN = {key for needed in KINDS for key in needed}
 ROLES = dict(user="user", assistant="assistant", system="system", human="user", gpt="assistant", developer="system")
 PIECE = 2000  # fewest characters of a row of a .txt file
 

@@ -75,7 +75,12 @@ def install(gpt: GPT, options: Prefix) -> None:
 
 @torch.no_grad()
 def init_from_base(gpt: GPT, ids: Sequence[int]) -> None:
-    """Makes the prefix what the base model has for the tokens `ids` (at least one), repeated or cut to its length."""
+    """Makes the prefix what the base model has for the tokens `ids`, repeated or cut to its length.
+
+    Raises ValueError if there are none.
+    """
+    if not ids:
+        raise ValueError("prefix.text is empty: give it a text, or --prefix.init zero")
     prefix = gpt.virtual_keys.pop("prefix")
     device, cache = gpt.device, gpt.new_cache(prefix.length)
     idx = torch.tensor(list(islice(cycle(ids), prefix.length)), device=device)

@@ -32,7 +32,7 @@ class Selective:
     n: int = 2
     """number of blocks, for last_blocks"""
     regex: str = ""
-    """regular expression found in the names of the parameters, for regex, such as 'attn.*weight'"""
+    """regular expression found in the names of the parameters, such as 'attn.*weight'; counts more than `what`"""
 
 
 class AddedBias(nn.Module):
@@ -64,7 +64,10 @@ def install(gpt: GPT, options: Selective) -> None:
             linear.deltas["bitfit"] = AddedBias(linear.out_features)
     names = [name for name, _ in gpt.named_parameters(remove_duplicate=False)]
     pattern = _pattern(options, gpt.config.n_layer)
-    chosen = [name for name in names if re.search(pattern, name)]
+    try:
+        chosen = [name for name in names if re.search(pattern, name)]
+    except re.error:
+        chosen = []
     if not chosen or not pattern:
         some = ", ".join(sorted({re.sub(r"blocks\.\d+", "blocks.0", name) for name in names}))
         raise ValueError(f"selective.regex {options.regex!r} finds no parameter; there are {some}")
@@ -77,7 +80,9 @@ def install(gpt: GPT, options: Selective) -> None:
 
 def _pattern(options: Selective, n_layer: int) -> str:
     """Regular expression of the names that are trained."""
+    if options.regex:
+        return options.regex
     if options.what == "last_blocks":
         last = "|".join(str(i) for i in range(n_layer - options.n, n_layer))
         return rf"^norm_f\.|^lm_head\.|^blocks\.({last})\."
-    return dict(head=r"^lm_head\.", bitfit=r"\.bias$", norms="norm", regex=options.regex)[options.what]
+    return dict(head=r"^lm_head\.", bitfit=r"\.bias$", norms="norm", regex="")[options.what]

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.request import Request, urlopen
 
-from lit_model.files import lock
+from lit_model.files import lock, refuse_pointer
 
 ROOT = Path(__file__).resolve().parents[2]
 DEMO_CHECKPOINT = ROOT / "checkpoints" / "smollm2-135m-instruct"
@@ -145,8 +145,7 @@ def source_of(source: str, out: Path, sha256: str | None) -> Path:
     if "://" in source:
         name = hashlib.sha256(source.encode()).hexdigest()[:8]  # another one for another URL
         return fetch_url(source, out.with_suffix(f".{name}{Path(source).suffix}"), sha256)
-    if not Path(source).is_file():
-        raise FileNotFoundError(f"{source} is not there")
+    refuse_pointer(Path(source))
     _check_sha256(Path(source), source, sha256)
     return Path(source)
 
@@ -169,14 +168,12 @@ def fetch_url(url: str, path: Path, sha256: str | None = None) -> Path:
                 partial.unlink()
             raise ValueError(f"{url} cannot be fetched ({e}); try again, or name a file that you have") from None
         os.replace(partial, path)
-    try:
-        _check_sha256(path, url, sha256)
-    except ValueError as e:
-        path.unlink()
-        raise ValueError(f"{e}: it was thrown away") from None
+    _check_sha256(path, url, sha256, discard=True)
     return path
 
 
-def _check_sha256(path: Path, source: str, sha256: str | None) -> None:
+def _check_sha256(path: Path, source: str, sha256: str | None, discard: bool = False) -> None:
     if sha256 and (actual := hashlib.sha256(path.read_bytes()).hexdigest()) != sha256:
-        raise ValueError(f"{source} has the sha256 {actual} instead of {sha256}")
+        if discard:
+            path.unlink()
+        raise ValueError(f"{source} has the sha256 {actual} instead of {sha256}{': it was thrown away' * discard}")

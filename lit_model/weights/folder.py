@@ -13,6 +13,7 @@ import json
 import warnings
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -50,6 +51,8 @@ class Folder:
             self.family, self.config = read_config(self.hf)
         self._shards: dict[Path, Any] = {}
         self._file_of = {self._short(name): (name, path) for name, path in self._stored()}
+        if self.config.tie and "lm_head.weight" in self._file_of and self._sample("lm_head.weight") != self._sample("wte.weight"):
+            self.config = replace(self.config, tie=False)  # as transformers has it
         shapes = network_shapes(self.config) if self.config.n_layer <= len(self._file_of) else {"too many layers": ()}
         sources = {name: self.family.source(name).name for name in shapes}
         if missing := [name for name in sources.values() if name not in self._file_of]:
@@ -70,13 +73,15 @@ class Folder:
         Networks that differ in few numbers can share it."""
         identity = hashlib.sha256()
         for name in sorted(self.names):
-            t = self._view(name)
-            n = t.numel()
-            starts = torch.linspace(0, max(n - SAMPLE, 0), SAMPLES, dtype=torch.float64).long()
-            index = (starts[:, None] + torch.arange(SAMPLE)).clamp(max=n - 1).flatten()
-            sample = t[torch.unravel_index(index, t.shape)].view(torch.uint8)
-            identity.update(f"{name} {t.dtype} {tuple(t.shape)}".encode() + sample.numpy().tobytes())
+            identity.update(name.encode() + self._sample(name))
         return identity.hexdigest()
+
+    def _sample(self, name: str) -> bytes:
+        t = self._view(name)
+        starts = torch.linspace(0, max(t.numel() - SAMPLE, 0), SAMPLES, dtype=torch.float64).long()
+        index = (starts[:, None] + torch.arange(SAMPLE)).clamp(max=t.numel() - 1).flatten()
+        values = t[torch.unravel_index(index, t.shape)].view(torch.uint8)
+        return f" {t.dtype} {tuple(t.shape)} ".encode() + values.numpy().tobytes()
 
     def _short(self, name: str) -> str:
         return name.removeprefix(self.family.prefix)

@@ -4,7 +4,7 @@
 The network has random weights, which does not change its speed. The examples are as long as Alpaca's 52,002, begin with
 one of two preambles, and half of their tokens are targets; --data demo takes the demo's 999 rows instead. "Real" tokens
 are those of the examples, whatever is computed for them. The figures are those of whole optimizer steps; results are
-added to a CSV file and printed as a table.
+added to a file, one JSON object a line, and printed as a table.
 """
 
 import gc
@@ -13,47 +13,34 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from importlib.util import find_spec
-from itertools import islice
+from datetime import datetime
+from itertools import islice, product
 from pathlib import Path
-from typing import Any, Literal
+from types import SimpleNamespace
+from typing import Literal
 
 import torch
-
 from lightning_fabric import Fabric
 
-from finetune import loop, memory, setup
-from finetune.devices import launch
+from finetune import memory
+from finetune.devices import launch, total
+from finetune.loop import ahead, the_same, train_step
 from finetune.report import Step, peak_memory
-from scripts.bench.flops import n_flops, peak_tflops
-from lit_model.methods import adapter, adapter_v2, bottleneck, full, ia3, lora, prefix, prompt
-from lit_model import model
-from lit_model.load import freeze, initialize
+from finetune.run import Run, RunOptions, Train, batches, prepare
 from lit_model.cli import cli
+from lit_model.load import METHODS, initialize, method_module, method_options
+from lit_model.model import GPT, Config
 from lit_model.packing import Example
 from lit_model.quantize import quantize
-from scripts.bench_table import Result, commit, open_table, read_lines, save, scaling_table, series, table
-from scripts.kernel_time import product_seconds, profile, sync
-from scripts.workload import alpaca_lengths, demo_examples
+from scripts.bench.bench_table import Result, commit, read_lines, save, table
+from scripts.bench.kernel_time import mfu, print_kernels, product_seconds, sync
+from scripts.bench.workload import alpaca_lengths, demo_examples
 
-ALL_LINEARS = "q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj"
-METHODS = {  # name -> its file, and the fields of its Config
-    "adapter": (adapter, {}),
-    "adapter_v2": (adapter_v2, {}),
-    "bottleneck": (bottleneck, {}),
-    "dora": (lora, dict(lora=lora.LoRA(dora=True))),
-    "dora-all": (lora, dict(lora=lora.LoRA(r=16, targets=ALL_LINEARS, dora=True))),
-    "full": (full, {}),
-    "ia3": (ia3, {}),
-    "lora": (lora, {}),
-    "lora-all": (lora, dict(lora=lora.LoRA(r=16, targets=ALL_LINEARS))),
-    "prefix": (prefix, {}),
-    "prompt": (prompt, {}),
-}
+ALL_LINEARS = dict(r=16, targets="q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj")
+VARIANTS = {"lora-all": ("lora", ALL_LINEARS), "dora-all": ("dora", ALL_LINEARS)}
 PRECISIONS = {"bf16": "none", "fp32": "none", "fp8": "fp8", "int8": "int8", "nf4": "nf4"}  # the base weights
 PEER_PRECISIONS = ("bf16", "fp32", "nf4")  # nf4: bitsandbytes'
-DEMO_VOCABULARY = 49_152
-WARM_UP = 3  # steps that are not counted
+WARM_UP, PROFILED = 3, 3  # steps that are not counted
 
 
 @dataclass
@@ -61,284 +48,238 @@ class Options:
     """What to measure."""
 
     preset: str = "llama-7b"
-    """shape of the network: a name in lit_model/presets.py"""
+    """shape of the network: a name in lit_model/families.py"""
     methods: str = "adapter,lora"
-    """of adapter, adapter_v2, bottleneck, dora, full, ia3, lora (rank 8 on q and v), lora-all, dora-all (rank 16 on all
-    linear layers), prefix, prompt"""
+    """names of methods, such as full or lora (rank 8 on q and v); also lora-all, dora-all (rank 16 on all linear
+    layers)"""
     precision: str = "bf16"
-    """of bf16, fp8, int8, nf4 (the base weights; activations in bf16) and fp32"""
+    """some of bf16, fp8, int8, nf4 (the base weights; activations in bf16) and fp32"""
     peers: Literal["", "hf-peft", "hf-peft-plain"] = ""
     """hf-peft: also transformers + peft, from requirements-dev.txt; in bf16 (beside fp8 and int8, too), fp32, and
     bitsandbytes' nf4. hf-peft-plain: as it comes, a step's examples in their order, padded to the longest"""
     devices: str = "auto"
     """as in the finetuning scripts: auto, cpu, 2, cpu:2; several such as 1,2,8 are measured one after the other"""
     strategy: str = "auto"
-    """of several devices: ddp, fsdp or fsdp_offload; or some of them, such as ddp,fsdp"""
+    """use of several devices: ddp, fsdp or fsdp_offload; or some of them, such as ddp,fsdp"""
     data: Literal["alpaca-lengths", "demo"] = "alpaca-lengths"
     """alpaca-lengths: random tokens in examples of Alpaca's lengths; demo: the rows of the demo"""
     batch_size: int = 128
     """examples per optimizer step and device"""
     row_tokens: int = 16384
-    """most tokens of a packed row"""
+    """about the most tokens of a packed row"""
     steps: int = 10
     """optimizer steps that count, after three that do not; the peer takes two after one"""
     memory_gb: float | None = None
-    """GiB of the GPU's memory to use at most"""
-    compile: Literal["auto", "on", "off"] = "auto"
-    """torch.compile, as in the finetuning scripts"""
+    """most GiB of the GPU's memory to use"""
     recompute: Literal["auto", "on"] = "auto"
     """on: recompute blocks in the backward pass (activation checkpointing) even if memory suffices without"""
     profile: bool = False
-    """also say which kernels take the time of a step"""
-    out: Path = Path("out/bench.csv")
+    """also print which kernels take the time of a step"""
+    out: Path = Path("out/bench.jsonl")
     """file that the results are added to"""
 
 
+@dataclass
+class Case:
+    """A line of the table to be."""
+
+    options: Options
+    config: Config
+    examples: list[Example]
+    fabric: Fabric
+    name: str
+    precision: str
+
+    def __post_init__(self):
+        self.method, changes = VARIANTS.get(self.name, (self.name, {}))
+        self.method_options = method_options(self.method, **changes)
+        self.dtype = torch.float32 if self.precision == "fp32" else torch.bfloat16
+        self.device = self.fabric.device
+
+
 def main(options: Options) -> None:
-    wanted = [(m.strip(), p.strip()) for m in options.methods.split(",") for p in options.precision.split(",")]
-    for method, precision in wanted:
-        if method not in METHODS or precision not in PRECISIONS:
-            known = f"methods are {', '.join(METHODS)}; precisions are {', '.join(PRECISIONS)}"
-            raise ValueError(f"there is no {method!r} in {precision!r}: {known}")
-        if method == "full" and PRECISIONS[precision] != "none":
+    pairs = list(product(*(text.replace(" ", "").split(",") for text in (options.methods, options.precision))))
+    for name, precision in pairs:
+        if name not in [*METHODS, *VARIANTS] or precision not in PRECISIONS:
+            known = f"methods are {', '.join([*METHODS, *VARIANTS])}; precisions are {', '.join(PRECISIONS)}"
+            raise ValueError(f"there is no {name!r} in {precision!r}: {known}")
+        if name == "full" and PRECISIONS[precision] != "none":
             raise ValueError(f"full finetuning trains the weights that {precision} would freeze")
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    options.out.open("a").close()  # what cannot be written shall show now
+    n_before = len(read_lines(options.out))
     if "," in options.devices + options.strategy:
-        return one_after_the_other(options)
-    for name in ("batch_size", "row_tokens", "steps"):
-        if getattr(options, name) < 1:
-            raise ValueError(f"{name} is {getattr(options, name)}; it must be at least 1")
-    on_gpu = not options.devices.startswith("cpu") and torch.cuda.is_available()
-    if options.memory_gb is not None and not (on_gpu and options.memory_gb > 0):
-        raise ValueError("memory_gb is a positive number of GiB of a GPU's memory, and needs one")
-    config = model.Config.from_name(options.preset)
-    if options.peers and config.arch != "llama":
-        raise ValueError(f"{options.preset} has no peer here; presets of LLaMA's family do")
-    if options.peers and not (find_spec("transformers") and find_spec("peft")):
-        raise ValueError("--peers needs transformers and peft: pip install -r requirements-dev.txt")
-    if options.data == "demo" and config.vocab_size < DEMO_VOCABULARY:
-        raise ValueError(
-            f"the demo's rows need a vocabulary of {DEMO_VOCABULARY}, and {options.preset} has {config.vocab_size}: "
-            "take --preset smollm2-135m or --data alpaca-lengths"
-        )
-    open_table(options.out)  # what cannot be written shall show now
-    if not on_gpu:
+        launch_each(options)
+    else:
+        measure_all(options, pairs)
+    lines = read_lines(options.out)[n_before:]
+    if not lines:
+        raise ValueError("nothing could be measured")
+    where = "{on}, torch {torch}, commit {commit}".format(**lines[0])
+    print(f"\n{options.preset}, {options.batch_size} examples a step and device, {where}")
+    print(table(lines))
+    print(f"added {len(lines)} results to {options.out}")
+
+
+def launch_each(options: Options) -> None:
+    """Starts this script once for each number of devices and strategy."""
+    pairs = product(options.devices.split(","), options.strategy.split(","))
+    pairs = dict.fromkeys((d, "auto" if d in ("1", "auto", "cpu", "cpu:1") else s) for d, s in pairs)  # alone: once
+    for devices, strategy in pairs:
+        values = asdict(options) | dict(devices=devices, strategy=strategy)
+        args = [f"--{name}={value}" for name, value in values.items() if value is not None]
+        subprocess.run([sys.executable, str(Path(__file__).resolve()), *args])
+
+
+def measure_all(options: Options, pairs: list[tuple[str, str]]) -> None:
+    config = Config.from_name(options.preset)
+    if options.devices.startswith("cpu") or not torch.cuda.is_available():
         memory.keep_freed_memory()
     fabric = launch(options.devices, options.strategy)
     if options.peers and fabric.world_size > 1:
         raise ValueError("--peers measures one device")
     examples = demo_examples() if options.data == "demo" else alpaca_lengths(config.vocab_size)
-    where = torch.cuda.get_device_name() if fabric.device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    about = asdict(options) | dict(on=where, torch=torch.__version__, commit=commit())
-
-    results, peers = [], {}
-    for method, precision in wanted:
-        result = _try(ours, method, precision, config, examples, fabric, options)
-        theirs_in = precision if precision in PEER_PRECISIONS else "bf16"
-        if options.peers and (method, theirs_in) not in peers:
-            peers[method, theirs_in] = _try(theirs, method, theirs_in, config, examples, fabric, options)
-            if peers[method, theirs_in] and fabric.is_global_zero:
-                save(options.out, peers[method, theirs_in], about)
-        if result:
-            peer = peers.get((method, theirs_in))
-            result.ratio = peer and result.tokens_per_second / peer.tokens_per_second
-            results.append(result)
-            if fabric.is_global_zero:
-                save(options.out, result, about)
-    if not results:
-        raise ValueError("nothing could be measured")
-    results += [peer for peer in peers.values() if peer]
-    where = f"{fabric.world_size} x {where}" if fabric.world_size > 1 else where
-    where = f"{where}, torch {torch.__version__}, commit {about['commit']}"
-    each = " and device" if fabric.world_size > 1 else ""
-    print(f"\n{options.preset}, {options.batch_size} examples a step{each}, {where}")
-    print(table(results))
-    print(f"added {len(results)} results to {options.out}")
+    config.check_tokens(max(int(e.ids.max()) for e in examples))
+    for name, precision in pairs:
+        measure(ours, Case(options, config, examples, fabric, name, precision))
+    for name, precision in dict.fromkeys((n, p if p in PEER_PRECISIONS else "bf16") for n, p in pairs):
+        if options.peers:
+            measure(theirs, Case(options, config, examples, fabric, name, precision))
 
 
-def one_after_the_other(options: Options) -> None:
-    """Starts this script once for each number of devices and strategy, and shows all results as one table."""
-    open_table(options.out)
-    before, failed = len(read_lines(options.out)), []
-    for devices, strategy in series(options.devices, options.strategy):
-        given = asdict(options) | dict(devices=devices, strategy=strategy)
-        args = [f"--{name}={value}" for name, value in given.items() if value is not None]
-        done = subprocess.run([sys.executable, str(Path(__file__).resolve()), *args])
-        failed += [f"{devices} {strategy}"] * (done.returncode != 0)
-    rows = read_lines(options.out)[before:]
-    on = f"{rows[0]['on']}, torch {rows[0]['torch']}, commit {rows[0]['commit']}" if rows else "nothing measured"
-    print(f"\n{options.preset}, {options.batch_size} examples a step and device, {on}")
-    print(scaling_table(rows))
-    if failed:
-        raise ValueError(f"could not be measured: {', '.join(failed)}")
-
-
-def _try(measure: Callable[..., Result], method: str, precision: str, *rest: Any) -> Result | None:
-    """What fails does not take the others' results with it."""
+def measure(measured: Callable[[Case], Result], case: Case) -> None:
+    """Adds a result to the file. What fails does not take the others with it."""
     try:
-        result = measure(method, precision, *rest)
-        after = f", after a start of {result.start_s:.0f} s" if result.start_s else ""
-        print(f"{result.system}: {method} {precision} {result.tokens_per_second:.0f} tokens/s{after}", flush=True)
+        result = measured(case)
+        print(f"{result.system}: {case.name} {case.precision} {result.tokens_per_second:.0f} tokens/s", flush=True)
+        on = torch.cuda.get_device_name() if case.device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+        about = dict(when=datetime.now().isoformat(timespec="minutes"), on=on, torch=torch.__version__, commit=commit())
+        about |= asdict(case.options) | dict(method=case.name, precision=case.precision, world=case.fabric.world_size)
+        if case.fabric.is_global_zero:
+            save(case.options.out, about | asdict(result))
     except Exception as e:  # of whatever library the peer uses
         if os.environ.get("LIT_TRACEBACK"):
             raise
-        who = "lit-model" if measure is ours else "the peer"
-        print(f"{who}: {method} {precision} failed: {type(e).__name__}: {e}", file=sys.stderr)
-        result = None
+        print(f"{measured.__name__}: {case.name} {case.precision}: {type(e).__name__}: {e}", file=sys.stderr)
+    case.fabric.barrier()  # until the line is in the file
     torch._dynamo.reset()
     gc.collect()
     torch.cuda.empty_cache()
-    return result
-
-
-def gpu_memory(device: torch.device) -> float | None:
-    return peak_memory(device) if device.type == "cuda" else None
 
 
 # ------------------------------------------------------------------------------------------------------------ ours
 
 
-def ours(
-    method: str, precision: str, config: model.Config, examples: list[Example], fabric: Fabric, options: Options
-) -> Result:
-    world = fabric.world_size
-    train = setup.Train(batch_size=options.batch_size * world, lr=1e-4)
-    settings = setup.Options(train=train, compile=options.compile, memory_gb=options.memory_gb)
-    dtype = torch.float32 if precision == "fp32" else torch.bfloat16
-    run = setup.Run(settings, fabric, dtype, None, examples, [], options.row_tokens)
+def ours(case: Case) -> Result:
+    options, device, world = case.options, case.device, case.fabric.world_size
+    n_steps = WARM_UP + options.steps + PROFILED
+    train = Train(lr=1e-4, batch_size=options.batch_size * world, epochs=10**6, max_steps=n_steps, sample="")
+    run = Run(
+        options=RunOptions(train=train, memory_gb=options.memory_gb), fabric=case.fabric, dtype=case.dtype,
+        base=SimpleNamespace(config=case.config), tokenizer=None, train_examples=case.examples, val_examples=[],
+        row_tokens=options.row_tokens, task=None, states=None, state=None,
+    )  # fmt: skip
     torch.manual_seed(0)
-    began = sync(fabric.device)
-    gpt = build(method, precision, config, dtype, fabric.device)
-    run, network, optimizer, plan = loop.prepare(run, gpt)
-    if plan:
-        print(plan.report)
+    began = sync(device)
+    gpt = random_network(case)
+    network, optimizer = prepare(run, gpt, share=True, lr_scale=the_same)
     if options.recompute == "on" and gpt.recompute == "off":
         gpt.recompute = "on"
-    stream = loop.ahead(loop.with_rows(loop.batches(examples, run.options.train), gpt, run, share=True))
+    stream = ahead(run.steps(gpt))
 
-    def take(n: int) -> list[Step]:
+    def take(n: int) -> list[tuple[Step, int]]:
+        """Steps, and the number of rows of each."""
         steps = []
-        for batch, rows in islice(stream, n):
-            steps.append(Step(len(steps), train.lr, batch))
-            loop.train_step(run, network, optimizer, steps[-1], rows)
+        for step, rows in islice(stream, n):
+            train_step(run, network, optimizer, step, rows)
+            steps.append((step, len(rows)))
         return steps
 
     take(WARM_UP)
-    if fabric.device.type == "cuda":
+    if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    start = sync(fabric.device)
-    steps = take(options.steps)
-    seconds = sync(fabric.device) - start
-    real, computed = sum(len(e.ids) for s in steps for e in s.batch), sum(s.n_computed for s in steps)
-    targets, own_targets = sum(s.n_targets for s in steps), sum(s.n_own_targets for s in steps)
-    peak = gpu_memory(fabric.device)
+    start = sync(device)
+    steps, counts = zip(*take(options.steps))
+    seconds = sync(device) - start
+    peak = peak_memory(device)
     if options.profile:
-        profile(lambda: take(1), f"{method} {precision}", fabric.device)
-    tflops = peak_tflops(gpt) if fabric.device.type == "cuda" else None
-    _, batches = next(stream)
-    alone = product_seconds(gpt, fabric.device, len(batches), computed / len(steps), own_targets / len(steps))
+        print_kernels(lambda: take(PROFILED), device)
+    n_real, n_rows = sum(len(e.ids) for s in steps for e in s.batch), sum(counts)
+    n_computed, n_own_targets = sum(s.n_computed for s in steps), sum(s.n_own_targets for s in steps)
+    ways = {"off": "", "on": ", blocks recomputed", "offload": ", blocks recomputed, inputs on the host"}
     return Result(
         "lit-model",
-        method,
-        precision,
-        setting=f"{len(batches)} rows of {computed / len(steps) / len(batches):,.0f} tokens"
-        + ("" if gpt.recompute == "off" else ", blocks recomputed")
-        + (", inputs on the host" if gpt.recompute == "offload" else ""),
-        tokens_per_second=real / seconds,
+        f"{n_rows / len(steps):.0f} rows of {n_computed / n_rows:,.0f} tokens{ways[gpt.recompute]}",
+        tokens_per_second=n_real / seconds,
         step_ms=1e3 * seconds / len(steps),
-        start_s=start - began,
         peak_gib=peak,
-        loss=steps[-1].receive()[0],
-        targets=targets / real,
-        mfu=tflops and n_flops(gpt, computed, own_targets) / seconds / tflops / 1e12,
-        products=alone * len(steps) / seconds,
-        world=world,
+        loss=total(steps[-1].loss).item(),
+        start_s=start - began,
+        mfu=mfu(gpt, n_computed, n_own_targets, seconds),
+        products=product_seconds(gpt, device, n_rows, n_computed, n_own_targets) / seconds,
     )
 
 
-def with_method(method: str, config: model.Config) -> model.Config:
-    module, method_options = METHODS[method]
-    return module.Config(**asdict(config), **method_options)
-
-
-def build(method: str, precision: str, config: model.Config, dtype: torch.dtype, device: torch.device) -> model.GPT:
+def random_network(case: Case) -> GPT:
     """A network of random weights with the method in it, quantized block by block."""
-    module, _ = METHODS[method]
     with torch.device("meta"):
-        gpt = module.GPT(with_method(method, config))
+        gpt = GPT(case.config).requires_grad_(False)
+        method_module(case.method).install(gpt, case.method_options)
+    for p in gpt.parameters():
+        if not p.requires_grad:
+            p.data = p.data.to(case.dtype)
     for block in gpt.blocks:
-        initialize(block.to(dtype), device)
-        if PRECISIONS[precision] != "none":
-            quantize(block, PRECISIONS[precision], last=block is gpt.blocks[-1])
-    for name, part in gpt.named_children():
-        if name != "blocks":
-            initialize(part.to(dtype), device)
-    gpt.dtype = dtype
+        initialize(block, case.device)
+        if (kind := PRECISIONS[case.precision]) != "none":
+            trained = {name for name, p in block.named_parameters() if p.requires_grad}
+            quantize(block, kind, trained, last=block is gpt.blocks[-1])
+    initialize(gpt, case.device)
+    gpt.dtype = case.dtype
     gpt.tie()
-    freeze(gpt, module.trainable)
     return gpt.train()
 
 
 # ----------------------------------------------------------------------------------------------- transformers + peft
 
 
-def theirs(
-    method: str, precision: str, config: model.Config, examples: list[Example], fabric: Fabric, options: Options
-) -> Result:
+def theirs(case: Case) -> Result:
     """The fastest of a few micro-batch sizes, nothing recomputed; or plain, see Options.peers."""
-    from scripts import peers  # only this needs transformers and peft
+    from scripts.bench import peers  # only this needs transformers and peft
 
-    device = fabric.device
-    network = peers.build(method, precision, with_method(method, config), device)
-    trained = [p for p in network.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=True)
-    batches = list(islice(loop.batches(examples, setup.Train(batch_size=options.batch_size)), 3))
-    plain = options.peers == "hf-peft-plain"
-    sizes, best = [n for n in (4, 8, 16, 32, 64) if n < options.batch_size and not plain] + [options.batch_size], None
-
-    if not plain:
-        batches = [sorted(batch, key=lambda e: len(e.ids)) for batch in batches]
-
-    def step(batch: list[Example], micro: int) -> tuple[float, int, int]:
-        n_targets, total = sum(e.n_targets for e in batch), 0.0
-        for tensors in peers.padded(batch, micro, device):
-            autocast = torch.autocast(device.type, torch.bfloat16, enabled=precision != "fp32")
-            with autocast:
-                loss = network(**tensors, num_items_in_batch=n_targets).loss
-            loss.backward()
-            total += loss.detach()
-        torch.nn.utils.clip_grad_norm_(trained, 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        return total, sum(len(e.ids) for e in batch), n_targets
-
-    for micro in sizes:
+    options, device = case.options, case.device
+    network = peers.random_network(case.config, torch.float32 if case.method == "full" else case.dtype, device)
+    if case.precision == "nf4":
+        peers.to_nf4(network)
+    network = network.train() if case.method == "full" else peers.attach(network, case.method, case.method_options)
+    optimizer = torch.optim.AdamW([p for p in network.parameters() if p.requires_grad], lr=1e-4, fused=True)
+    warm_up, *counted = islice(batches(case.examples, Train(batch_size=options.batch_size)), 3)
+    sizes, length = [options.batch_size], lambda e: len(e.ids)
+    if options.peers == "hf-peft":
+        sizes = [n for n in (4, 8, 16, 32, 64) if n < options.batch_size] + sizes
+        warm_up, *counted = (sorted(batch, key=length) for batch in (warm_up, *counted))
+    n_real, best = sum(length(e) for batch in counted for e in batch), None
+    for size in sizes:
         try:
             if device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats()
-            step(batches[0][-micro:], micro)  # to warm up, with what takes most memory
+            peers.train_step(network, optimizer, warm_up[-size:], size, case.dtype)  # with what takes most memory
             start = sync(device)
-            loss, real, targets = (sum(part) for part in zip(*(step(batch, micro) for batch in batches[1:])))
+            loss = sum(peers.train_step(network, optimizer, batch, size, case.dtype) for batch in counted)
             seconds = sync(device) - start
         except torch.OutOfMemoryError:
-            optimizer.zero_grad()
-            torch.cuda.empty_cache()
+            if best is None:
+                raise
             break
-        result = Result(
-            "transformers + peft" if method != "full" else "transformers",
-            method,
-            precision,
-            setting=f"{micro} examples a time",
-            tokens_per_second=real / seconds,
-            step_ms=1e3 * seconds / 2,
-            peak_gib=gpu_memory(device),
-            loss=float(loss) / 2,
-            targets=targets / real,
+        if best and n_real / seconds < best.tokens_per_second:
+            break
+        best = Result(
+            "transformers" if case.method == "full" else "transformers + peft",
+            f"{size} examples a time",
+            tokens_per_second=n_real / seconds,
+            step_ms=1e3 * seconds / len(counted),
+            peak_gib=peak_memory(device),
+            loss=float(loss) / len(counted),
         )
-        if best and result.tokens_per_second < best.tokens_per_second:
-            break
-        best = result
-    if best is None:
-        raise ValueError(f"transformers: {method} {precision} does not fit")
     return best
 
 

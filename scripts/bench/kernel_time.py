@@ -1,14 +1,21 @@
-"""What the time of a training step goes to: its matrix products alone, and every kernel of it."""
+"""What the time of a step goes to: how many operations it takes, its matrix products alone, and its kernels."""
 
+import re
 import time
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from scripts.bench.flops import products
-from lit_model import model
+from lit_model.model import GPT, Linear
+
+# TFLOP/s of matrix products in bf16 without sparsity, from the makers' data sheets, half of those in fp8; the first
+# name that fits counts
+PEAK_TFLOPS = {
+    "H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "H200": 989, "A100": 312, "L40S": 362, "L4": 121, "RTX 4090": 165,
+}  # fmt: skip
 
 
 def sync(device: torch.device) -> float:
@@ -18,16 +25,46 @@ def sync(device: torch.device) -> float:
     return time.perf_counter()
 
 
-def product_seconds(gpt: model.GPT, device: torch.device, n_rows: int, n_tokens: float, n_targets: float) -> float:
-    """Time that the matrix products of one step take when nothing else is done."""
-    total, known = 0.0, {}
-    for linear, n, backward, trained in products(gpt, n_tokens, n_targets):
-        fp8 = hasattr(linear, "codes_t")
-        key = (round(n / n_rows), linear.in_features, linear.out_features, backward, trained, fp8)
-        if key not in known:
-            known[key] = _time_products(*key, gpt.dtype, device)
-        total += n_rows * known[key]
-    return total
+def products(gpt: GPT, n_computed: float, n_targets: float) -> Iterator[tuple[Linear, float, bool, bool]]:
+    """The matrix products that training on this many tokens takes, without attention scores: for each linear layer the
+    number of tokens, whether it also takes one towards its input, and whether one for its weight's gradient.
+
+    Blocks below the lowest one that is trained have no backward pass. Only the targets need the output layer and, in
+    the last block, all but keys and values.
+    """
+    trains = [any(p.requires_grad for p in block.parameters()) for block in gpt.blocks]
+    lowest = trains.index(True) if any(trains) else len(trains)  # none: only the output layer is trained
+    if len(gpt.virtual_tokens) or len(gpt.virtual_keys):
+        lowest = 0
+    for i, block in enumerate(gpt.blocks):
+        for linear in (m for m in block.modules() if isinstance(m, Linear)):
+            in_last = i == len(gpt.blocks) - 1 and linear not in (block.attn.k_proj, block.attn.v_proj)
+            is_trained = linear.weight is not None and linear.weight.requires_grad
+            yield linear, n_targets if in_last else n_computed, i >= lowest, is_trained
+    yield gpt.head, n_targets, True, gpt.head.weight.requires_grad
+
+
+def mfu(gpt: GPT, n_computed: int, n_targets: int, seconds: float) -> float | None:
+    """The share of the GPU's peak, in the type that most products are in, that training on this many tokens makes; None
+    on a CPU, or where the peak is not known."""
+    name = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
+    peak = next((tflops for gpu, tflops in PEAK_TFLOPS.items() if re.search(rf"\b{gpu}\b", name)), None)
+    if peak is None or gpt.device.type == "cpu":
+        return None
+    flops = sum(
+        2 * (1 + backward + trained) * linear.in_features * linear.out_features * n
+        for linear, n, backward, trained in products(gpt, n_computed, n_targets)
+    )
+    return flops / seconds / (1e12 * peak * (1 + any(hasattr(m, "codes_t") for m in gpt.modules())))  # fp8: twice
+
+
+def product_seconds(gpt: GPT, device: torch.device, n_rows: int, n_computed: int, n_targets: int) -> float:
+    """Time that the matrix products of this many rows with this many tokens in all take when nothing else is done."""
+    shapes = Counter()
+    for linear, n, backward, trained in products(gpt, n_computed, n_targets):
+        shape = round(n / n_rows), linear.in_features, linear.out_features
+        shapes[*shape, backward, trained, hasattr(linear, "codes_t")] += n_rows
+    return sum(n * _time_products(*shape, gpt.dtype, device) for shape, n in shapes.items())
 
 
 def _time_products(
@@ -35,19 +72,10 @@ def _time_products(
 ) -> float:
     x, grad, w = (torch.randn(*shape, device=device, dtype=dtype) for shape in ((m, n_in), (m, n_out), (n_out, n_in)))
     if fp8:
-
-        def product(a: Tensor, b: Tensor) -> Callable[[], Tensor]:  # a b^T
-            a, b = a.to(torch.float8_e4m3fn), b.contiguous().to(torch.float8_e4m3fn)
-            scale = [torch.ones(len(t), 1, device=device) for t in (a, b)]
-            return lambda: torch._scaled_mm(
-                a, b.t(), scale[0], scale[1].t(), out_dtype=torch.bfloat16, use_fast_accum=True
-            )
-
-        runs = [product(x, w)] + [product(grad, w.t())] * backward
+        runs = [_fp8_product(x, w)] + [_fp8_product(grad, w.t())] * backward
     else:
         runs = [lambda: x @ w.t()] + [lambda: grad @ w] * backward + [lambda: grad.t() @ x] * trained
-    n = 10 if device.type == "cuda" else 2
-    seconds = 0.0
+    n, seconds = 10 if device.type == "cuda" else 2, 0.0
     for run in runs:
         run()
         start = sync(device)
@@ -57,23 +85,17 @@ def _time_products(
     return seconds
 
 
-def profile(step: Callable[[], Any], title: str, device: torch.device, n: int = 3) -> None:
-    """Prints which kernels the time of a step goes to."""
-    activity = torch.profiler.ProfilerActivity
-    on_gpu = device.type == "cuda"
-    with torch.profiler.profile(activities=[activity.CUDA if on_gpu else activity.CPU]) as record:
-        for _ in range(n):
-            step()
+def _fp8_product(a: Tensor, b: Tensor) -> Callable[[], Tensor]:  # a b^T
+    a, b = a.to(torch.float8_e4m3fn), b.contiguous().to(torch.float8_e4m3fn)
+    scales = torch.ones(len(a), 1, device=a.device), torch.ones(1, len(b), device=b.device)
+    return lambda: torch._scaled_mm(a, b.t(), *scales, out_dtype=torch.bfloat16, use_fast_accum=True)
+
+
+def print_kernels(work: Callable[[], Any], device: torch.device) -> None:
+    """A table of the kernels that take most of the time of some work."""
+    kind = "cuda" if device.type == "cuda" else "cpu"
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity[kind.upper()]]) as record:
+        work()
         sync(device)
-    kernels = {}
-    for e in record.key_averages():
-        kernels[e.key] = (e.self_device_time_total if on_gpu else e.self_cpu_time_total) / n, e.count // n
-    total = sum(us for us, _ in kernels.values())
-    names = ("nvjet", "gemm", "cutlass", "::mm", "::addmm")
-    in_products = sum(us for name, (us, _) in kernels.items() if any(s in name for s in names))
-    times = [e.time_range for e in record.events()]
-    span = (max(t.end for t in times) - min(t.start for t in times)) / n
-    share = f"{100 * in_products / total:.1f} % of it matrix products"
-    print(f"{title}: {total / 1e3:.0f} ms of kernels in a step of {span / 1e3:.0f} ms, {share}")
-    for name, (us, count) in sorted(kernels.items(), key=lambda item: -item[1][0])[:40]:
-        print(f"{us / 1e3:9.2f} ms {100 * us / total:5.1f} % {count:6d} x  {name[:110]}")
+    averages = record.key_averages()
+    print(averages.table(sort_by=f"self_{kind}_time_total", row_limit=40, max_name_column_width=100))

@@ -3,102 +3,77 @@ same examples in the same order by the same rule, in batches as it wants them: p
 
 import math
 import time
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import peft
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import AutoConfig, AutoModelForCausalLM
 
-from finetune import loop, setup
-from lit_model.data import labels as classify
-from lit_model.weights import folder as convert
-from lit_model import model
-from lit_model.load import read_tensors
+from finetune.report import Diverged
+from finetune.run import Run, Train, batches, learning_rate
+from lit_model.data.labels import Task, Verdict, numbers, verdict
+from lit_model.families import write_config
+from lit_model.model import Config
 from lit_model.packing import Example
 
 
-def padded(batch: list[Example], micro: int, device: torch.device) -> Iterator[dict[str, Tensor]]:
-    for start in range(0, len(batch), micro):
-        part = batch[start : start + micro]
+def padded(batch: Sequence[Example], size: int, device: torch.device) -> Iterator[dict[str, Tensor]]:
+    """Micro-batches of this many examples, as transformers takes them: (size, longest) each."""
+    for start in range(0, len(batch), size):
+        part = batch[start : start + size]
         ids = torch.zeros(len(part), max(len(e.ids) for e in part), dtype=torch.long)
         mask, labels = torch.zeros_like(ids), torch.full_like(ids, -100)
         for i, e in enumerate(part):
             n, first = len(e.ids), e.first_target
             ids[i, :n], mask[i, :n] = torch.from_numpy(e.ids), 1
             labels[i, first:n] = torch.from_numpy(e.ids[first:])
-        yield {k: t.to(device) for k, t in dict(input_ids=ids, attention_mask=mask, labels=labels).items()}
+        yield dict(input_ids=ids.to(device), attention_mask=mask.to(device), labels=labels.to(device))
 
 
-def build(method: str, precision: str, config: model.Config, device: torch.device) -> torch.nn.Module:
-    """The same shape and method there, with random weights. `config` is that of our network with the method in it.
-
-    Raises ValueError for a method that peft does not have.
-    """
-    dtype = torch.float32 if precision == "fp32" or method == "full" else torch.bfloat16
-    network = base(config, dtype, device)
-    if precision == "nf4":
-        from bitsandbytes.nn import Linear4bit
-
-        for block in network.model.layers:
-            for parent in (block.self_attn, block.mlp):
-                for name, linear in list(parent.named_children()):
-                    if isinstance(linear, torch.nn.Linear):
-                        quantized = Linear4bit(
-                            linear.in_features, linear.out_features, bias=False, compute_dtype=torch.bfloat16,
-                            compress_statistics=True, quant_type="nf4",
-                        )  # fmt: skip
-                        quantized.load_state_dict({"weight": linear.weight.cpu()})
-                        setattr(parent, name, quantized.to(device))
-    return network.train() if method == "full" else attach(network, method, config)
-
-
-def base(config: model.Config, dtype: torch.dtype, device: torch.device) -> torch.nn.Module:
-    """Random weights. Raises ValueError for a shape that is no LLaMA's."""
-    if config.arch != "llama" or config.bias:
-        raise ValueError("transformers' LLaMA is the only peer here, and it has no biases")
-    shape = LlamaConfig(
-        vocab_size=config.vocab_size,
-        hidden_size=config.n_embd,
-        intermediate_size=config.n_hidden,
-        num_hidden_layers=config.n_layer,
-        num_attention_heads=config.n_head,
-        num_key_value_heads=config.n_kv_head,
-        head_dim=config.head_size,
-        max_position_embeddings=config.block_size,
-        rope_theta=config.rope_base,
-        rms_norm_eps=config.norm_eps,
-        tie_word_embeddings=config.tie,
-        use_cache=False,
-    )
+def random_network(config: Config, dtype: torch.dtype, device: torch.device) -> torch.nn.Module:
+    """transformers' network of this shape, with random weights."""
+    shape = AutoConfig.for_model(**write_config(config), use_cache=False)
     with torch.device(device):
         return AutoModelForCausalLM.from_config(shape, dtype=dtype, attn_implementation="sdpa")
 
 
-def copy_weights(network: torch.nn.Module, checkpoint_dir: Path) -> None:
-    """Puts the weights of a checkpoint of ours into a network of theirs of that shape."""
-    ours = read_tensors(checkpoint_dir / "lit_model.safetensors")
-    with torch.no_grad():
-        for name, t in convert.hf_llama_tensors(network.state_dict().items()):
-            t.copy_(ours.get(name, ours["wte.weight"]))  # a tied head is not in the file
+def load(folder: Path, dtype: torch.dtype, device: torch.device) -> torch.nn.Module:
+    """transformers' network with the weights of a checkpoint folder."""
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="sdpa").to(device)
 
 
-def attach(network: torch.nn.Module, method: str, config: model.Config) -> torch.nn.Module:
-    """Raises ValueError for a method that peft does not have."""
+def to_nf4(network: torch.nn.Module) -> None:
+    """Quantizes the linear layers of all blocks by bitsandbytes, as QLoRA does."""
+    from bitsandbytes.nn import Linear4bit
+
+    how = dict(bias=False, compute_dtype=torch.bfloat16, compress_statistics=True, quant_type="nf4")
+    for parent in [part for block in network.model.layers for part in (block.self_attn, block.mlp)]:
+        for name, linear in list(parent.named_children()):
+            if isinstance(linear, torch.nn.Linear):
+                quantized = Linear4bit(linear.in_features, linear.out_features, **how)
+                quantized.load_state_dict({"weight": linear.weight.cpu()})
+                setattr(parent, name, quantized.to(linear.weight.device))
+
+
+def attach(network: torch.nn.Module, method: str, options: Any) -> torch.nn.Module:
+    """peft's form of a method, with our options. Raises ValueError for a method that peft does not have."""
     if method == "adapter":
-        layers = config.n_layer - config.adapter.start_layer
-        chosen = peft.AdaptionPromptConfig(adapter_len=config.adapter.prompt_length, adapter_layers=layers)
-    elif method in ("lora", "lora-all", "dora", "dora-all"):
-        ours, targets = config.lora, config.lora.targets.split(",")
-        chosen = peft.LoraConfig(r=ours.r, lora_alpha=ours.alpha, target_modules=targets, use_dora=ours.dora)
+        layers = network.config.num_hidden_layers - options.start_layer
+        chosen = peft.AdaptionPromptConfig(adapter_len=options.prompt_length, adapter_layers=layers)
+    elif method in ("lora", "dora"):
+        shape = dict(r=options.r, lora_alpha=options.alpha, target_modules=options.targets.split(","))
+        chosen = peft.LoraConfig(**shape, use_dora=method == "dora")
     elif method == "ia3":
         chosen = peft.IA3Config(target_modules=["k_proj", "v_proj", "down_proj"], feedforward_modules=["down_proj"])
-    elif method == "prefix":
-        chosen = peft.PrefixTuningConfig(num_virtual_tokens=config.prefix.length)
-    elif method == "prompt":
-        chosen = peft.PromptTuningConfig(num_virtual_tokens=config.prompt.length)
+    elif method in ("prefix", "prompt"):
+        kind = peft.PrefixTuningConfig if method == "prefix" else peft.PromptTuningConfig
+        chosen = kind(num_virtual_tokens=options.length)
     else:
         raise ValueError(f"peft has no {method}")
     chosen.task_type = "CAUSAL_LM"
@@ -109,74 +84,85 @@ def attach(network: torch.nn.Module, method: str, config: model.Config) -> torch
     return network.train()
 
 
-def fit(network: torch.nn.Module, run: setup.Run) -> tuple[float, float, int]:
-    """Trains what requires gradients as loop.fit does with ours: the same batches, learning rates, optimizer and loss.
-    Keeps the state of least validation loss.
+def losses(network: torch.nn.Module, examples: list[Example], size: int, dtype: torch.dtype) -> Iterator[Tensor]:
+    """Cross-entropy summed over the targets of each micro-batch, divided by the number of all targets."""
+    n_targets = sum(e.n_targets for e in examples)
+    for tensors in padded(examples, size, network.device):
+        with torch.autocast(network.device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
+            loss = network(**tensors, num_items_in_batch=n_targets).loss
+        yield loss
+
+
+def train_step(
+    network: torch.nn.Module, optimizer: torch.optim.Optimizer, batch: list[Example], size: int, dtype: torch.dtype
+) -> float:
+    """One update, from micro-batches of this size. Returns the loss."""
+    total = 0.0
+    for loss in losses(network, batch, size, dtype):
+        loss.backward()
+        total += loss.detach()
+    trained = [p for group in optimizer.param_groups for p in group["params"]]
+    torch.nn.utils.clip_grad_norm_(trained, Train.grad_clip)
+    optimizer.step()
+    optimizer.zero_grad()
+    return total
+
+
+def fit(network: torch.nn.Module, run: Run) -> tuple[float, float, int]:
+    """Trains what requires gradients as our loop does: the same batches, learning rates, optimizer and loss. Keeps the
+    weights of least validation loss.
 
     Returns (validation loss, seconds of training, tokens). Raises Diverged.
     """
     train, trained = run.options.train, [p for p in network.parameters() if p.requires_grad]
-    matrices = [p for p in trained if p.squeeze().ndim > 1]  # peft's vectors are matrices of one row
-    others = [p for p in trained if p.squeeze().ndim <= 1]
-    groups = [dict(params=matrices, weight_decay=train.weight_decay), dict(params=others, weight_decay=0.0)]
-    optimizer = torch.optim.AdamW([g for g in groups if g["params"]], lr=train.lr, betas=(0.9, 0.95), fused=True)
-    n_steps, interval = train.max_steps, train.eval_interval
-    best, kept, seconds, n_tokens = math.inf, None, 0.0, 0
+    groups = defaultdict(list)
+    for p in trained:
+        groups[train.weight_decay * (p.squeeze().ndim > 1)].append(p)  # peft's vectors are matrices of one row
+    settings = [dict(params=params, weight_decay=decay) for decay, params in groups.items()]
+    optimizer = torch.optim.AdamW(settings, betas=(0.9, 0.95), fused=True)
+    best, best_values, seconds, n_tokens = math.inf, None, 0.0, 0
     start = time.perf_counter()
-    for number, batch in zip(range(1, n_steps + 1), loop.batches(run.train_examples, train)):
+    for number, batch in enumerate(islice(batches(run.train_examples, train), run.n_steps), 1):
         for group in optimizer.param_groups:
-            group["lr"] = loop.learning_rate(number, n_steps, n_steps // 10, train)
-        loss_of(network, batch, sum(e.n_targets for e in batch), run).backward()
-        torch.nn.utils.clip_grad_norm_(trained, train.grad_clip or math.inf)
-        optimizer.step()
-        optimizer.zero_grad()
+            group["lr"] = learning_rate(number, run.n_steps, run.n_steps // 10, train.lr)
+        train_step(network, optimizer, batch, len(batch), run.dtype)
         n_tokens += sum(len(e.ids) for e in batch)
-        late = train.max_time is not None and seconds + time.perf_counter() - start >= 60 * train.max_time
-        if number % interval == 0 or number == n_steps or late:
+        is_over = train.max_time is not None and seconds + time.perf_counter() - start >= 60 * train.max_time
+        if number % train.eval_interval == 0 or number == run.n_steps or is_over:
             if run.device.type == "cuda":
                 torch.cuda.synchronize()
             seconds += time.perf_counter() - start
             network.eval()
             with torch.no_grad():
-                parts = (run.val_examples[i : i + 16] for i in range(0, len(run.val_examples), 16))
-                targets = sum(e.n_targets for e in run.val_examples)
-                val_loss = sum(loss_of(network, part, targets, run).item() for part in parts)
+                val_loss = sum(loss.item() for loss in losses(network, run.val_examples, 16, run.dtype))
             network.train()
             if not math.isfinite(val_loss):
-                raise loop.Diverged(f"validation loss {val_loss} at step {number}: try a lower learning rate")
+                raise Diverged(f"validation loss {val_loss} at step {number}: try a lower learning rate")
             if val_loss < best:
-                best, kept = val_loss, [p.detach().clone() for p in trained]
-            if late:
+                best, best_values = val_loss, [p.detach().clone() for p in trained]
+            if is_over:
                 break
             start = time.perf_counter()
     with torch.no_grad():
-        for p, value in zip(trained, kept, strict=True):
+        for p, value in zip(trained, best_values, strict=True):
             p.copy_(value)
     return best, seconds, n_tokens
 
 
-def loss_of(network: torch.nn.Module, batch: list[Example], n_targets: int, run: setup.Run) -> Tensor:
-    """Cross-entropy summed over the targets of the batch, divided by n_targets."""
-    (tensors,) = padded(batch, len(batch), run.device)
-    with torch.autocast(run.device.type, torch.bfloat16, enabled=run.dtype == torch.bfloat16):
-        return network(**tensors, num_items_in_batch=n_targets).loss
-
-
 @torch.no_grad()
 def judge(
-    network: torch.nn.Module, rows: Sequence[Example], task: classify.Task, labels: list[list[int]], run: setup.Run
-) -> classify.Verdict:
-    """As classify.judge: the label with the highest log-probability after the prompt wins."""
+    network: torch.nn.Module, examples: Sequence[Example], task: Task, labels: list[list[int]], run: Run
+) -> Verdict:
+    """As data/score.py: the label with the highest log-probability after the prompt wins."""
     network.eval()
-    scores = torch.empty(len(labels), len(rows))
+    scores = torch.zeros(len(labels), len(examples))
     for k, label in enumerate(labels):
-        asked = [Example(np.append(e.ids[: e.first_target], label), e.first_target) for e in rows]
-        for i in range(0, len(asked), 16):
-            (tensors,) = padded(asked[i : i + 16], 16, run.device)
+        asked = [Example(np.append(e.ids[: e.first_target], label), e.first_target) for e in examples]
+        for i, tensors in enumerate(padded(asked, 16, network.device)):
             targets = tensors.pop("labels")[:, 1:]
-            with torch.autocast(run.device.type, torch.bfloat16, enabled=run.dtype == torch.bfloat16):
+            with torch.autocast(network.device.type, torch.bfloat16, enabled=run.dtype == torch.bfloat16):
                 logits = network(**tensors).logits[:, -targets.shape[1] - 1 : -1]  # without those of virtual tokens
-            cost = torch.nn.functional.cross_entropy(logits.mT.float(), targets, reduction="none")
-            scores[k, i : i + 16] = -cost.sum(1).cpu()
-    truth = [task.classes[i] for i in classify.numbers(rows, labels)]
-    return classify.verdict(truth, [task.classes[i] for i in scores.argmax(0).tolist()], task.classes)
+            costs = torch.nn.functional.cross_entropy(logits.mT.float(), targets, reduction="none")
+            scores[k, 16 * i : 16 * i + 16] = -costs.sum(1).cpu()
+    truth = [task.classes[i] for i in numbers(examples, labels)]
+    return verdict(truth, [task.classes[i] for i in scores.argmax(0).tolist()], task.classes)

@@ -2,19 +2,17 @@
 
 import numpy as np
 
-from lit_model.weights import demo as hub
-from lit_model.data.rows import PromptOptions, read_rows
-from lit_model.data.examples import tokenize
-from lit_model.packing import Example
+from lit_model.data.examples import ExampleOptions, tokenize
+from lit_model.data.rows import read_rows
 from lit_model.data.tokenizer import Tokenizer
+from lit_model.packing import Example
+from lit_model.weights.demo import fetch_demo_data, fetch_demo_model
 
 
-def lengths(
-    n: int = 52_002, mean: float = 130.0, sigma: float = 0.62, lo: int = 40, hi: int = 512, seed: int = 0
-) -> np.ndarray:
-    """Lengths in tokens like those of Alpaca's examples: lognormal, clipped."""
+def lengths(n: int = 52_002, mean: float = 130.0, sigma: float = 0.62, seed: int = 0) -> np.ndarray:
+    """Lengths in tokens like those of Alpaca's examples: lognormal, from 40 to 512."""
     rng = np.random.default_rng(seed)
-    return np.clip(np.rint(rng.lognormal(np.log(mean) - sigma**2 / 2, sigma, n)), lo, hi).astype(int)
+    return np.clip(np.rint(rng.lognormal(np.log(mean) - sigma**2 / 2, sigma, n)), 40, 512).astype(int)
 
 
 def alpaca_lengths(vocab_size: int) -> list[Example]:
@@ -24,13 +22,12 @@ def alpaca_lengths(vocab_size: int) -> list[Example]:
     examples = []
     for n in lengths():
         preamble = preambles[int(rng.random() < 0.4)]
-        own = max(int(n) - len(preamble), 8)
-        ids = np.concatenate((preamble, rng.integers(5, vocab_size, own).astype(np.int32)))
-        examples.append(Example(ids, len(preamble) + int(0.3 * own)))
+        n_own = max(int(n) - len(preamble), 8)
+        ids = np.concatenate((preamble, rng.integers(5, vocab_size, n_own).astype(np.int32)))
+        examples.append(Example(ids, len(preamble) + int(0.3 * n_own)))
     return examples
 
 
 def demo_examples() -> list[Example]:
-    hub.fetch_demo_model()
-    hub.fetch_demo_data()
-    return tokenize(read_rows(hub.DEMO_DATA), Tokenizer(hub.DEMO_CHECKPOINT), PromptOptions(), "rows")
+    tokenizer = Tokenizer(fetch_demo_model())
+    return tokenize(read_rows(fetch_demo_data()), tokenizer, ExampleOptions())
