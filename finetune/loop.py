@@ -57,9 +57,9 @@ def fit(
         lr_scale: what the learning rate of a trained tensor is multiplied by, from its name.
         share: compute what examples begin with once; not with dropout.
     """
-    if run.options.dry_run:
-        return dry_run(run, gpt)
     gpt.objective = objective
+    if run.options.dry_run:
+        return dry_run(run, gpt, share, lr_scale)
     network, optimizer = prepare(run, gpt, share, lr_scale)
     progress = run.resume(gpt, optimizer)
     with Watch(run, method, progress) as watch:  # bar, metrics.csv, TensorBoard, signals, clock
@@ -93,7 +93,7 @@ def train_step(
             row_loss = network(idx, packed) / step.n_targets
             if not weight:  # another process counts this row
                 row_loss = row_loss * 0.0
-            run.fabric.backward(row_loss * run.world if run.world > 1 else row_loss)  # they take the mean
+            run.fabric.backward(row_loss * run.world if run.world > 1 else row_loss)  # DDP and FSDP average gradients
         step.loss += row_loss.detach()
         if weight:
             step.n_computed += len(packed.pos)
@@ -162,10 +162,10 @@ def ahead(items: Iterator, n: int = 2) -> Iterator:
             yield item
 
 
-def dry_run(run: Run, gpt: GPT) -> Summary:
+def dry_run(run: Run, gpt: GPT, share: bool, lr_scale: Callable[[str], float]) -> Summary:
     """Prints what a run would need of memory, time and disk; three steps are measured, and nothing is written."""
-    network, optimizer = prepare(run, gpt, share=True, lr_scale=the_same)
-    for step, rows in islice(run.steps(gpt), 3):  # the first one compiles, and fills caches
+    network, optimizer = prepare(run, gpt, share, lr_scale)
+    for step, rows in islice(run.steps(gpt, share=share), 3):  # the first one compiles, and fills caches
         began = time.perf_counter()
         train_step(run, network, optimizer, step, rows)
         step.norm.item()  # waits for the GPU

@@ -1,5 +1,4 @@
-"""Everything round the training that is not training: losses that come back from the GPU later, the bar, the files of
-out_dir, signals and the clock, the closing lines."""
+"""Progress, files, signals and time limits of a run: everything round the training that is not training."""
 
 import csv
 import math

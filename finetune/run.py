@@ -67,7 +67,7 @@ class Train:
     grad_clip: float = 1.0
     """largest norm of the whole gradient; 0: no limit"""
     row_tokens: int | None = may_differ(None)
-    """about the most tokens of a packed row, which is one pass through the network; an example is never cut for it;
+    """approximate most tokens of a packed row, which is one pass through the network; examples are never cut to fit;
     null: 4096 on a CPU; on a GPU 16384, and fewer if its memory demands it"""
     seed: int = 0
     """seed of the validation split, the order of the rows, initial values and dropout"""
@@ -91,21 +91,21 @@ class RunOptions:
     train: Train = field(default_factory=Train)
     examples: ExampleOptions = field(default_factory=ExampleOptions)
     head: Literal["labels", "linear"] = "labels"
-    """for rows of text and label: the label is words after the text, or a class of a trained layer of its own"""
+    """for rows of text and label: labels, predict the label as text; linear, train a classification layer"""
     quantize: Literal["none", "nf4", "int8", "fp8"] = "none"
     """form of the frozen base weights: nf4 (QLoRA) or int8 for little memory, fp8 for speed on an H100"""
     devices: str = may_differ("auto")
-    """auto: the GPU if there is one, or what torchrun or SLURM has started; a number of GPUs of this machine; cpu, or
-    cpu:2 for this many processes"""
+    """auto: one GPU if there is one, else the CPU; under torchrun or SLURM the processes that they started; a number of
+    GPUs of this machine; cpu, or cpu:2 for two processes"""
     strategy: Strategy = may_differ("auto")
-    """use of several devices: ddp, each holds the whole network; fsdp, each a slice of it; fsdp_offload, a slice that
-    waits in the host's memory; auto: ddp"""
+    """use of several devices: ddp, each holds the whole network; fsdp, each a slice of it; fsdp_offload, a slice in the
+    host's memory; auto: ddp"""
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
     """dtype of the base weights and all activations; auto: bfloat16 on GPUs and CPUs that multiply it fast, else
     float32"""
     memory_gb: float | None = may_differ(None)
-    """most GiB of a GPU's memory to use: shorter rows, then recomputed blocks, then the host's memory make it do; null:
-    all that is free"""
+    """most GiB of a GPU's memory to use: to stay below it, rows get shorter, then blocks are recomputed, then their
+    inputs move to the host's memory; null: all that is free"""
     overwrite: bool = may_differ(False)
     """replace the run that out_dir holds; otherwise it is resumed if it was interrupted"""
     dry_run: bool = may_differ(False)
@@ -267,7 +267,7 @@ def start(options: RunOptions) -> Run:
 
 def _state_of(states: States, fabric: Fabric) -> Path | None:
     """The state that a run resumes from. Ends the program where the run is finished."""
-    if (step := states.finished()) is not None:
+    if (step := states.finished_step()) is not None:
         print(f"{states.folder.parent} holds this very run, which ended after step {step}: there is nothing to do")
         sys.exit(0)
     try:

@@ -48,7 +48,7 @@ class Progress:
 
 
 def may_differ(default: Any) -> Any:
-    """An option that may differ when a run resumes: what it computes stays the same, up to rounding."""
+    """Marks an option that may change when a run resumes, since it changes no result beyond rounding."""
     return field(default=default, metadata=dict(may_differ=True))
 
 
@@ -83,7 +83,7 @@ class States:
     def __init__(self, out_dir: Path, identity: dict[str, Any], rank: int = 0):
         self.folder, self.identity, self.rank = out_dir / "state", identity, rank
 
-    def finished(self) -> int | None:
+    def finished_step(self) -> int | None:
         """Last step of the run that is here; None if it is not finished, or there is none.
 
         Raises ValueError if it had other options or data.

@@ -40,7 +40,7 @@ class Options:
     """text around the prompt: none, alpaca, chatml, chat (the checkpoint's template) or your own with {instruction} in
     it; auto: that of the run in method_dir, or none"""
     max_new_tokens: int = 100
-    """most tokens to make"""
+    """maximum number of new tokens"""
     temperature: float = 0.8
     """0: the likeliest token each time; higher: more varied"""
     top_k: int | None = None

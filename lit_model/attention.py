@@ -14,7 +14,6 @@ import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -34,7 +33,7 @@ except ImportError:  # a build of torch without it
 _VARLEN_GQA = varlen_attn is not None and "enable_gqa" in inspect.signature(varlen_attn).parameters
 HAS_TRITON = find_spec("triton") is not None
 
-Prompt = tuple[Tensor, Tensor, Tensor]  # k, v (K, nkv, hs) and a gate (nh,), see attend
+GatedKeys = tuple[Tensor, Tensor, Tensor]  # k, v (K, nkv, hs) and a gate (nh,), see attend
 MOST_PROMPT_KEYS = 128  # that a kernel takes: with head size 128 they fit into the 99 KiB of an RTX 40's shared memory
 
 
@@ -65,7 +64,7 @@ class PackedRow:
     virtual_keys: Tensor | None  # (2, P, nkv, hs) keys and values of this layer in front of every example
     window: int | None  # number of keys that a token sees, itself included; None: all
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, prompts: Sequence[Prompt]) -> Tensor:
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, prompts: Sequence[GatedKeys]) -> Tensor:
         """q (T, nh, hs), k and v (T, nkv, hs) without positions. Returns (T, nh, hs)."""
         if self.virtual_keys is None:
             return attend(q, k, v, self.packed, self.rope, prompts, self.window)  # rotates in fewer passes
@@ -86,7 +85,7 @@ class PackedRow:
 class LastRow(PackedRow):
     """The last layer: keys of all tokens, queries of the wanted ones only."""
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, prompts: Sequence[Prompt]) -> Tensor:
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, prompts: Sequence[GatedKeys]) -> Tensor:
         q, k = rotate(q, self.rope), rotate(k, self.rope)
         k, v = self.behind_virtual(k, v)
         return attend(self.narrow(q), k, v, self.packed, None, prompts, self.window)
@@ -102,7 +101,7 @@ class CachedRow(PackedRow):
     cache: "KVCache"
     layer: int
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, prompts: Sequence[Prompt]) -> Tensor:
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, prompts: Sequence[GatedKeys]) -> Tensor:
         q, k = rotate(q, self.rope), rotate(k, self.rope)
         k, v = self.cache.store(self.layer, self.packed.slots, k, v)  # (slots, nkv, hs): every slot, used or not
         return attend(q, *self.behind_virtual(k, v), self.packed, None, prompts, self.window)
@@ -114,7 +113,7 @@ def attend(
     v: Tensor,
     packed: Packed,
     rope: Rope | None = None,
-    prompts: Sequence[Prompt] = (),
+    prompts: Sequence[GatedKeys] = (),
     window: int | None = None,
 ) -> Tensor:
     """Softmax attention of every segment's queries over the keys that it may see.
@@ -128,7 +127,9 @@ def attend(
     """
     if packed.blocks is not None and window is None and _has_kernels(q):
         small = prompts[:1] if prompts and len(prompts[0][0]) <= MOST_PROMPT_KEYS else ()
-        y = _kernels().packed_attention(q, k, v, packed.blocks, rope, *small)
+        from lit_model.kernels.packed_attention import packed_attention  # needs Triton to be imported
+
+        y = packed_attention(q, k, v, packed.blocks, rope, *small)
         prompts = prompts[len(small) :]
     else:
         q, k, rope = rotate(q, rope), rotate(k, rope), None
@@ -160,13 +161,6 @@ def _fast_16_bit(q: Tensor) -> bool:
 def _has_kernels(q: Tensor) -> bool:
     hs = q.shape[-1]
     return _fast_16_bit(q) and HAS_TRITON and 16 <= hs <= 128 and hs & (hs - 1) == 0
-
-
-def _kernels() -> ModuleType:
-    """kernels.py, which needs Triton to be imported."""
-    from lit_model import kernels
-
-    return kernels
 
 
 @torch.compiler.disable  # every row has other segments: it would be compiled anew for each

@@ -99,10 +99,10 @@ def cli(main: Callable[[Any], None], options_class: type, description: str, posi
 
     Args:
         description: the first lines of --help, usually the script's docstring.
-        positional: fields that may also be given by their place, first of all, without a name.
+        positional: fields that may be given as leading positional arguments.
     """
     parser = _Parser(description=description, formatter_class=_Formatter)
-    about = "a YAML file of options, such as a run's hparams.yaml; options that are given beside it count more"
+    about = "a YAML file of options, such as a run's hparams.yaml; options on the command line override it"
     parser.add_argument("--config", action="config", help=about)
     parser.add_class_arguments(options_class)
     args = sys.argv[1:]

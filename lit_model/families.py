@@ -15,7 +15,7 @@ class Source(NamedTuple):
     """Where one of our tensors lies in a Hugging Face folder."""
 
     name: str  # without the family's prefix
-    part: int | None = None  # index of its third of a fused tensor
+    part: int | None = None  # 0, 1, 2 for q, k, v in GPT-2's c_attn; None: not fused
     transposed: bool = False  # stored as (n_in, n_out)
 
 

@@ -21,8 +21,8 @@ except ImportError:  # not on Windows
 
 @contextmanager
 def reading(path: Path | str) -> Iterator[None]:
-    """The net round everything that parses a file: whatever its content makes go wrong ends as a ValueError that names
-    the file. A file that is not there stays a FileNotFoundError."""
+    """The net round everything that parses a file: turns any error that its content causes into a ValueError that names
+    the file. A missing file stays a FileNotFoundError."""
     try:
         yield
     except (torch.OutOfMemoryError, MemoryError, FileNotFoundError):
@@ -99,8 +99,8 @@ def require_positive(options: Any, *names: str) -> None:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Where to write what is to be the file `path`. It takes that name when it is whole and on the disk: a reader sees
-    the old file or the new one, whatever happens. Another process writes to another place."""
+    """Where to write the file `path`; renamed to it only when completely written and synced: a reader sees the old file
+    or the new one, whatever happens. Another process writes to another place."""
     aside = path.with_name(f"{path.name}.{os.getpid()}.partial")
     aside.unlink(missing_ok=True)  # a link that stands there would be followed
     try:

@@ -1,5 +1,5 @@
-"""load(): a network from a checkpoint folder, with what finetuning runs have trained on it. The only file that knows
-all methods.
+"""load(): a network from a checkpoint folder, plus the tensors that finetuning runs trained for it. The only file that
+knows all methods.
 
 checkpoint folder   a Hugging Face folder (weights/folder.py)
 method folder       lit_method.safetensors   trained tensors; its header names the method, its options and the identity

@@ -59,8 +59,9 @@ def merge(
     print(f"checkpoint: {out_dir}; give generate/base.py the --style that it was trained with")
     if rest or biases:
         merged = Folder(out_dir)
-        name, options = (name, json.loads(header["options"])) if biases or name == "adapter_v2" else ("full", {})
-        options = method_options(name, **options)
+        if not biases:
+            name = {"adapter_v2": "adapter"}.get(name, "full")
+        options = method_options(name, **json.loads(header["options"])) if name != "full" else None
         left = out_dir / name
         left.mkdir(exist_ok=True)
         tensors = _unmerged(merged, name, options, rest, biases)

@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-BLOCK = 64  # queries or keys that a GPU program of kernels.py takes at a time
+BLOCK = 64  # queries or keys that a program of kernels/packed_attention.py takes at a time
 MOST_QUERY_BLOCKS = 16  # that one program goes through for a block of keys
 MIN_SHARED = 16  # a common beginning shorter than this is cheaper computed twice than kept as a segment of its own
 
@@ -51,7 +51,8 @@ class Movable:
 
 @dataclass
 class Blocks(Movable):
-    """Who sees whom, cut into blocks for kernels.py: what to do for which block of queries, and of keys. All int32.
+    """Who sees whom, cut into blocks for kernels/packed_attention.py: what to do for which block of queries, and of
+    keys. All int32.
 
     Segments stand in the order of a tree walk, so a token's descendants are one run: query i sees key j if
     j <= i < until[j].
@@ -285,8 +286,8 @@ def pack_share(
     rank: int,
     world: int,
 ) -> list[tuple[Tensor, Packed, float]]:
-    """The rows of process `rank` of `world`, see `pack`: (idx, packed, weight). Each process gets the same number of
-    rows; one that would lack a row computes one of another process with weight 0."""
+    """The rows of process `rank` of `world`, see `pack`: (idx, packed, weight). A process that would lack a
+    row computes one of another process with weight 0, so that all compute the same number."""
     if share:  # any order will do in which examples with the same beginning are neighbours
         examples = sorted(examples, key=lambda e: e.ids.tobytes())
     groups = list(_fill(examples, row_tokens, share, world))

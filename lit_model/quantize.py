@@ -41,7 +41,7 @@ def quantize(block: nn.Module, kind: Kind, keep: Container[str] = (), last: bool
     linears = {name: m for name, m in block.named_modules() if type(m) is Linear and name.startswith(part)}
     for linear in (m for name, m in linears.items() if f"{name}.weight" not in keep):
         weight = linear.weight.detach()
-        linear.__class__ = KINDS[kind]
+        linear.__class__ = KINDS[kind]  # the layer keeps its name and slots; only `matmul` and `dense` change
         linear.weight = None
         for name, tensor in linear.quantized(weight).items():
             setattr(linear, name, nn.Parameter(tensor, requires_grad=False))  # a parameter: sharding knows no buffers

@@ -247,6 +247,8 @@ FIELDS = {
 
 
 def objects() -> Iterator[Case]:
+    for what, more in (("tied", {}), ("tied, 10**9 layers", dict(num_hidden_layers=10**9))):
+        yield Case("base/config.json", what, fields, [dict(tie_word_embeddings=True) | more], refused=bool(more))
     for file, names in FIELDS.items():
         for name, values in names.items():
             yield from (Case(file, f"{name} is {str(x)[:20]}", fields, [{name: x}]) for x in values)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from conftest import LLAMA, randomize
 
-from generate.base import Options, prompt_style, stops_in
+from generate.base import Options, prompt_style, stop_texts
 from lit_model import generate, model
 from lit_model.generate import sample, stream_text
 
@@ -80,4 +80,6 @@ def test_a_style_of_ones_own_is_taken_as_it_stands():
 
 def test_stops_are_a_text_or_a_list():
     given = {None: [], "###": ["###"], "[INST]": ["[INST]"], '["###", "Q:"]': ["###", "Q:"], "": [], "- a": ["- a"]}
-    assert {text: stops_in(text) for text in given} == given | {"": []}
+    assert {text: stop_texts(text) for text in given} == given | {"": []}
+    with pytest.raises(ValueError, match="--stop is empty"):
+        stop_texts('["###", ""]')

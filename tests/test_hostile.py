@@ -1,8 +1,5 @@
 """A file may hold anything. Whatever is wrong ends in one line that names it and exit code 2: no traceback, no hang, no
-memory for what a header only claims, no code run, nothing lost or left behind. corpus.py has the files.
-
-With -s each file prints how many changes were tried and how they ended.
-"""
+memory for what a header only claims, no code run, nothing lost or left behind. corpus.py has the files."""
 
 import contextlib
 import io
@@ -35,7 +32,7 @@ def home(tiny, tmp_path_factory) -> Path:
 
 @pytest.fixture(autouse=True)
 def bounded(monkeypatch):
-    """Memory that is asked for in vain fails at once, and loops of a template end soon."""
+    """Memory asked for in vain fails at once, and loops of a template end soon."""
     before = resource.getrlimit(resource.RLIMIT_AS)
     resource.setrlimit(resource.RLIMIT_AS, (memory("VmSize") + 3 * 2**30, before[1]))
     monkeypatch.setattr(chat, "MAX_STEPS", 10_000)

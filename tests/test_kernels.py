@@ -6,16 +6,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lit_model.methods import adapter, adapter_v2, bottleneck, ia3, lora, prefix, prompt
-from lit_model import attention, loss, packing
+from lit_model import GPT, Config, attention, loss, packing
 from lit_model.attention import plain_attention, rotate
-from lit_model.load import freeze
-from lit_model.model import Config, rope_angles
+from lit_model.load import method_module, method_options
 from lit_model.packing import Example, Segment, lay_out
 from lit_model.quantize import _to_fp8
+from lit_model.rope import rope_angles
 
-kernels = pytest.importorskip("lit_model.kernels")
-kernels_fp8 = pytest.importorskip("lit_model.kernels_fp8")
+kernels = pytest.importorskip("lit_model.kernels.packed_attention")
+swiglu_fp8 = pytest.importorskip("lit_model.kernels.swiglu_fp8")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
@@ -54,7 +53,7 @@ def test_packed_attention(n_tokens, nh, nkv, hs, n_virtual, only_some, monkeypat
     if only_some:  # the last layer's queries: the last tokens of each example
         ends = [s.until - n_virtual for s in segments[2:]]
         wanted = [np.arange(end - min(3, s.length), end) for s, end in zip(segments[2:], ends)]
-        packed = packing._only(packed, segments, wanted)
+        packed = packing._for_last_layer(packed, segments, np.concatenate(wanted))
     packed = packed.to(torch.device(DEVICE))
     n_keys = len(packed.blocks.until)
     q, k, v = random(len(packed.pos), nh, hs), random(n_keys, nkv, hs), random(n_keys, nkv, hs)
@@ -123,12 +122,12 @@ SLOW = pytest.mark.slow  # 15 s and more each
 
 
 @pytest.mark.parametrize(
-    "method, options, n_graphs",
-    [(adapter, {}, 5), pytest.param(adapter_v2, {}, 5, marks=SLOW), pytest.param(bottleneck, {}, 4, marks=SLOW),
-     pytest.param(ia3, {}, 4, marks=SLOW), (lora, {}, 4), (lora, dict(lora=lora.LoRA(dora=True)), 4), (prefix, {}, 4),
-     pytest.param(prompt, {}, 3, marks=SLOW)],
+    "method, n_graphs",
+    [("adapter", 5), pytest.param("adapter_v2", 5, marks=SLOW), pytest.param("bottleneck", 4, marks=SLOW),
+     pytest.param("ia3", 4, marks=SLOW), ("lora", 4), ("dora", 4), ("prefix", 4),
+     pytest.param("prompt", 3, marks=SLOW)],
 )  # fmt: skip
-def test_nothing_is_compiled_anew_for_rows_of_another_length(method, options, n_graphs, monkeypatch):
+def test_nothing_is_compiled_anew_for_rows_of_another_length(method, n_graphs, monkeypatch):
     """Blocks are compiled once each for: the first ones, whose input needs no gradient (with and without an adapter);
     those between; the last one. And the loss. Nothing in them ends a graph early."""
     monkeypatch.setattr(attention, "_has_kernels", lambda q: True)
@@ -136,8 +135,9 @@ def test_nothing_is_compiled_anew_for_rows_of_another_length(method, options, n_
     compile = torch.compile  # how often is Dynamo's matter, whatever the backend
     monkeypatch.setattr(torch, "compile", lambda f, dynamic, options=None: compile(f, dynamic=dynamic, backend="eager"))
     shape = dict(vocab_size=97, n_layer=5, n_head=2, n_embd=32, n_hidden=48)
-    gpt = method.GPT(method.Config(**shape, **options)).to(DEVICE)
-    freeze(gpt, method.trainable)
+    gpt = GPT(Config(**shape)).requires_grad_(False)
+    method_module(method).install(gpt, method_options(method))
+    gpt.to(DEVICE)
     rng = np.random.default_rng(0)
     counters = torch._dynamo.utils.counters
     torch._dynamo.reset()
@@ -155,8 +155,8 @@ def test_swiglu_to_fp8():
     gate, up, dh = random(30, 72), random(30, 72), torch.randn(30, 72, device=DEVICE)
     h = F.silu(gate) * up
     expected = [_to_fp8(t) for t in (h, *torch.autograd.grad(h, (gate, up), dh))]
-    dgate, dgate_scale, dup, dup_scale = kernels_fp8.swiglu_backward_to_fp8(dh, gate, up)
-    got = [kernels_fp8.swiglu_to_fp8(gate, up), (dgate, dgate_scale), (dup, dup_scale)]
+    dgate, dgate_scale, dup, dup_scale = swiglu_fp8.swiglu_backward_to_fp8(dh, gate, up)
+    got = [swiglu_fp8.swiglu_to_fp8(gate, up), (dgate, dgate_scale), (dup, dup_scale)]
     for (x, scale), (x_, scale_) in zip(got, expected):
         close([(scale, scale_)])
         tolerance = 1e-3 if DEVICE == "cuda" else 0.08  # the interpreter rounds to fp8 towards zero

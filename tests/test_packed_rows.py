@@ -238,9 +238,17 @@ def test_training_attention_on_the_cpu_agrees_with_the_fused_one(monkeypatch):
     assert not cpu.can_take(short[0], lengths)
 
 
-def test_rows_packed_without_the_virtual_tokens_are_refused():
+@pytest.mark.parametrize(
+    "module, options, has",
+    [
+        (prompt, prompt.Prompt(length=3), "3 virtual tokens and 0"),
+        (prefix, prefix.Prefix(length=3), "0 virtual tokens and 3"),
+    ],
+)
+def test_rows_packed_for_another_network_are_refused(module, options, has):
     gpt = model.GPT(model.Config(**LLAMA))
-    prompt.install(gpt, prompt.Prompt(length=3))
     (row,) = pack([Example(np.arange(9, dtype=np.int32), 4)], 100)
-    with pytest.raises(ValueError, match="packed with or without virtual tokens; the network has 3"):
+    assert gpt(*row).isfinite()
+    module.install(gpt, options)
+    with pytest.raises(ValueError, match=f"packed for another network: this one has {has} virtual keys"):
         gpt(*row)

@@ -8,7 +8,7 @@ gradient and LLaMA-Adapter's prompt, a few keys that every query sees in a softm
 Which key a query sees is two numbers in packed order (packing.py): query i sees key j if j <= i < until[j]. The work is
 cut into blocks of BLOCK queries and BLOCK keys, of which `Blocks` lists those that touch. The results do not depend on
 the order in which the GPU runs them, so repeats are bit-identical. The same in plain torch: `_attend_each` and
-`plain_attention` in attention.py; tests/test_packed_attention.py compares them, on a CPU in Triton's interpreter.
+`plain_attention` in attention.py; tests/test_kernels.py compares them, on a CPU in Triton's interpreter.
 
 The method is FlashAttention-2's (https://arxiv.org/abs/2307.08691): softmax in one pass over the keys, probabilities
 recomputed in the backward pass from the saved logarithm of their sum.

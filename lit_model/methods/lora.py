@@ -16,6 +16,7 @@ shrink with the rank; lr_ratio is LoRA+ (https://arxiv.org/abs/2402.12354): B le
 import math
 import re
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 
 import torch
@@ -35,7 +36,7 @@ class LoRA:
     alpha: float = 16.0
     """size of the correction, which is multiplied by alpha / r"""
     targets: str = "q_proj,v_proj"
-    """layers that get one: q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj, lm_head, or regular
+    """layers to adapt: q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj, lm_head, or regular
     expressions of whole names such as blocks.[0-3].mlp.*"""
     dropout: float = 0.0
     """share of the inputs of A that is dropped in training"""
@@ -84,19 +85,14 @@ def target_layers(gpt: GPT, options: LoRA) -> dict[str, Linear]:
     targets = [target.strip() for target in re.split(r",(?![^{]*})", options.targets)]  # not at the comma of {1,3}
     layers = {}
     for target in targets:
-        names = [name for name in linears if name.split(".")[-1] == target or _matches(target, name)]
+        names = []
+        with suppress(re.error):  # not an expression: the name of no layer
+            names = [name for name in linears if name.split(".")[-1] == target or re.fullmatch(target, name)]
         if not names:
             known = ", ".join(sorted({name.split(".")[-1] for name in linears}))
             raise ValueError(f"lora.targets: no layer is called {target or 'nothing'}; there are {known}")
         layers |= {name: linears[name] for name in names}
     return layers
-
-
-def _matches(target: str, name: str) -> bool:
-    try:
-        return re.fullmatch(target, name) is not None
-    except re.error:
-        return False
 
 
 def lr_scale(options: LoRA) -> Callable[[str], float]:

@@ -5,7 +5,7 @@
 The text's positions start after the prefix. It costs no tokens in the row, only keys that all of them see. Trained on
 LLaMA-7B with P = 10: 10 * 2 * 32 * 4096 = 2,621,440 numbers.
 
-Nothing here is zero at the start and the base model at the same time: `zero` keys take their share of every softmax.
+No prefix leaves the base model as it is at the start: `zero` keys, too, take their share of every softmax.
 The nearest to it is `tokens`: the keys and values that the base model has for a text (`init_from_base`), with their
 positions' rotation in them, as if that text stood in front. `random` breaks the model first. `mlp` trains, in their
 stead, an embedding and the paper's two-layer network, P = W_2 tanh(W_1 e), from random; only its output is saved

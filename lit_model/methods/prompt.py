@@ -28,7 +28,7 @@ class Prompt:
     length: int = 20
     """number of trained vectors in front of every example"""
     text: str = ""
-    """words to begin as, repeated if they are too few; empty: any tokens of the vocabulary"""
+    """initial text, repeated or cut to `length`; empty: random tokens of the vocabulary"""
 
 
 class PromptTokens(nn.Module):

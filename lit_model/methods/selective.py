@@ -32,7 +32,7 @@ class Selective:
     n: int = 2
     """number of blocks, for last_blocks"""
     regex: str = ""
-    """regular expression found in the names of the parameters, such as 'attn.*weight'; counts more than `what`"""
+    """regular expression found in the names of the parameters, such as 'attn.*weight'; overrides `what`"""
 
 
 class AddedBias(nn.Module):

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.request import Request, urlopen
 
-from lit_model.files import lock, refuse_pointer
+from lit_model.files import lock
 
 ROOT = Path(__file__).resolve().parents[2]
 DEMO_CHECKPOINT = ROOT / "checkpoints" / "smollm2-135m-instruct"
@@ -145,7 +145,8 @@ def source_of(source: str, out: Path, sha256: str | None) -> Path:
     if "://" in source:
         name = hashlib.sha256(source.encode()).hexdigest()[:8]  # another one for another URL
         return fetch_url(source, out.with_suffix(f".{name}{Path(source).suffix}"), sha256)
-    refuse_pointer(Path(source))
+    if not Path(source).is_file():
+        raise FileNotFoundError(f"{source} is not there")
     _check_sha256(Path(source), source, sha256)
     return Path(source)
 

@@ -51,7 +51,11 @@ class Folder:
             self.family, self.config = read_config(self.hf)
         self._shards: dict[Path, Any] = {}
         self._file_of = {self._short(name): (name, path) for name, path in self._stored()}
-        if self.config.tie and "lm_head.weight" in self._file_of and self._sample("lm_head.weight") != self._sample("wte.weight"):
+        if (
+            self.config.tie
+            and "lm_head.weight" in self._file_of
+            and self._sample("lm_head.weight") != self._sample("wte.weight")
+        ):
             self.config = replace(self.config, tie=False)  # as transformers has it
         shapes = network_shapes(self.config) if self.config.n_layer <= len(self._file_of) else {"too many layers": ()}
         sources = {name: self.family.source(name).name for name in shapes}
@@ -120,7 +124,7 @@ class Folder:
             t = shard[their_name] if isinstance(shard, dict) else shard.get_tensor(their_name)
             if t.dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
                 raise ValueError(f"{their_name} is of the type {t.dtype}: take weights that are not quantized")
-            t = t.T if source.transposed else t
+            t = t.T if source.transposed else t  # first, so that q, k and v lie one below the other
             t = t.chunk(len(self.family.fused))[source.part] if source.part is not None else t
             shape = network_shapes(self.config)[name]
             if t.shape != shape:
@@ -234,4 +238,5 @@ def _theirs(family: Family, tensors: Iterable[tuple[str, Tensor]]) -> Iterator[t
             if len(parts) < len(family.fused):
                 continue
             t = torch.cat([parts[i] for i in range(len(parts))])
+            parts.clear()
         yield family.full_name(source), t.T if source.transposed else t

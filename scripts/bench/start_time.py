@@ -31,7 +31,7 @@ PARTS = {  # the name of a function -> what it does
 
 def main(name: str, args: list[str], to_end: bool) -> None:
     script = importlib.import_module(f"finetune.{name}")
-    report("imported", BEGAN)
+    report("imported", BEGAN, 0.0)
     for module in [m for name, m in list(sys.modules.items()) if name.startswith("finetune.")]:
         for part in PARTS.keys() & vars(module).keys():
             setattr(module, part, timed(vars(module)[part], to_end))
@@ -40,14 +40,14 @@ def main(name: str, args: list[str], to_end: bool) -> None:
     def run(options: Any) -> None:
         summary = script.main(options)
         speed = f"{summary.n_tokens / summary.seconds:,.0f} tokens/s, {summary.peak_gib:.1f} GiB at most"
-        report(f"all, {summary.seconds:.1f} s of it training: {speed}", BEGAN)
+        report(f"all, {summary.seconds:.1f} s of it training: {speed}", BEGAN, 0.0)
 
     importlib.import_module("lit_model.cli").cli(run, script.Options, "")
 
 
-def report(part: str, start: float) -> None:
-    now = time.perf_counter()
-    print(f"{now - BEGAN:7.2f} s after launch {now - start:7.2f} s  {part}", flush=True)
+def report(part: str, start: float, cpu_start: float) -> None:
+    now, cpu = time.perf_counter(), time.process_time() - cpu_start
+    print(f"{now - BEGAN:7.2f} s after launch: {now - start:7.2f} s, {cpu:7.2f} s of CPUs: {part}", flush=True)
 
 
 def timed(function: Callable, to_end: bool) -> Callable:
@@ -55,12 +55,13 @@ def timed(function: Callable, to_end: bool) -> Callable:
 
     @wraps(function)
     def wrapper(*args: Any, **kwargs: Any) -> Any:
-        start, result = time.perf_counter(), function(*args, **kwargs)
+        starts = time.perf_counter(), time.process_time()
+        result = function(*args, **kwargs)
         if part := PARTS.pop(function.__name__, None):
             if (cuda := sys.modules["torch"].cuda).is_initialized():
                 cuda.synchronize()
-            report(part, start)
-        if not PARTS and not to_end:
+            report(part, *starts)
+        if function.__name__ == "train_step" and not to_end:
             shutil.rmtree(OUT_DIR)
             os._exit(0)
         return result
