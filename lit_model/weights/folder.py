@@ -126,7 +126,8 @@ class Folder:
                 raise ValueError(f"{their_name} is of the type {t.dtype}: take weights that are not quantized")
             t = t.T if source.transposed else t  # first, so that q, k and v lie one below the other
             t = t.chunk(len(self.family.fused))[source.part] if source.part is not None else t
-            shape = network_shapes(self.config)[name]
+            shapes = network_shapes(self.config)
+            shape = shapes.get(name, shapes["wte.weight"])  # a tied output layer may be stored, too
             if t.shape != shape:
                 raise ValueError(f"{path}: {their_name} is {tuple(t.shape)}; the model wants {tuple(shape)}")
         return t
