@@ -10,6 +10,7 @@ many there are: the loss is divided by the target tokens of the whole batch.
 """
 
 import atexit
+import gc
 import logging
 import os
 import sys
@@ -67,7 +68,7 @@ def launch(devices: str, strategy: Strategy) -> Fabric:
         how = DDPStrategy(timeout=TIMEOUT, gradient_as_bucket_view=True)
     accelerator = "cpu" if kind == "cpu" else "auto"
     fabric = Fabric(accelerator=accelerator, devices=n, num_nodes=machines, strategy=how, precision="32-true")
-    atexit.register(leave)
+    atexit.register(leave, fabric)
     logging.getLogger("lightning_fabric").setLevel(logging.WARNING)  # not a banner of each process
     parent = os.getppid()
     if "LT_CLI_USED" not in os.environ:  # fabric run: it has joined the others already
@@ -80,10 +81,13 @@ def launch(devices: str, strategy: Strategy) -> Fabric:
     return fabric
 
 
-def leave() -> None:
-    """Ends the process group: the threads of gloo must not outlive it."""
+def leave(fabric: Fabric) -> None:
+    """Ends the threads of gloo before Python does: one that still frees a tensor then would abort the process."""
     if dist.is_initialized():
         dist.destroy_process_group()
+        if isinstance(fabric.strategy, ModelParallelStrategy):  # which torch's caches refer to for ever
+            getattr(fabric.strategy.device_mesh, "_pg_registry", {}).clear()
+        gc.collect()  # they end with the last reference to their group
 
 
 def _started() -> tuple[int | None, int]:

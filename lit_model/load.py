@@ -136,7 +136,7 @@ def _side_by_side(
         if replaced := [key for key in tensors if is_base(key) or key.startswith("heads.")]:
             raise ValueError(f"{folder} replaces {replaced[0]}; side by side go methods that only add to the base")
         donor.load_state_dict(tensors, strict=False, assign=True)
-        gpt.take(name, donor)
+        gpt.take(name, donor.requires_grad_(False).eval())
     return gpt.requires_grad_(False).eval()
 
 

@@ -1,30 +1,39 @@
-"""Every family against transformers, through the commands a user types: logits, decoding, both versions of config.json,
-and the parameter counts of the presets. Run with -s to see the differences."""
+"""Every family against transformers: a folder as it was downloaded, in all its formats; merged, and opened there again;
+config.json of both versions and back; parameter counts of the presets. Run with -s to see the differences."""
 
 import json
+import shutil
 
 import pytest
 import torch
 import transformers
-from conftest import randomize
-from transformers import AutoModelForCausalLM
+from conftest import fail, randomize, save_tokenizer, say
+from safetensors.torch import load_file, save_file
+from test_convert import opened_by_transformers
+from test_methods import build, save, shake
+from transformers import AutoConfig, AutoModelForCausalLM
 
-from lit_model import generate, load, model
-from lit_model.weights.folder import convert_hf, hf_config
-from lit_model.families import PRESETS
+from finetune import full
+from lit_model import GPT, Config, generate, load
+from lit_model.families import PRESETS, read_config, write_config
+from lit_model.load import method_header
+from lit_model.weights.folder import Folder
+from scripts import merge
 
+transformers.logging.disable_progress_bar()
 SIZES = dict(
-    vocab_size=97, hidden_size=64, intermediate_size=112, num_hidden_layers=5, num_attention_heads=4,
-    max_position_embeddings=128, bos_token_id=0, eos_token_id=96, pad_token_id=None,
+    vocab_size=400, hidden_size=64, intermediate_size=112, num_hidden_layers=5, num_attention_heads=4,
+    max_position_embeddings=512, bos_token_id=0, eos_token_id=1, pad_token_id=None,
 )  # fmt: skip
 LLAMA_3 = dict(
     rope_type="llama3", rope_theta=500.0, factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
     original_max_position_embeddings=32,
 )  # fmt: skip
 FAMILIES = {
-    "llama-3": ("Llama", dict(num_key_value_heads=2, rope_parameters=dict(rope_type="default", rope_theta=5e5))),
+    "llama": ("Llama", dict(num_key_value_heads=2, rope_parameters=dict(rope_type="default", rope_theta=5e5))),
     "llama-3.1": ("Llama", dict(num_key_value_heads=2, rope_parameters=LLAMA_3)),
     "llama-3.2": ("Llama", dict(num_key_value_heads=1, rope_parameters=LLAMA_3, tie_word_embeddings=True, head_dim=24)),
+    "llama-biases": ("Llama", dict(num_key_value_heads=4, attention_bias=True, mlp_bias=True)),
     "mistral-window-7": ("Mistral", dict(num_key_value_heads=2, sliding_window=7)),
     "mistral-no-window": ("Mistral", dict(num_key_value_heads=1, sliding_window=None, head_dim=24)),
     "qwen2.5": ("Qwen2", dict(num_key_value_heads=2)),
@@ -32,103 +41,345 @@ FAMILIES = {
     "qwen3": ("Qwen3", dict(num_key_value_heads=2, head_dim=24)),
     "qwen3-tied": ("Qwen3", dict(num_key_value_heads=1, head_dim=40, tie_word_embeddings=True)),
     "smollm3": ("SmolLM3", dict(num_key_value_heads=2)),
-}
+    "gpt2": ("GPT2", dict(n_inner=112)),
+}  # fmt: skip
+MERGED = ("llama", "llama-3.2", "mistral-window-7", "qwen2.5", "qwen2.5-tied", "qwen3", "smollm3", "gpt2")
 
 
-def make(name: str, folder):
-    """(the transformers model, its converted checkpoint folder)"""
-    kind, more = FAMILIES[name]
-    config = getattr(transformers, f"{kind}Config")(**SIZES | more)
-    hf = randomize(AutoModelForCausalLM.from_config(config, attn_implementation="eager"), std=0.1).eval()
-    hf.save_pretrained(folder / "hf")
-    convert_hf(folder / "hf", folder / "lit")
-    return hf, folder / "lit"
+@pytest.fixture(scope="module")
+def downloads(tmp_path_factory, rows):
+    """name -> (the transformers model, its folder with a tokenizer, as save_pretrained leaves it), made when asked for"""
+    made = {}
+
+    def download(name: str):
+        if name not in made:
+            torch.manual_seed(0)
+            folder, (kind, more) = tmp_path_factory.mktemp("hub") / name, FAMILIES[name]
+            config = getattr(transformers, f"{kind}Config")(**SIZES | more)
+            hf = randomize(AutoModelForCausalLM.from_config(config, attn_implementation="eager"), std=0.1).eval()
+            hf.save_pretrained(folder)
+            save_tokenizer(folder, rows)
+            (folder / "chat_template.jinja").write_text("{{ messages[0]['content'] }}")
+            made[name] = hf, folder
+        return made[name]
+
+    return download
+
+
+@pytest.fixture
+def download(request, downloads, tmp_path):
+    """(the transformers model, a folder of our own) of the family `request.param`"""
+    hf, folder = downloads(getattr(request, "param", "llama"))
+    shutil.copytree(folder, tmp_path / "hf")
+    return hf, tmp_path / "hf"
+
+
+def idx_of(folder, length: int = 50) -> torch.Tensor:
+    return torch.randint(0, 400, (2, length))
+
+
+def same(what: str, ours: torch.Tensor, theirs: torch.Tensor) -> None:
+    d, largest = (ours - theirs).abs().max().item(), theirs.abs().max().item()
+    print(f"\n{what}: largest difference {d:.1e}, logits up to {largest:.1f}: {d / largest:.1e}", end="")
+    assert d <= 1e-5 * largest
+
+
+# ------------------------------------------------------------------------------------------------------- as downloaded
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_logits_and_greedy_decoding_equal_transformers(name, tmp_path):
+def test_logits_and_greedy_decoding_equal_transformers(name, downloads):
     """50 tokens are longer than the window of 7 and than the original context of 32."""
-    hf, checkpoint = make(name, tmp_path)
-    gpt, idx = load(checkpoint), torch.randint(0, 97, (2, 50))
+    hf, folder = downloads(name)
+    gpt, idx = load(folder), torch.randint(0, 400, (2, 50))
     with torch.no_grad():
         expected = hf(idx).logits
-    d = (gpt(idx) - expected).abs().max().item()
     flags = {k: v for k, v in vars(gpt.config).items() if k in FLAGS and v not in (None, False)}
-    print(f"{name}: max |difference| {d:.1e}, logits up to {expected.abs().max():.1f}, {flags}")
-    assert d <= 1e-5
+    same(f"{name} {flags}", gpt(idx), expected)
     options = dict(do_sample=False, eos_token_id=None, pad_token_id=0, attention_mask=torch.ones(1, 12).long())
     expected = hf.generate(idx[:1, :12], max_new_tokens=40, **options)[0, 12:].tolist()
     assert list(generate(gpt, idx[0, :12].tolist(), 40, temperature=0)) == expected
 
 
-FLAGS = ("rope_scaling", "window", "qkv_bias", "qk_norm", "no_rope_every", "tie")
+FLAGS = ("rope_scaling", "window", "bias", "qkv_bias", "qk_norm", "no_rope_every", "tie")
+FLAG_OF = dict(rope_scaling="llama-3.1", window="mistral-window-7", qkv_bias="qwen2.5", qk_norm="qwen3",
+               no_rope_every="smollm3")  # fmt: skip
 
 
-@pytest.mark.parametrize("flag", ["rope_scaling", "window", "qkv_bias", "qk_norm", "no_rope_every"])
-def test_each_flag_counts(flag, tmp_path):
+@pytest.mark.parametrize("flag", FLAG_OF)
+def test_each_flag_counts(flag, downloads):
     """Without it the logits are others: the test above would see that."""
-    name = next(n for n in FAMILIES if n.startswith(FLAG_OF[flag]))
-    _, checkpoint = make(name, tmp_path)
-    gpt, idx = load(checkpoint), torch.randint(0, 97, (1, 50))
+    _, folder = downloads(FLAG_OF[flag])
+    gpt, idx = load(folder), torch.randint(0, 400, (1, 50))
     before = gpt(idx)
-    stated = json.loads((checkpoint / "lit_config.json").read_text())
-    assert stated[flag]
-    if flag in ("qkv_bias", "qk_norm"):  # there are tensors for it
-        for block in gpt.blocks:
-            if flag == "qkv_bias":
-                block.attn.k_proj.bias.zero_(), block.attn.q_proj.bias.zero_()
-            else:
-                block.attn.q_norm = torch.nn.Identity()
-    else:
-        (checkpoint / "lit_config.json").write_text(json.dumps(stated | {flag: None}))
-        gpt = load(checkpoint)
+    assert getattr(gpt.config, flag)
+    for block in gpt.blocks:  # there are tensors for it
+        if flag == "qkv_bias":
+            block.attn.k_proj.bias.zero_(), block.attn.q_proj.bias.zero_()
+        if flag == "qk_norm":
+            block.attn.q_norm = torch.nn.Identity()
+    if flag in ("rope_scaling", "window", "no_rope_every"):
+        setattr(gpt.config, flag, None)
     assert (gpt(idx) - before).abs().max() > 1e-3
 
 
-FLAG_OF = dict(rope_scaling="llama-3.1", window="mistral", qkv_bias="qwen2.5", qk_norm="qwen3", no_rope_every="smollm3")
+def as_shards(hf, folder) -> None:
+    (folder / "model.safetensors").unlink()
+    hf.save_pretrained(folder, max_shard_size="100KB")
+    assert len(list(folder.glob("model-*.safetensors"))) > 3
 
 
-@pytest.mark.parametrize("name", ["llama-3", "llama-3.1", "mistral-window-7", "qwen3", "smollm3"])
-def test_config_json_of_transformers_4_says_the_same(name, tmp_path):
+def as_bin(hf, folder) -> None:
+    (folder / "model.safetensors").unlink()
+    torch.save(hf.state_dict(), folder / "pytorch_model.bin")
+
+
+def as_bin_of_an_older_torch(hf, folder) -> None:
+    (folder / "model.safetensors").unlink()
+    torch.save(hf.state_dict(), folder / "pytorch_model.bin", _use_new_zipfile_serialization=False)
+
+
+def as_bin_shards(hf, folder) -> None:
+    (folder / "model.safetensors").unlink()
+    where = {name: f"pytorch_model-{i % 3}.bin" for i, name in enumerate(hf.state_dict())}
+    for file in {*where.values()}:
+        torch.save({name: t for name, t in hf.state_dict().items() if where[name] == file}, folder / file)
+    (folder / "pytorch_model.bin.index.json").write_text(json.dumps(dict(weight_map=where)))
+
+
+def without_prefix(hf, folder) -> None:
+    """As the model without its output layer is stored, such as GPT-2 on the hub."""
+    tensors = load_file(folder / "model.safetensors")
+    save_file({name.removeprefix(f"{hf.base_model_prefix}."): t for name, t in tensors.items()},
+              folder / "model.safetensors", dict(format="pt"))  # fmt: skip
+
+
+FORMATS = (as_shards, as_bin, as_bin_of_an_older_torch, as_bin_shards, without_prefix)
+
+
+@pytest.mark.parametrize("download", ["llama", "qwen2.5-tied", "gpt2"], indirect=True)
+@pytest.mark.parametrize("change", FORMATS)
+def test_every_format_is_the_same_network(download, change):
+    """Bit for bit, under one identity."""
+    hf, folder = download
+    one_file, idx = Folder(folder), torch.randint(0, 400, (2, 20))
+    expected, identity = load(folder)(idx), one_file.identity
+    change(hf, folder)
+    other = Folder(folder)
+    assert other.identity == identity and other.config == one_file.config
+    assert all(torch.equal(other.tensor(name), one_file.tensor(name)) for name in one_file.names)
+    assert torch.equal(load(folder)(idx), expected)
+
+
+def test_what_lies_beside_the_weights_is_ignored(download):
+    """Meta's own files, GGUF files, weights in a second format, and the index of a save before."""
+    _, folder = download
+    identity = Folder(folder).identity
+    (folder / "original").mkdir()
+    for name in ("consolidated.00.pth", "consolidated.safetensors", "original/consolidated.00.pth", "original/params.json",
+                 "model.Q4_0.gguf", "pytorch_model.bin", "tf_model.h5", "model.fp16.safetensors"):  # fmt: skip
+        (folder / name).write_bytes(b"none of our business")
+    stale = dict(weight_map={"model.norm.weight": "model-00001-of-00002.safetensors"})
+    (folder / "model.safetensors.index.json").write_text(json.dumps(stale))
+    assert Folder(folder).identity == identity
+    assert load(folder)(torch.zeros(1, 3, dtype=torch.long)).isfinite().all()
+
+
+@pytest.mark.parametrize("download", ["qwen2.5-tied"], indirect=True)
+def test_an_output_layer_stored_beside_the_embedding_is_taken_as_transformers_takes_it(download):
+    hf, folder = download
+    tensors, idx = load_file(folder / "model.safetensors"), torch.randint(0, 400, (2, 20))
+    embedding = tensors["model.embed_tokens.weight"]
+    for head, tied in ((embedding.clone(), True), (embedding + torch.randn_like(embedding), False)):
+        save_file(tensors | {"lm_head.weight": head}, folder / "model.safetensors", dict(format="pt"))
+        gpt = load(folder)
+        assert gpt.config.tie == tied
+        with torch.no_grad():
+            same("a stored output layer", gpt(idx), AutoModelForCausalLM.from_pretrained(folder).eval()(idx).logits)
+
+
+# ---------------------------------------------------------------------------------------------------------- its identity
+
+
+def test_another_base_of_the_same_shape_is_refused(downloads, download, tmp_path):
+    """Also one of other numbers in one tensor, or in another dtype."""
+    _, folder = download
+    method = save(tmp_path / "m.safetensors", build(folder, "lora"), "lora", folder)
+    load(folder, method)
+    tensors = load_file(folder / "model.safetensors")
+    name = "model.layers.3.mlp.down_proj.weight"
+    for changed in (
+        {n: torch.randn_like(t) for n, t in tensors.items()},
+        tensors | {name: tensors[name] + 1e-3},
+        {n: t.half() for n, t in tensors.items()},
+        tensors | {"model.norm.weight": tensors["model.norm.weight"] * 2},
+    ):
+        save_file(changed, folder / "model.safetensors", dict(format="pt"))
+        assert load(folder)
+        with pytest.raises(ValueError, match=r"m.safetensors was trained on another base than .*hf"):
+            load(folder, method)
+    save_file(tensors, folder / "model.safetensors", dict(format="pt"))
+    load(folder, method)
+
+
+# -------------------------------------------------------------------------------------------------------------- merged
+
+
+LEFT = {  # what stays in a method folder beside the merged network
+    "lora-all": {},
+    "ia3": {},
+    "selective-bitfit": dict.fromkeys(("mistral-window-7", "qwen3"), "selective"),
+    "adapter_v2": dict.fromkeys(MERGED, "adapter_v2"),  # v1's prompts, and a bias of the output layer
+}
+OPTIONS = {"lora-all": dict(r=3, targets="q_proj,v_proj,o_proj,up_proj,down_proj,lm_head")}
+
+
+@pytest.mark.parametrize("method", LEFT)
+@pytest.mark.parametrize("name", MERGED)
+def test_merged_folders_are_opened_by_transformers(name, method, downloads, tmp_path, capsys, monkeypatch):
+    _, folder = downloads(name)
+    gpt = shake(build(folder, method, OPTIONS.get(method)))
+    run, out, idx = tmp_path / "run", tmp_path / "out", torch.randint(0, 400, (2, 50))
+    run.mkdir()
+    save(run / "lit_method.safetensors", gpt, method, folder, OPTIONS.get(method))
+    stdout = say(merge, capsys, monkeypatch, f"--checkpoint_dir {folder} --method_dir {run} --out_dir {out}")
+    unmerged = load(folder, run)(idx)
+    assert (unmerged - load(folder)(idx)).abs().max() > 1e-2
+
+    left = [path for path in out.iterdir() if path.is_dir()]
+    assert [path.name for path in left] == [LEFT[method][name]] * (name in LEFT[method])
+    assert ("the rest of it does not merge" in stdout) == bool(left)
+    same(f"{name} {method}, merged", load(out, left)(idx), unmerged)
+    hf, _ = opened_by_transformers(out)  # whose logits and ids are ours
+    with torch.no_grad():
+        same("in transformers", load(out)(idx), hf(idx).logits)
+    for file in ("generation_config.json", "chat_template.jinja", "tokenizer.json", "tokenizer_config.json"):
+        assert (out / file).read_bytes() == (folder / file).read_bytes()
+    stated, source = (json.loads((path / "config.json").read_text()) for path in (out, folder))
+    if method in ("selective-bitfit", "adapter_v2") and name in ("llama", "llama-3.2", "smollm3"):
+        assert stated["attention_bias"] is stated["mlp_bias"] is True and stated["model_type"] == source["model_type"]
+    if method in ("lora-all", "ia3") and not source["tie_word_embeddings"]:
+        assert stated == source
+
+
+@pytest.mark.parametrize("download", ["qwen2.5"], indirect=True)
+def test_biases_that_its_family_cannot_say_make_it_a_llama(download, tmp_path):
+    _, folder = download
+    file = save(tmp_path / "m.safetensors", shake(build(folder, "selective-bitfit")), "selective-bitfit", folder)
+    from lit_model.merge import merge
+
+    merge(folder, file, tmp_path / "out")
+    stated = json.loads((tmp_path / "out/config.json").read_text())
+    assert (stated["model_type"], stated["architectures"]) == ("llama", ["LlamaForCausalLM"])
+    assert stated["attention_bias"] is stated["mlp_bias"] is True and stated["eos_token_id"] == 1
+
+
+def test_full_finetuning_leaves_a_folder_for_transformers(tiny, tmp_path, capsys, monkeypatch):
+    """Beside an ordinary method folder, which loads and merges."""
+    flags = f"--checkpoint_dir {tiny}/base --data {tiny}/data.json --devices cpu --dtype float32 --train.max_steps 2"
+    say(full, capsys, monkeypatch, f"{flags} --train.sample= --out_dir {tmp_path}/run")
+    idx = torch.randint(0, 400, (1, 30))
+    trained = load(tiny / "base", tmp_path / "run")(idx)
+    assert (trained - load(tiny / "base")(idx)).abs().max() > 1e-3
+    same("full finetuning", load(tmp_path / "run/hf")(idx), trained)
+    opened_by_transformers(tmp_path / "run/hf")
+    out = tmp_path / "out"
+    say(merge, capsys, monkeypatch, f"--checkpoint_dir {tiny}/base --method_dir {tmp_path}/run --out_dir {out}")
+    assert (out / "model.safetensors").read_bytes() == (tmp_path / "run/hf/model.safetensors").read_bytes()
+    assert method_header(tmp_path / "run")["method"] == "full"
+    say(full, capsys, monkeypatch, f"{flags} --train.sample= --out_dir {tmp_path}/slim --save_hf false")
+    assert not (tmp_path / "slim/hf").exists()
+
+
+def test_what_does_not_merge_is_refused(downloads, tmp_path, capsys, monkeypatch):
+    _, folder = downloads("llama")
+    for method in ("adapter", "prefix", "prompt", "bottleneck"):
+        file = save(tmp_path / f"{method}.safetensors", build(folder, method), method, folder)
+        flags = f"--checkpoint_dir {folder} --method_dir {file} --out_dir {tmp_path}/out"
+        assert f"{method} cannot be merged" in fail(merge, capsys, monkeypatch, flags)
+    assert not (tmp_path / "out").exists()
+
+
+# --------------------------------------------------------------------------------------------------------- config.json
+
+
+@pytest.mark.parametrize("download", ["llama", "llama-3.1", "mistral-window-7", "qwen3", "smollm3"], indirect=True)
+def test_config_json_of_transformers_4_says_the_same(download):
     """There rope_theta stood by itself, the rest in rope_scaling."""
-    _, checkpoint = make(name, tmp_path)
-    path = tmp_path / "hf/config.json"
-    stated = json.loads(path.read_text())
+    _, folder = download
+    expected, stated = Folder(folder).config, Folder(folder).hf
     rope = stated.pop("rope_parameters")
     stated |= dict(rope_theta=rope.pop("rope_theta"), rope_scaling=None if rope["rope_type"] == "default" else rope)
-    path.write_text(json.dumps(stated))
-    assert hf_config(path) == model.Config.load(checkpoint)
+    stated["torch_dtype"] = stated.pop("dtype")
+    assert read_config(stated)[1] == expected
     if stated["rope_scaling"]:
-        path.write_text(json.dumps(stated | {"rope_scaling": {**rope, "rope_type": "yarn"}}))
-        with pytest.raises(ValueError, match="config.json: rope scaling of type 'yarn' is not supported"):
-            hf_config(path)
+        with pytest.raises(ValueError, match="rope scaling of type 'yarn' .* not supported"):
+            read_config(stated | {"rope_scaling": {**rope, "rope_type": "yarn"}})
+    (folder / "config.json").write_text(json.dumps(stated))
+    assert Folder(folder).config == expected
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_preset_is_written_and_read_as_itself(name):
+    """By us, as transformers understands it, and over the config.json of a network of its kind."""
+    config = Config.from_name(name)
+    stated = write_config(config)
+    assert read_config(json.loads(json.dumps(stated)))[1] == config
+    theirs = AutoConfig.for_model(**stated)
+    assert theirs.architectures == stated["architectures"]
+    assert read_config(json.loads(theirs.to_json_string(use_diff=False)))[1] == config
+    again = write_config(config, {**stated, "transformers_version": "4.40.0", "pad_token_id": 7})
+    assert again == {**stated, "transformers_version": "4.40.0", "pad_token_id": 7}
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_config_is_written_over_its_source_as_it_was(name, downloads):
+    folder = Folder(downloads(name)[1])
+    assert write_config(folder.config, folder.hf) == folder.hf
+    assert read_config(write_config(folder.config))[1] == folder.config
 
 
 @pytest.mark.parametrize(
     "name, change, says",
     [
         ("qwen2.5", dict(use_sliding_window=True), "use_sliding_window is True, which is not supported"),
+        ("qwen3", dict(attention_bias=True), "attention_bias is True, which is not supported"),
         ("smollm3", dict(no_rope_layers=[1, 0, 0, 1, 1]), "not every n-th layer is without rope"),
-        ("llama-3", dict(attention_bias=True), "attention_bias is True"),
-        ("llama-3", dict(hidden_act="gelu"), "hidden_act is 'gelu'"),
-        ("llama-3", dict(model_type="gemma"), "model_type is 'gemma'; known are gpt2, llama, mistral, qwen2, qwen3"),
-        ("llama-3", dict(rms_norm_eps=None), "lacks rms_norm_eps"),
-        (
-            "llama-3",
-            dict(rope_parameters={"full_attention": {"rope_theta": 1e6}}),
-            "its rope parameters are not one set",
-        ),
-        ("llama-3", dict(rope_parameters="linear"), "its rope parameters are not one set"),
-        ("llama-3", dict(rope_parameters={"partial_rotary_factor": 0.5}), "partial_rotary_factor is 0.5"),
+        ("llama", dict(attention_bias=True), "attention_bias is True and mlp_bias is not"),
+        ("llama", dict(hidden_act="gelu"), "hidden_act is 'gelu', which is not supported"),
+        ("llama", dict(model_type="gemma"), "model_type is 'gemma'; known are llama, mistral, qwen2, qwen3, smollm3, gpt2"),
+        ("llama", dict(model_type=["llama"]), r"model_type is \['llama'\]; known are"),
+        ("llama", dict(rms_norm_eps=None), "lacks rms_norm_eps"),
+        ("llama", dict(num_attention_heads=3), "n_head 3 is not a multiple of n_kv_head 2"),
+        ("llama", dict(vocab_size="many"), "vocab_size is 'many'"),
+        ("llama", dict(quantization_config=dict(quant_method="gptq")), r"its weights are quantized \(gptq\)"),
+        ("llama", dict(rope_parameters={"full_attention": {"rope_theta": 1e6}}), "its rope parameters are not one set"),
+        ("llama", dict(rope_parameters="linear"), "its rope parameters are not one set"),
+        ("llama", dict(rope_parameters={"partial_rotary_factor": 0.5}), "partial rotary positions are not supported"),
+        ("gpt2", dict(activation_function="relu"), "activation_function is 'relu', which is not supported"),
+        ("gpt2", dict(scale_attn_by_inverse_layer_idx=True), "scale_attn_by_inverse_layer_idx is True, which is not"),
     ],
-)
-def test_what_is_not_known_is_named(name, change, says, tmp_path):
-    make(name, tmp_path)
-    path = tmp_path / "hf/config.json"
-    stated = json.loads(path.read_text()) | change
-    path.write_text(json.dumps({k: v for k, v in stated.items() if v is not None}))
-    with pytest.raises(ValueError, match="config.json.*" + says.replace("(", r"\(")):
-        hf_config(path)
+)  # fmt: skip
+def test_what_is_not_known_is_named(name, change, says, downloads, tmp_path):
+    stated = Folder(downloads(name)[1]).hf | change
+    (tmp_path / "config.json").write_text(json.dumps({k: v for k, v in stated.items() if v is not None}))
+    with pytest.raises(ValueError, match=f"config.json.*{says}"):
+        Folder(tmp_path)
+
+
+def test_quantized_weights_are_named(download):
+    _, folder = download
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.norm.weight"] = tensors["model.norm.weight"].to(torch.int8)
+    save_file(tensors, folder / "model.safetensors")
+    with pytest.raises(ValueError, match="model.safetensors.*model.norm.weight is of the type torch.int8"):
+        load(folder)
+
+
+def test_a_folder_of_the_old_format_is_told_what_to_do(tmp_path):
+    (tmp_path / "lit_config.json").write_text("{}")
+    with pytest.raises(FileNotFoundError, match="older format: make it anew with scripts/download.py or"):
+        load(tmp_path)
 
 
 COUNTS = {  # as their publishers state them
@@ -149,13 +400,5 @@ COUNTS = {  # as their publishers state them
 @pytest.mark.parametrize("name", PRESETS)
 def test_presets_have_the_published_number_of_parameters(name):
     with torch.device("meta"):
-        gpt = model.GPT(model.Config.from_name(name))
+        gpt = GPT(Config.from_name(name))
     assert sum(p.numel() for p in gpt.parameters()) == COUNTS[name]
-
-
-def test_configs_written_before_there_were_these_flags_load(tmp_path):
-    _, checkpoint = make("llama-3", tmp_path)
-    stated = json.loads((checkpoint / "lit_config.json").read_text())
-    new = ("rope_scaling", "no_rope_every", "window", "qkv_bias", "qk_norm", "bias", "head_bias")
-    (checkpoint / "lit_config.json").write_text(json.dumps({k: v for k, v in stated.items() if k not in new}))
-    assert model.Config.load(checkpoint) == hf_config(tmp_path / "hf/config.json")

@@ -1,22 +1,24 @@
 """On a GPU: rows, compiled blocks and recomputed ones give the CPU's numbers; memory, waiting, repeats."""
 
 import copy
+import os
 import subprocess
 import sys
-from pathlib import Path
+from itertools import islice
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from conftest import randomize
+from conftest import ROOT, randomize
 from lightning_fabric import Fabric
 from safetensors.torch import load_file
 
-from finetune import loop, setup
-from finetune.report import Step
-from lit_model.methods import adapter, full, lora
+from finetune import loop, run
+from finetune.report import Ask, Step
 from lit_model import generate, model
-from lit_model.load import freeze
+from lit_model.load import method_module, method_options
+from lit_model.methods import lora
 from lit_model.packing import Example, pack
 from lit_model.quantize import FP8MLP, quantize
 
@@ -32,13 +34,10 @@ def examples(n: int, seed: int) -> list[Example]:
 
 
 def build(family: dict, method: str) -> model.GPT:
-    gpt = model.GPT(model.Config(**family))
-    methods = {"adapter": (adapter, adapter.Adapter(start_layer=1)), "full": (full, None), "lora": (lora, lora.LoRA())}
-    module, options = methods[method]
-    module.install(gpt, options)
-    randomize(gpt, std=0.1)
-    freeze(gpt, module.trainable)
-    return gpt
+    gpt = model.GPT(model.Config(**family)).requires_grad_(False)
+    options = dict(start_layer=1) if method == "adapter" else {}
+    method_module(method).install(gpt, method_options(method, **options))
+    return randomize(gpt, std=0.1)
 
 
 def step(gpt: model.GPT, data: list[Example]) -> tuple[float, torch.Tensor]:
@@ -108,64 +107,68 @@ def wide(quantize_to: str = "none") -> model.GPT:
     """A network wide enough for its memory to be measured."""
     config = dict(vocab_size=4096, n_layer=8, n_head=8, n_embd=1024, n_hidden=2816)
     with torch.device("cuda"):
-        gpt = model.GPT(model.Config(**config)).bfloat16()
+        gpt = model.GPT(model.Config(**config)).bfloat16().requires_grad_(False)
         lora.install(gpt, lora.LoRA())
     gpt.dtype = torch.bfloat16
     if quantize_to != "none":
         for block in gpt.blocks:
             quantize(block, quantize_to)
-    freeze(gpt, lora.trainable)
     return gpt
 
 
-def prepared(gpt: model.GPT, **options) -> tuple:
-    train = setup.Train(batch_size=100)
-    fabric = Fabric(accelerator="cuda", devices=1)
+def prepared(gpt: model.GPT, device: str = "cuda", **options) -> tuple:
+    """(run, network, optimizer) over random examples"""
+    fabric = Fabric(accelerator=device, devices=1)
     fabric.launch()
     rng = np.random.default_rng(0)
-    data = [Example(rng.integers(0, 4096, k).astype(np.int32), 20) for k in rng.integers(30, 200, 1600)]
-    run = setup.Run(setup.Options(train=train, compile="off", **options), fabric, gpt.dtype, None, data, [], 16384)
-    return loop.prepare(run, gpt)
+    examples = [Example(rng.integers(0, 4096, k).astype(np.int32), 20) for k in rng.integers(30, 200, 1600)]
+    a_run = run.Run(
+        options=run.RunOptions(train=run.Train(batch_size=100), **options), fabric=fabric, dtype=gpt.dtype,
+        base=SimpleNamespace(config=gpt.config), tokenizer=None, train_examples=examples, val_examples=[],
+        row_tokens=16384, task=None, states=None, state=None,
+    )  # fmt: skip
+    return a_run, *run.prepare(a_run, gpt, share=True, lr_scale=loop.the_same)
 
 
-def steps(run, network, optimizer, gpt, n: int) -> list[Step]:
-    stream = loop.with_rows(loop.batches(run.train_examples, run.options.train), gpt, run, share=True)
+def steps(a_run, network, optimizer, gpt: model.GPT, n: int) -> list[Step]:
     done = []
-    for number, (batch, rows) in zip(range(n), stream):
-        done.append(Step(number, 1e-3, batch))
-        loop.train_step(run, network, optimizer, done[-1], rows)
-    torch.cuda.synchronize()
+    for step, rows in islice(a_run.steps(gpt), n):
+        loop.train_step(a_run, network, optimizer, step, rows)
+        step.send(Ask.GO)
+        done.append(step)
     return done
 
 
 @pytest.mark.parametrize("memory_gb", [None, 1.2, 0.6])
-def test_a_run_needs_the_memory_that_was_estimated(memory_gb):
+def test_a_run_needs_the_memory_that_was_tried(memory_gb, capsys):
     gpt = wide()
-    run, network, optimizer, plan = prepared(gpt, memory_gb=memory_gb)
+    prepared_run = prepared(gpt, memory_gb=memory_gb)
+    torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
-    steps(run, network, optimizer, gpt, 10)
+    steps(*prepared_run, gpt, 10)
     peak = torch.cuda.max_memory_allocated() / 2**30
     torch.cuda.set_per_process_memory_fraction(1.0)
-    print(f"{plan.report}; peak {peak:.2f} GiB")
+    line = capsys.readouterr().out.splitlines()[-1]
+    print(f"{line}; peak {peak:.2f} GiB")
     if memory_gb is None:
-        estimate = float(plan.report.split("needs ")[1].split(" GiB")[0])
-        assert gpt.recompute == "off" and peak == pytest.approx(estimate, rel=0.15, abs=0.1)
+        stated = float(line.split("needs ")[1].split(" GiB")[0])
+        assert gpt.recompute == "off" and peak == pytest.approx(stated, rel=0.15, abs=0.1)
     else:
-        assert peak <= memory_gb and (gpt.recompute != "off" or "rows of" in plan.report)
+        assert peak <= memory_gb and (gpt.recompute != "off" or prepared_run[0].row_tokens < 16384)
 
 
 def test_a_step_never_waits_for_the_gpu():
     gpt = wide()
-    run, network, optimizer, _ = prepared(gpt)
-    steps(run, network, optimizer, gpt, 2)
+    a_run, network, optimizer = prepared(gpt)
+    steps(a_run, network, optimizer, gpt, 2)
+    step, rows = next(a_run.steps(gpt))
+    torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
         with pytest.raises(RuntimeError):
             torch.ones((), device="cuda").item()
-        stream = loop.with_rows(loop.batches(run.train_examples, run.options.train), gpt, run, share=True)
-        batch, rows = next(stream)
-        step = Step(1, 1e-3, batch)
-        loop.train_step(run, network, optimizer, step, rows)
+        loop.train_step(a_run, network, optimizer, step, rows)
+        step.send(Ask.GO)
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert all(np.isfinite(step.receive()))
@@ -190,28 +193,28 @@ def test_an_fp8_mlp_equals_its_layers(bias):
         assert (a - b).norm() < 0.05 * b.norm()
 
 
-@pytest.mark.parametrize("kind", ["none", "fp8", "nf4"])
+@pytest.mark.parametrize("kind", ["none", "fp8", "nf4", "compiled"])
 def test_steps_repeat_bit_for_bit(kind):
-    seen = []
+    ends = []
     for _ in range(2):
         torch.manual_seed(0)
-        gpt = wide(kind)
-        run, network, optimizer, _ = prepared(gpt)
-        steps(run, network, optimizer, gpt, 3)
-        seen.append(torch.cat([p.detach().flatten() for p in gpt.parameters() if p.requires_grad]))
-    assert torch.equal(*seen)
+        torch._dynamo.reset()
+        gpt = wide("none" if kind == "compiled" else kind)
+        if kind == "compiled":
+            gpt.compile()
+        steps(*prepared(gpt), gpt, 3)
+        ends.append(torch.cat([p.detach().flatten() for p in gpt.parameters() if p.requires_grad]))
+    assert torch.equal(*ends)
 
 
-def test_a_deterministic_run_repeats_bit_for_bit(tiny, tmp_path):
-    """Each in a process of its own: cuBLAS reads its setting once."""
-    script = Path(__file__).parents[1] / "finetune" / "lora.py"
-    flags = (
-        f"--checkpoint_dir {tiny}/base --data {tiny}/data.json --deterministic true --compile on --train.max_steps 4"
-    )
+def test_a_run_repeats_bit_for_bit(tiny, tmp_path):
+    """Each in a process of its own."""
+    flags = f"--checkpoint_dir {tiny}/base --data {tiny}/data.json --train.max_steps 4 --train.sample="
     for name in "ab":
-        subprocess.run([sys.executable, script, *flags.split(), "--out_dir", tmp_path / name], check=True)
+        command = [sys.executable, "finetune/lora.py", *flags.split(), "--out_dir", tmp_path / name]
+        subprocess.run(command, check=True, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)})
     a, b = (load_file(tmp_path / name / "last.safetensors") for name in "ab")
-    assert all(torch.equal(a[name], b[name]) for name in a)
+    assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
 def test_greedy_decoding_on_the_gpu_equals_the_cpu(family):

@@ -8,15 +8,15 @@ added to a file, one JSON object a line, and printed as a table.
 """
 
 import gc
-import os
+import json
 import subprocess
 import sys
+import traceback
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from itertools import islice, product
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Literal
 
 import torch
@@ -26,15 +26,14 @@ from finetune import memory
 from finetune.devices import launch, total
 from finetune.loop import ahead, the_same, train_step
 from finetune.report import Step, peak_memory
-from finetune.run import Run, RunOptions, Train, batches, prepare
+from finetune.run import Run, RunOptions, Train, batches, build, prepare
 from lit_model.cli import cli
-from lit_model.load import METHODS, initialize, method_module, method_options
-from lit_model.model import GPT, Config
+from lit_model.load import METHODS, method_options
+from lit_model.model import Config
 from lit_model.packing import Example
-from lit_model.quantize import quantize
-from scripts.bench.bench_table import Result, commit, read_lines, save, table
+from scripts.bench.bench_table import Result, commit, read_lines, table
 from scripts.bench.kernel_time import mfu, print_kernels, product_seconds, sync
-from scripts.bench.workload import alpaca_lengths, demo_examples
+from scripts.bench.workload import RandomFolder, alpaca_lengths, demo_examples
 
 ALL_LINEARS = dict(r=16, targets="q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj")
 VARIANTS = {"lora-all": ("lora", ALL_LINEARS), "dora-all": ("dora", ALL_LINEARS)}
@@ -65,8 +64,6 @@ class Options:
     """alpaca-lengths: random tokens in examples of Alpaca's lengths; demo: the rows of the demo"""
     batch_size: int = 128
     """examples per optimizer step and device"""
-    row_tokens: int = 16384
-    """about the most tokens of a packed row"""
     steps: int = 10
     """optimizer steps that count, after three that do not; the peer takes two after one"""
     memory_gb: float | None = None
@@ -156,11 +153,11 @@ def measure(measured: Callable[[Case], Result], case: Case) -> None:
         about = dict(when=datetime.now().isoformat(timespec="minutes"), on=on, torch=torch.__version__, commit=commit())
         about |= asdict(case.options) | dict(method=case.name, precision=case.precision, world=case.fabric.world_size)
         if case.fabric.is_global_zero:
-            save(case.options.out, about | asdict(result))
-    except Exception as e:  # of whatever library the peer uses
-        if os.environ.get("LIT_TRACEBACK"):
-            raise
-        print(f"{measured.__name__}: {case.name} {case.precision}: {type(e).__name__}: {e}", file=sys.stderr)
+            with open(case.options.out, "a") as file:
+                file.write(json.dumps(about | asdict(result), default=str) + "\n")
+    except Exception:  # of whatever library the peer uses
+        traceback.print_exc()
+        print(f"{measured.__name__}: {case.name} {case.precision} failed", flush=True)
     case.fabric.barrier()  # until the line is in the file
     torch._dynamo.reset()
     gc.collect()
@@ -174,10 +171,63 @@ def ours(case: Case) -> Result:
     options, device, world = case.options, case.device, case.fabric.world_size
     n_steps = WARM_UP + options.steps + PROFILED
     train = Train(lr=1e-4, batch_size=options.batch_size * world, epochs=10**6, max_steps=n_steps, sample="")
+    settings = RunOptions(train=train, quantize=PRECISIONS[case.precision], memory_gb=options.memory_gb)
+    torch.manual_seed(0)
+    began = sync(device)
+    run = Run(
+        settings, case.fabric, case.dtype, RandomFolder(case.config, case.dtype, device), tokenizer=None,
+        train_examples=case.examples, val_examples=[], row_tokens=16384, task=None, states=None, state=None,
+    )  # fmt: skip
+    gpt = build(run, case.method, case.method_options)
+    network, optimizer = prepare(run, gpt, share=True, lr_scale=the_same)
+    if options.recompute == "on" and gpt.recompute == "off":
+        gpt.recompute = "on"
+    stream = ahead(run.steps(gpt))
+
+    def take(n: int) -> list[tuple[Step, int]]:
+        """Steps, and the number of rows of each."""
+        steps = []
+        for step, rows in islice(stream, n):
+            train_step(run, network, optimizer, step, rows)
+            steps.append((step, len(rows)))
+        return steps
+
+    take(WARM_UP)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    start = sync(device)
+    steps, counts = zip(*take(options.steps))
+    seconds = sync(device) - start
+    peak = peak_memory(device)
+    if options.profile:
+        print_kernels(lambda: take(PROFILED), device)
+    n_real, n_rows = sum(len(e.ids) for s in steps for e in s.batch), sum(counts)
+    n_computed, n_own_targets = sum(s.n_computed for s in steps), sum(s.n_own_targets for s in steps)
+    ways = {"off": "", "on": ", blocks recomputed", "offload": ", blocks recomputed, inputs on the host"}
+    return Result(
+        "lit-model",
+        f"{n_rows / len(steps):.0f} rows of {n_computed / n_rows:,.0f} tokens{ways[gpt.recompute]}",
+        tokens_per_second=n_real / seconds,
+        step_ms=1e3 * seconds / len(steps),
+        peak_gib=peak,
+        loss=total(steps[-1].loss).item(),
+        start_s=start - began,
+        mfu=mfu(gpt, n_computed, n_own_targets, seconds),
+        products=product_seconds(gpt, device, n_rows, n_computed, n_own_targets) / seconds,
+    )
+
+
+# ------------------------------------------------------------------------------------------------------------ ours
+
+
+def ours(case: Case) -> Result:
+    options, device, world = case.options, case.device, case.fabric.world_size
+    n_steps = WARM_UP + options.steps + PROFILED
+    train = Train(lr=1e-4, batch_size=options.batch_size * world, epochs=10**6, max_steps=n_steps, sample="")
     run = Run(
         options=RunOptions(train=train, memory_gb=options.memory_gb), fabric=case.fabric, dtype=case.dtype,
         base=SimpleNamespace(config=case.config), tokenizer=None, train_examples=case.examples, val_examples=[],
-        row_tokens=options.row_tokens, task=None, states=None, state=None,
+        row_tokens=16384, task=None, states=None, state=None,
     )  # fmt: skip
     torch.manual_seed(0)
     began = sync(device)

@@ -36,11 +36,6 @@ def commit() -> str:
     return subprocess.run(describe, cwd=Path(__file__).parent, capture_output=True, text=True).stdout.strip()
 
 
-def save(path: Path, line: dict[str, Any]) -> None:
-    with open(path, "a") as file:
-        file.write(json.dumps(line, default=str) + "\n")
-
-
 def read_lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 

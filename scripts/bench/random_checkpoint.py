@@ -5,32 +5,23 @@ The words are made of syllables, and each is one token of a byte-level tokenizer
 """
 
 import json
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from torch import Tensor
 
 from lit_model.cli import choose_device, cli
 from lit_model.data.examples import render
 from lit_model.files import refuse_used, write_text
-from lit_model.load import initialize
-from lit_model.model import GPT, Config
+from lit_model.model import Config
 from lit_model.weights.folder import save_folder
-from scripts.bench.workload import lengths
+from scripts.bench.workload import RandomFolder, lengths
 
 SYLLABLES = [a + b for a in "bdfgklmnprst" for b in "aeiou"]
 WORDS = [a + b for a in SYLLABLES for b in SYLLABLES]
-PAIRS = (
-    "appropri ately",
-    "comple tes",
-    "pa ired",
-    "Inst ruction",
-    "## #",
-)  # so preambles have LLaMA's 29 and 39 tokens
+PAIRS = "appropri|ately comple|tes pa|ired Inst|ruction ##|#".split()  # so preambles have LLaMA's 29 and 39 tokens
 
 
 @dataclass
@@ -51,21 +42,10 @@ def main(options: Options) -> None:
     tokenizer = train_tokenizer(config.vocab_size)
     stated = {"bos_token": "<s>", "eos_token": "</s>", "add_bos_token": True}
     files = {"tokenizer.json": tokenizer.to_str().encode(), "tokenizer_config.json": json.dumps(stated).encode()}
-    save_folder(options.out_dir, config, random_tensors(config), files)
+    folder = RandomFolder(config, torch.bfloat16, choose_device("auto"))  # a GPU draws them in a moment
+    save_folder(options.out_dir, config, ((name, folder.tensor(name)) for name in folder.names), files)
     write_text(options.out_dir / "rows.json", json.dumps(random_rows(tokenizer, options.n_rows)))
     print(f"made {options.out_dir}/: {options.preset} with random weights, and rows.json of {options.n_rows:,} rows")
-
-
-def random_tensors(config: Config) -> Iterator[tuple[str, Tensor]]:
-    """The tensors of a new network, one module after the other, in bfloat16."""
-    torch.manual_seed(0)
-    with torch.device("meta"):
-        gpt = GPT(config)
-    for path, module in gpt.named_modules():
-        if names := [name for name, _ in module.named_parameters(recurse=False)]:
-            initialize(module.to(torch.bfloat16), choose_device("auto"))  # a GPU draws them in a moment
-            yield from ((f"{path}.{name}", getattr(module, name).detach().cpu()) for name in names)
-            module.to("meta")
 
 
 def train_tokenizer(vocab_size: int) -> Tokenizer:
@@ -77,7 +57,7 @@ def train_tokenizer(vocab_size: int) -> Tokenizer:
     trainer = trainers.BpeTrainer(vocab_size=vocab_size, show_progress=False, **special)
     frames = " ".join(render("alpaca", "a", text) for text in ("", "a"))
     for pair in PAIRS:
-        frames = frames.replace(pair.replace(" ", ""), pair.replace(" ", "1"))  # a digit is a token of its own
+        frames = frames.replace(pair.replace("|", ""), pair.replace("|", "1"))  # a digit is a token of its own
     tokenizer.train_from_iterator([frames] * 1000 + [f"{word} {word}" for word in WORDS], trainer)
     return tokenizer
 

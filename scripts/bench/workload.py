@@ -1,12 +1,30 @@
-"""Examples to measure with: random tokens in the lengths of Alpaca's 52,002 rows, or the rows of the demo."""
+"""What is measured with: random weights, and random tokens in the lengths of Alpaca's 52,002 rows or the demo's rows."""
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from lit_model.data.examples import ExampleOptions, tokenize
 from lit_model.data.rows import read_rows
 from lit_model.data.tokenizer import Tokenizer
+from lit_model.model import Config
 from lit_model.packing import Example
 from lit_model.weights.demo import fetch_demo_data, fetch_demo_model
+from lit_model.weights.folder import network_shapes
+
+
+class RandomFolder:
+    """In the place of a checkpoint folder: random weights of this shape, made when they are asked for."""
+
+    def __init__(self, config: Config, dtype: torch.dtype, device: torch.device):
+        self.config, self.dtype, self.device = config, dtype, device
+        self.names = list(network_shapes(config))
+
+    def tensor(self, name: str) -> Tensor:
+        t = torch.empty(network_shapes(self.config)[name], dtype=self.dtype, device=self.device)
+        if t.ndim > 1:
+            return t.normal_(std=0.02)
+        return t.fill_(name.endswith("weight"))  # a norm's are ones, biases zero
 
 
 def lengths(n: int = 52_002, mean: float = 130.0, sigma: float = 0.62, seed: int = 0) -> np.ndarray:
