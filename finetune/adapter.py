@@ -1,7 +1,6 @@
 """Finetune with LLaMA-Adapter: prompt vectors in the upper layers, let in through gates that start at zero.
 
-Without arguments it runs the demo: SmolLM2-135M-Instruct on 999 Alpaca rows, both fetched once. The method is
-lit_model/methods/adapter.py, the loop finetune/loop.py.
+Without arguments it runs the demo. The method is lit_model/methods/adapter.py, the loop finetune/loop.py.
 
 Where the defaults differ from the authors' run on LLaMA-7B (https://arxiv.org/abs/2303.16199): the learning rate 3e-2
 is for a network of this size in 30 steps (theirs is 9e-3 * batch / 256: 1e-3 to 2e-3 on 7B), and it rises for a tenth

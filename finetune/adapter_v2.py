@@ -1,7 +1,6 @@
 """Finetune with LLaMA-Adapter v2: v1, a scale and a bias for each output of every linear layer, and the norms.
 
-Without arguments it runs the demo: SmolLM2-135M-Instruct on 999 Alpaca rows, both fetched once. The method is
-lit_model/methods/adapter_v2.py, the loop finetune/loop.py.
+Without arguments it runs the demo. The method is lit_model/methods/adapter_v2.py, the loop finetune/loop.py.
 """
 
 from dataclasses import dataclass, field

@@ -1,7 +1,6 @@
 """Finetune with Houlsby's adapters: a narrow trained network behind the attention and the MLP of each block.
 
-Without arguments it runs the demo: SmolLM2-135M-Instruct on 999 Alpaca rows, both fetched once. The method is
-lit_model/methods/bottleneck.py, the loop finetune/loop.py.
+Without arguments it runs the demo. The method is lit_model/methods/bottleneck.py, the loop finetune/loop.py.
 """
 
 from dataclasses import dataclass, field

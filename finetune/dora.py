@@ -1,7 +1,6 @@
 """Finetune with DoRA: LoRA, with the size of each row of the weights trained apart from its direction.
 
-Without arguments it runs the demo: SmolLM2-135M-Instruct on 999 Alpaca rows, both fetched once. The method is
-lit_model/methods/dora.py, the loop finetune/loop.py.
+Without arguments it runs the demo. The method is lit_model/methods/dora.py, the loop finetune/loop.py.
 """
 
 from dataclasses import dataclass, field

@@ -61,8 +61,6 @@ def main(options: Options) -> None:
     rows = read_rows(options.data)
     if "label" not in rows[0]:
         raise ValueError(f"{options.data} has no rows with text and label")
-    if options.row_tokens < 1 or not 0 < options.examples.val_fraction < 1:
-        raise ValueError("row_tokens must be at least 1, and examples.val_fraction above 0 and below 1")
     if options.out_dir.is_dir() and any(options.out_dir.iterdir()) and not options.overwrite:
         raise ValueError(f"{options.out_dir} is not empty; name another --out_dir, or replace it with --overwrite")
     module, _, name = options.classifier.rpartition(".")

@@ -1,7 +1,6 @@
 """Finetune every parameter of the network, in float32, while the activations are in bfloat16 where that is fast.
 
-Without arguments it runs the demo: SmolLM2-135M-Instruct on 999 Alpaca rows, both fetched once. The method is
-lit_model/methods/full.py, the loop finetune/loop.py.
+Without arguments it runs the demo. The method is lit_model/methods/full.py, the loop finetune/loop.py.
 """
 
 from dataclasses import dataclass, field

@@ -1,7 +1,6 @@
 """Finetune with (IA)^3: keys, values and the inside of the MLP, each times a trained number.
 
-Without arguments it runs the demo: SmolLM2-135M-Instruct on 999 Alpaca rows, both fetched once. The method is
-lit_model/methods/ia3.py, the loop finetune/loop.py.
+Without arguments it runs the demo. The method is lit_model/methods/ia3.py, the loop finetune/loop.py.
 """
 
 from dataclasses import dataclass, field

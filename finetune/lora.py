@@ -1,7 +1,6 @@
 """Finetune with LoRA: a trained low-rank correction beside the frozen linear layers.
 
-Without arguments it runs the demo: SmolLM2-135M-Instruct on 999 Alpaca rows, both fetched once. The method is
-lit_model/methods/lora.py, the loop finetune/loop.py.
+Without arguments it runs the demo. The method is lit_model/methods/lora.py, the loop finetune/loop.py.
 
 Rank 8, alpha 16 and the targets q and v are Alpaca-LoRA's; the learning rate 2e-3 is for a network of this size in 30
 steps (2e-4 to 3e-4 on 7B), and dropout is 0 so that examples can share a preamble. LoRA+ and

@@ -1,7 +1,6 @@
 """Finetune with PiSSA or OLoRA: a LoRA that starts from the weights that it corrects.
 
-Without arguments it runs the demo: SmolLM2-135M-Instruct on 999 Alpaca rows, both fetched once. The method is
-lit_model/methods/pissa.py, the loop finetune/loop.py.
+Without arguments it runs the demo. The method is lit_model/methods/pissa.py, the loop finetune/loop.py.
 """
 
 from dataclasses import dataclass, field

@@ -1,7 +1,6 @@
 """Finetune with prompt tuning: trained vectors in front of every example, in the place of words.
 
-Without arguments it runs the demo: SmolLM2-135M-Instruct on 999 Alpaca rows, both fetched once. The method is
-lit_model/methods/prompt.py, the loop finetune/loop.py.
+Without arguments it runs the demo. The method is lit_model/methods/prompt.py, the loop finetune/loop.py.
 """
 
 from dataclasses import dataclass, field

@@ -12,7 +12,7 @@ import time
 from collections import deque
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, NoReturn, Self
 
 import torch
 import yaml
@@ -169,7 +169,7 @@ class Watch:
             loss, norm, asked = step.receive()
             ask = max(ask, asked)
             if not math.isfinite(loss + norm):
-                raise Diverged(f"loss {loss}, gradient norm {norm} at step {step.number}: {self._advice()}")
+                self._diverged(f"loss {loss}, gradient norm {norm} at step {step.number}")
             if len(self.losses) == self.losses.maxlen and loss > 2 * sum(self.losses) / len(self.losses):
                 self.say(f"step {step.number}: the loss of {loss:.3f} is more than twice that of the steps before")
             self.losses.append(loss)
@@ -182,10 +182,10 @@ class Watch:
             self.bar.update()
         return ask
 
-    def _advice(self) -> str:
+    def _diverged(self, what: str) -> NoReturn:
         out_dir = self.run.options.out_dir
         saved = f"{out_dir} keeps the best before it" if self.progress.best else "nothing was saved yet"
-        return f"try a lower train.lr; {saved}"
+        raise Diverged(f"{what}: try a lower train.lr; {saved}")
 
     def say(self, line: str) -> None:
         self.bar.write(line)
@@ -197,7 +197,7 @@ class Watch:
         self.log.write(step=self.step_number, **numbers)
         loss = numbers.get("val_loss", 0.0)
         if not math.isfinite(loss):
-            raise Diverged(f"validation loss {loss} after step {self.step_number}: {self._advice()}")
+            self._diverged(f"validation loss {loss} after step {self.step_number}")
         if numbers:
             when = f"step {self.step_number}" if self.step_number else "before"
             self.say(f"{when}: {_listed(numbers)}")

@@ -250,6 +250,9 @@ def start(options: RunOptions) -> Run:
         base.config.check_tokens(max(int(e.ids.max()) for e in data.train + data.val))
     options = replace(options, examples=replace(options.examples, style=data.style))  # as generation has to ask
     states = States(options.out_dir, identity(options, base.identity, data.train + data.val), fabric.global_rank)
+    if not options.overwrite and (step := states.finished_step()) is not None:
+        print(f"{options.out_dir} holds this very run, which ended after step {step}: there is nothing to do")
+        sys.exit(0)
     return Run(
         options=options,
         fabric=fabric,
@@ -261,23 +264,8 @@ def start(options: RunOptions) -> Run:
         row_tokens=options.train.row_tokens or (16384 if on_gpu else 4096),
         task=data.task,
         states=states,
-        state=None if options.overwrite else _state_of(states, fabric),
+        state=None if options.overwrite else states.newest(),
     )
-
-
-def _state_of(states: States, fabric: Fabric) -> Path | None:
-    """The state that a run resumes from. Ends the program where the run is finished."""
-    if (step := states.finished_step()) is not None:
-        print(f"{states.folder.parent} holds this very run, which ended after step {step}: there is nothing to do")
-        sys.exit(0)
-    try:
-        result = (states.newest() if fabric.is_global_zero else None), ""
-    except ValueError as e:
-        result = None, str(e)
-    state, mistake = fabric.broadcast(result)
-    if mistake:
-        raise ValueError(mistake)
-    return state
 
 
 def validate_train(train: Train) -> None:

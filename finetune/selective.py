@@ -1,7 +1,6 @@
 """Finetune some of the network: the output layer, the last blocks, biases, norms, or what a regular expression finds.
 
-Without arguments it runs the demo: SmolLM2-135M-Instruct on 999 Alpaca rows, both fetched once. The method is
-lit_model/methods/selective.py, the loop finetune/loop.py.
+Without arguments it runs the demo. The method is lit_model/methods/selective.py, the loop finetune/loop.py.
 """
 
 from dataclasses import dataclass, field

@@ -112,7 +112,7 @@ def cli(main: Callable[[Any], None], options_class: type, description: str, posi
         args[i] = f"--{name}={args[i]}"
     flags = {name for name, action in parser._option_string_actions.items() if action.metavar == "{true,false}"}
     for i, arg in reversed([*enumerate(args)]):
-        if arg == "--config":
+        if arg == "--config" and i + 1 < len(args):
             args[i : i + 2] = [f"--config={args[i + 1]}"]
         elif arg in flags and (i + 1 == len(args) or args[i + 1].startswith("-")):  # `--overwrite` alone
             args[i] = f"{arg}=true"
@@ -122,7 +122,8 @@ def cli(main: Callable[[Any], None], options_class: type, description: str, posi
     try:
         for path in parser.configs:
             content = read_yaml(Path(path))
-            if odd := [name for name in groups if not isinstance(content.get(name, {}), dict)]:  # or it names a file
+            of = {name: content.get(name, {}) for name in groups}  # a text would name a file, a class_path be imported
+            if odd := [name for name, group in of.items() if not isinstance(group, dict) or "class_path" in group]:
                 raise ValueError(f"{path}: {odd[0]} holds no options by name")
     except (ValueError, OSError) as e:
         _end(e)

@@ -47,6 +47,8 @@ def lock(path: Path, wait: bool = False) -> IO:
 
 def refuse_pointer(path: Path) -> None:
     """Raises ValueError if Git has left a note of where the file is; FileNotFoundError without a file."""
+    if not path.is_file():  # or a device that never ends
+        raise FileNotFoundError(f"{path} is not there")
     with open(path, "rb") as file:
         if file.read(40).startswith(b"version https://git-lfs"):
             raise ValueError(f"{path} is a pointer of Git LFS and not the file itself: fetch it with 'git lfs pull'")
@@ -56,6 +58,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     """The options that a YAML file holds. Raises FileNotFoundError; ValueError if it holds none, or has tags, aliases
     or a depth that can run code, take all memory or end Python."""
     with reading(path):
+        refuse_pointer(path)
         text, depth = path.read_text(encoding="utf-8"), 0
         for event in yaml.parse(text, Loader=yaml.SafeLoader):
             depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
@@ -68,6 +71,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
 def read_json(path: Path) -> dict[str, Any]:
     """The object that a JSON file holds. Raises FileNotFoundError; ValueError if it holds none."""
     with reading(path):
+        refuse_pointer(path)
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
         except (ValueError, RecursionError) as e:  # no JSON, or no text

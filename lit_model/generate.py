@@ -44,14 +44,11 @@ def generate(
     ):
         if not fits:
             raise ValueError(f"{name} is {value}, out of its range")
-    if not ids:
-        raise ValueError("the prompt is empty")
     c = gpt.config
     room = c.block_size - gpt.n_virtual_keys - gpt.n_virtual_tokens - len(ids)
-    if room < 1:
-        raise ValueError(
-            f"the prompt has {len(ids)} tokens; the model's context of {c.block_size} leaves no room after it"
-        )
+    if room < 1 or not ids:
+        needs = f"at least one, and room after it in the model's context of {c.block_size}"
+        raise ValueError(f"the prompt has {len(ids)} tokens; it needs {needs}")
     generator = torch.Generator(gpt.device).manual_seed(seed) if seed is not None else None
     return _decode(
         gpt, ids, min(max_new_tokens, room), lambda x: sample(x, temperature, top_k, top_p, generator), stop_ids

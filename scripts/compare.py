@@ -1,16 +1,14 @@
-"""Which method should I use? All of them on one data set under one budget, and a report that says what came out.
+"""Which method should I use? Trains all of them on one data set with one budget, and reports what came of it.
 
-    python scripts/compare.py --out_dir out/quick                          on two cores of a CPU six to nine minutes
+    python scripts/compare.py --out_dir out/quick                          six to nine minutes on two cores of a CPU
     python scripts/compare.py --methods all --max_steps 200 --search --out_dir out/search
     python scripts/compare.py --methods all --max_steps 300 --seeds 0,1,2 --data imdb --rates out/search
 
-Rows of text and label are split into training, validation and test rows, each text once. A method is trained with
-the label words as completion; its checkpoint of least validation loss is judged on the test rows, which no run has
-seen.
-Each finished cell (a method, a learning rate, a seed) is kept in cells.jsonl: what was cut off goes on from there.
-With --search each method first looks for its learning rate, with the first seed on the validation rows. --peers trains
-peft's methods, too, on the same rows in the same order, with a learning rate found in the same way. They begin as peft
-begins them: prefixes and soft prompts at random.
+Rows of text and label are split into training, validation and test rows, each text once. A method learns the label
+words as completion; its checkpoint of least validation loss is judged on the test rows, which no run has seen. Finished
+cells (a method, a learning rate, a seed) are kept in cells.jsonl, and an interrupted comparison resumes. --search finds
+the learning rate of each method first, with the first seed on the validation rows. --peers trains peft's methods, too,
+on the same rows in the same order. They start as peft starts them: prefixes and soft prompts at random.
 """
 
 import csv
@@ -18,89 +16,69 @@ import gc
 import hashlib
 import json
 import math
+import pickle
 import shutil
-import sys
-import time
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
-from types import ModuleType
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
 
-from finetune import (
-    adapter,
-    adapter_v2,
-    bottleneck,
-    features,
-    full,
-    ia3,
-    loop,
-    lora,
-    prefix,
-    prompt,
-    selective,
-    setup,
-)
-from finetune.report import peak_memory
-from lit_model.data import labels as classify
-from lit_model import generate, load
-from lit_model.weights import demo as hub
-from lit_model.load import fingerprint_of
+from finetune.features import features
+from finetune.report import Diverged, Summary, peak_memory
+from finetune.run import RunOptions, Train, start, training_dtype
+from lit_model import GPT, load
 from lit_model.cli import cli
-from lit_model.data.rows import PromptOptions, read_rows
-from lit_model.files import write_text
-from lit_model.model import GPT, Config
-from lit_model.packing import Example
+from lit_model.data import labels
+from lit_model.data.examples import ExampleOptions
+from lit_model.data.rows import read_rows, split_rows
+from lit_model.data.score import judge
 from lit_model.data.tokenizer import Tokenizer
+from lit_model.files import reading, validate_fields, write_text
+from lit_model.load import method_file, method_options
+from lit_model.packing import Example
+from lit_model.weights.demo import DEMO_CHECKPOINT, fetch_if_demo, fetch_reviews
+from lit_model.weights.folder import Folder
 from scripts.compare_report import report
-from scripts.eval_data import demonstration_ids, demonstrations
+from scripts.evaluate import demonstration_ids, demonstrations
 
-ALL_LINEARS = "blocks.*"
+ROW_TOKENS = 4096  # of an evaluation
 RATES = [float(f"{digit}e{power}") for power in range(-6, 1) for digit in (1, 3)]  # what --search tries
 
 
-@dataclass
-class Method:
-    script: ModuleType
-    options: dict[str, Any]
-    lr: float
-    """of RATES; --search begins here"""
+class Method(NamedTuple):
+    name: str  # in lit_model/methods and finetune
+    lr: float  # one of RATES; --search starts here
+    options: dict[str, Any] = {}
+    others: dict[str, Any] = {}  # options of its script
 
 
-def _selective(**options: Any) -> dict[str, Any]:
-    return dict(selective=selective.Selective(**options))
-
-
-def _lora(**options: Any) -> dict[str, Any]:
-    return dict(lora=lora.LoRA(**options))
-
-
+ALL_LINEARS = dict(r=16, targets="blocks.*")
 METHODS = {
-    "full": Method(full, {}, 1e-4),
-    "last_blocks": Method(selective, _selective(what="last_blocks", n=2), 1e-3),
-    "head": Method(selective, _selective(what="head"), 3e-3),
-    "bitfit": Method(selective, _selective(what="bitfit"), 1e-3),
-    "norms": Method(selective, _selective(what="norms"), 3e-3),
-    "lora": Method(lora, {}, 3e-3),
-    "lora-all": Method(lora, _lora(r=16, targets=ALL_LINEARS), 1e-3),
-    "dora": Method(lora, _lora(dora=True), 3e-3),
-    "qlora": Method(lora, _lora(r=16, targets=ALL_LINEARS) | dict(quantize="nf4"), 1e-3),
-    "adapter": Method(adapter, {}, 1e-2),
-    "adapter-linear": Method(adapter, dict(adapter=adapter.Adapter(gate="linear")), 1e-2),
-    "adapter_v2": Method(adapter_v2, {}, 1e-3),
-    "bottleneck": Method(bottleneck, {}, 1e-3),
-    "ia3": Method(ia3, {}, 1e-2),
-    "prefix": Method(prefix, {}, 1e-2),
-    "prompt": Method(prompt, {}, 3e-2),
+    "full": Method("full", 1e-4, others=dict(save_hf=False)),
+    "last_blocks": Method("selective", 1e-3, dict(what="last_blocks", n=2)),
+    "head": Method("selective", 3e-3, dict(what="head")),
+    "bitfit": Method("selective", 1e-3, dict(what="bitfit")),
+    "norms": Method("selective", 3e-3, dict(what="norms")),
+    "lora": Method("lora", 3e-3),
+    "lora-all": Method("lora", 1e-3, ALL_LINEARS),
+    "dora": Method("dora", 3e-3),
+    "pissa": Method("pissa", 1e-3),
+    "qlora": Method("lora", 1e-3, ALL_LINEARS, dict(quantize="nf4")),
+    "adapter": Method("adapter", 1e-2),
+    "adapter-linear": Method("adapter", 1e-2, dict(gate="linear")),
+    "adapter_v2": Method("adapter_v2", 1e-3),
+    "bottleneck": Method("bottleneck", 1e-3),
+    "ia3": Method("ia3", 1e-2),
+    "prefix": Method("prefix", 1e-2),
+    "prompt": Method("prompt", 3e-2),
 }
-PEERS = {"lora": 3e-3, "dora": 1e-3, "adapter": 3e-2, "ia3": 1e-2, "prefix": 1e-2, "prompt": 1e-1}  # rates, as above
+PEERS = {"lora": 3e-3, "dora": 1e-3, "adapter": 3e-2, "ia3": 1e-2, "prefix": 1e-2, "prompt": 1e-1}  # rates of RATES
 UNTRAINED = ("zero-shot", "few-shot", "features")
-QUICK = "zero-shot,features,head,lora,adapter"
 
 
 @dataclass
@@ -109,18 +87,16 @@ class Options:
 
     data: str = "rotten_tomatoes"
     """rotten_tomatoes, imdb (both fetched once), or a file of rows with text and label"""
-    checkpoint_dir: Path = hub.DEMO_CHECKPOINT
-    """folder of the base network; by default the demo's, fetched once"""
+    checkpoint_dir: Path = DEMO_CHECKPOINT
+    """Hugging Face folder of the base network; default: the demo's, fetched once"""
     out_dir: Path = Path("out/compare")
     """folder for the report and the cells"""
-    methods: str = QUICK
+    methods: str = "zero-shot,features,head,lora,adapter"
     """names, or all: zero-shot, few-shot, features, and those of METHODS in this file"""
     seeds: str = "0"
-    """of the validation rows, the order of the others and what is random at the start; the test rows stay the same"""
+    """seeds of the validation rows, the order of the others and initial values; the test rows stay the same"""
     max_steps: int = 40
     """optimizer steps of each run"""
-    max_time: float | None = None
-    """end each run after so many minutes of training"""
     batch_size: int = 16
     """examples per optimizer step"""
     n_test: int = 300
@@ -128,295 +104,213 @@ class Options:
     n_val: int = 100
     """rows that choose the checkpoint, and with --search the learning rate"""
     shots: int = 8
-    """demonstrations of few-shot"""
+    """number of demonstrations of few-shot"""
     search: bool = False
-    """look for the learning rate of each method first"""
+    """search the learning rate of each method first"""
     rates: Path | None = None
     """out_dir of a --search, such as one on smaller data, whose learning rates are taken"""
     peers: bool = False
     """also peft's LoRA, DoRA, AdaptionPrompt, IA3, prefix and prompt tuning, where ours are asked for"""
     question: str = "Sentiment:"
-    """what stands between a text and its label"""
+    """text between a row's text and its label"""
     max_length: int = 384
     """longest example in tokens"""
-    max_memory_gb: float | None = None
-    """for the recommendation: memory that is there"""
-    max_store_mb: float | None = None
-    """for the recommendation: what a trained method may take on disk"""
     devices: Literal["auto", "cpu"] = "auto"
     """auto: the GPU if there is one"""
 
 
 @dataclass
-class Bench:
+class Comparison:
     """What all cells share."""
 
     options: Options
-    settings: dict[str, Any]
-    """what cells must have in common to be compared"""
-    kept: dict[str, dict[str, Any]]
-    """finished cells by their name"""
+    settings: dict[str, Any]  # what cells must have in common to be compared
+    cells: dict[str, dict[str, Any]]  # finished ones by their names
     tokenizer: Tokenizer
-    prompt: PromptOptions
-    task: classify.Task
-    train: list[dict[str, str]]
-    test_rows: list[dict[str, str]]
-    test: list[Example]
+    examples: ExampleOptions
+    task: labels.Task
+    train: list[dict[str, str]]  # rows, some of which each run validates on
+    test: list[dict[str, str]]
+    test_examples: list[Example]
+    label_ids: list[list[int]]
     device: torch.device
     dtype: torch.dtype
-    base_seconds: float = math.nan
+
+    def network(self, method_dir: Path | None = None, quantize: str = "none") -> GPT:
+        return load(self.options.checkpoint_dir, method_dir, self.device, self.dtype, quantize)
 
 
 def main(options: Options) -> None:
-    known = (*UNTRAINED, *METHODS)
-    names = list(known) if options.methods == "all" else [m.strip() for m in options.methods.split(",")]
+    known = [*UNTRAINED, *METHODS]
+    names = known if options.methods == "all" else [name.strip() for name in options.methods.split(",")]
     if unknown := [name for name in names if name not in known]:
         raise ValueError(f"there is no method {unknown[0]!r}; there are {', '.join(known)}")
-    try:
+    with reading("--seeds"):
         seeds = list(dict.fromkeys(int(seed) for seed in options.seeds.split(",")))
-    except ValueError:
-        raise ValueError(f"--seeds {options.seeds} is no list of numbers such as 0,1,2") from None
-    if options.peers and not (find_spec("transformers") and find_spec("peft")):
-        raise ValueError("--peers needs transformers and peft: pip install -r requirements-dev.txt")
-    bench, cells = prepare(options), {}
+    if options.peers:
+        names = [peer for name in names for peer in (name, f"peft-{name}") if peer == name or name in PEERS]
+    comparison, cells = prepare(options), {}
     for name in names:
-        lr = rate(bench, name, seeds[0]) if name in METHODS else None
-        cells[name] = [cell(bench, name, seed, lr) for seed in (seeds if name != "zero-shot" else seeds[:1])]
-        if options.peers and name in PEERS:
-            lr = rate(bench, f"peft-{name}", seeds[0])
-            cells[f"peft-{name}"] = [cell(bench, f"peft-{name}", seed, lr) for seed in seeds]
+        lr = None if name in UNTRAINED else learning_rate(comparison, name, seeds[0])
+        cells[name] = [cell(comparison, name, seed, lr) for seed in (seeds[:1] if name == "zero-shot" else seeds)]
+    shutil.rmtree(options.out_dir / "run", ignore_errors=True)
     report(cells, options)
 
 
-def prepare(options: Options) -> Bench:
-    """Splits the rows, the same way whatever is compared, and reads the cells that are there.
-
-    Raises ValueError for options that make no sense, or an out_dir that holds anything else.
-    """
-    for name in ("max_steps", "batch_size", "n_test", "n_val", "shots"):
-        if getattr(options, name) < 1:
-            raise ValueError(f"{name} is {getattr(options, name)}; it must be at least 1")
-    on_gpu = options.devices == "auto" and torch.cuda.is_available()
-    if options.max_memory_gb is not None and not on_gpu:
-        raise ValueError("max_memory_gb is about the memory of a GPU, and none is used here")
-    hub.fetch_if_demo(options.checkpoint_dir)
-    if options.peers and Config.load(options.checkpoint_dir).arch != "llama":
-        raise ValueError("--peers needs a network of LLaMA's family")
-    path = hub.fetch_reviews(options.data) if options.data in ("rotten_tomatoes", "imdb") else Path(options.data)
+def prepare(options: Options) -> Comparison:
+    """Splits the rows, always in the same way, and reads the cells that are there. Raises ValueError."""
+    validate_fields(options)
+    fetch_if_demo(options.checkpoint_dir)
+    base = Folder(options.checkpoint_dir)
+    if options.peers and not (find_spec("transformers") and find_spec("peft") and base.config.arch == "llama"):
+        raise ValueError("--peers needs a network of LLaMA's family, and transformers and peft: requirements-dev.txt")
+    path = fetch_reviews(options.data) if options.data in ("rotten_tomatoes", "imdb") else Path(options.data)
     rows = list({row["text"]: row for row in read_rows(path) if "label" in row}.values())
     if len(rows) < options.n_test + options.n_val + 2:
         raise ValueError(f"{path} has {len(rows)} different rows with text and label, too few for --n_test and --n_val")
-    task = classify.task_of(rows, "labels", options.question)
     rows = [rows[i] for i in np.random.default_rng(0).permutation(len(rows))]
     test, train = rows[: options.n_test], rows[options.n_test :]
-
-    decisive = ("max_steps", "max_time", "batch_size", "n_test", "n_val", "shots", "question", "max_length")
-    settings = {name: getattr(options, name) for name in decisive}
-    settings |= {"data": hashlib.sha256(path.read_bytes()).hexdigest(), "base": fingerprint_of(options.checkpoint_dir)}
-    kept = kept_cells(options.out_dir, settings)
-    with open(options.out_dir / "train.csv", "w", newline="", encoding="utf-8") as file:
-        csv.writer(file).writerows([("text", "label"), *((row["text"], row["label"]) for row in train)])
+    task = labels.task_of(rows, "labels", "{text}\n" + options.question)
     tokenizer = Tokenizer(options.checkpoint_dir)
-    shape = PromptOptions(max_length=options.max_length, question=options.question)
-    device = torch.device("cuda" if on_gpu else "cpu")
-    dtype = setup.training_dtype("auto", device)
-    examples = classify.examples(test, tokenizer, shape, task)
-    return Bench(options, settings, kept, tokenizer, shape, task, train, test, examples, device, dtype)
+    examples = ExampleOptions(task.style, max_length=options.max_length, val_fraction=options.n_val / len(train))
+    test_examples = labels.examples(test, tokenizer, examples, task)
+    device = torch.device("cuda" if options.devices == "auto" and torch.cuda.is_available() else "cpu")
+
+    decisive = ("max_steps", "batch_size", "n_test", "n_val", "shots", "question", "max_length")
+    settings = {name: getattr(options, name) for name in decisive}
+    settings |= dict(data=hashlib.sha256(path.read_bytes()).hexdigest(), base=base.identity)
+    out_dir, path = options.out_dir, options.out_dir / "cells.jsonl"
+    if out_dir.is_dir() and any(out_dir.iterdir()) and not path.is_file():
+        raise ValueError(f"{out_dir} holds other things: name another --out_dir")
+    cells = read_cells(path) if path.is_file() else []
+    if other := [name for name in settings if any(one["settings"].get(name) != settings[name] for one in cells)]:
+        raise ValueError(f"{path} has cells with another {', '.join(other)}: name another --out_dir")
+    out_dir.mkdir(parents=True, exist_ok=True)
+    write_text(path, "".join(json.dumps(one) + "\n" for one in cells))
+    with open(out_dir / "train.csv", "w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows([("text", "label"), *((row["text"], row["label"]) for row in train)])
+    return Comparison(
+        options, settings, {one["cell"]: one for one in cells}, tokenizer, examples, task, train, test, test_examples,
+        labels.label_ids(task, tokenizer), device, training_dtype("auto", device),
+    )  # fmt: skip
 
 
-def kept_cells(out_dir: Path, settings: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """name -> what is kept of a cell in out_dir/cells.jsonl, which is made if it is not there.
-
-    Raises ValueError if out_dir holds other things, or cells with other settings.
-    """
-    path = out_dir / "cells.jsonl"
-    if not path.is_file():
-        if out_dir.is_dir() and any(out_dir.iterdir()):
-            raise ValueError(f"{out_dir} holds other things: name another --out_dir")
-        out_dir.mkdir(parents=True, exist_ok=True)
-        path.touch()
-    cells = read_cells(out_dir)
-    for made in cells:
-        if other := [name for name in settings if made["settings"].get(name) != settings[name]]:
-            raise ValueError(f"{path} has cells with another {', '.join(other)}: name another --out_dir")
-    write_text(path, "".join(json.dumps(made) + "\n" for made in cells))
-    return {made["cell"]: made for made in cells}
-
-
-def read_cells(out_dir: Path) -> list[dict[str, Any]]:
-    """Raises ValueError if there are none to read."""
-    path, cells = out_dir / "cells.jsonl", []
-    if not path.is_file():
-        raise ValueError(f"{path} is not there: name the --out_dir of a comparison")
+def read_cells(path: Path) -> list[dict[str, Any]]:
+    """The cells of a comparison, without a line that was cut off. Raises FileNotFoundError."""
+    cells = []
     for number, line in enumerate(path.read_text().splitlines(), 1):
         try:
             cells.append(json.loads(line))
         except ValueError:
-            print(f"{path}, line {number} was cut off: its cell is made again")
+            print(f"{path}, line {number} was cut off: its cell is computed again")
     return cells
 
 
-def rate(bench: Bench, name: str, seed: int) -> float:
-    """That of METHODS or PEERS; searched, the one of RATES from there on with the least validation loss."""
-    if folder := bench.options.rates:
-        cells = [made for made in read_cells(folder) if made["method"] == name]
+def learning_rate(comparison: Comparison, name: str, seed: int) -> float:
+    """The rate of a method: from --rates, from a search on the validation rows, or from the tables above."""
+    if folder := comparison.options.rates:
+        cells = [one for one in read_cells(folder / "cells.jsonl") if one["method"] == name]
         if not cells:
             raise ValueError(f"{folder}/cells.jsonl has no cell of {name}: search its learning rate there first")
-        return min(cells, key=lambda made: made["val_loss"])["lr"]
-    at = RATES.index(METHODS[name].lr if name in METHODS else PEERS[name.removeprefix("peft-")])
-    if not bench.options.search:
-        return RATES[at]
-    losses = {}
-    for step in (1, -1):  # up as long as it gets better, then down
-        while (best := min(losses, key=losses.get, default=at)) + step in range(len(RATES)):
-            for i in {best, best + step} - losses.keys():
-                try:
-                    losses[i] = cell(bench, name, seed, RATES[i])["val_loss"]
-                except loop.Diverged:
-                    losses[i] = math.inf
-            if min(losses, key=losses.get) == best:
-                break
+        return min(cells, key=lambda one: one["val_loss"])["lr"]
+    best = RATES.index(PEERS[name.removeprefix("peft-")] if name.startswith("peft-") else METHODS[name].lr)
+
+    @cache
+    def loss(i: int) -> float:
+        try:
+            return cell(comparison, name, seed, RATES[i])["val_loss"]
+        except Diverged:
+            return math.inf
+
+    for direction in (1, -1) if comparison.options.search else ():  # up as long as it gets better, then down
+        while best + direction in range(len(RATES)) and loss(best + direction) < loss(best):
+            best += direction
     return RATES[best]
 
 
-def cell(bench: Bench, name: str, seed: int, lr: float | None) -> dict[str, Any]:
-    """One run, or what is kept of it."""
+def cell(comparison: Comparison, name: str, seed: int, lr: float | None) -> dict[str, Any]:
+    """The numbers of one run, which is done unless it is finished."""
     key = f"{name}, seed {seed}" + (f", lr {lr:g}" if lr else "")
-    if key not in bench.kept:
-        print(f"\n==== {key}", flush=True)
-        if bench.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats()
-        if name in UNTRAINED:
-            made = untrained(bench, name, seed)
-        else:
-            make = trained_by_peft if name.startswith("peft-") else trained
-            made = make(bench, name.removeprefix("peft-"), seed, lr)
-        where = f"CPU, {torch.get_num_threads()} threads"
-        if bench.device.type == "cuda":
-            where = torch.cuda.get_device_name()
-        on = f"{where}, torch {torch.__version__}"
-        made = dict(cell=key, method=name, seed=seed, lr=lr, on=on, settings=bench.settings, **made)
-        bench.kept[key] = made
-        with open(bench.options.out_dir / "cells.jsonl", "a") as file:
-            file.write(json.dumps(made) + "\n")
-        gc.collect()
-        torch.cuda.empty_cache()
-    return bench.kept[key]
-
-
-def settings_of(bench: Bench, name: str, seed: int, lr: float) -> setup.Options:
-    """What to tell the script of a method."""
-    options, method = bench.options, METHODS[name]
-    train = setup.Train(
-        lr=lr, batch_size=options.batch_size, epochs=10**6, max_steps=options.max_steps, max_time=options.max_time,
-        max_examples=options.max_steps * options.batch_size, eval_interval=max(1, options.max_steps // 4), seed=seed,
-        sample="",
-    )  # fmt: skip
-    return method.script.Options(
-        checkpoint_dir=options.checkpoint_dir, data=options.out_dir / "train.csv", out_dir=options.out_dir / "run",
-        train=train, prompt=replace(bench.prompt, val_fraction=options.n_val / len(bench.train)),
-        devices=options.devices, overwrite=True, **method.options,
-    )  # fmt: skip
-
-
-def trained(bench: Bench, name: str, seed: int, lr: float) -> dict[str, Any]:
-    options = settings_of(bench, name, seed, lr)
-    summary = METHODS[name].script.main(options)
-    gpt = load(options.checkpoint_dir, options.out_dir, bench.device, bench.dtype, options.quantize)
-    found = dict(
-        accuracy=judged(bench, gpt, bench.test).accuracy,
-        val_loss=summary.val_loss,
-        trained=summary.n_trained,
-        total=summary.n_total,
-        seconds=summary.seconds,
-        tokens_per_second=summary.n_tokens / summary.seconds,
-        peak_gib=summary.peak_gib if bench.device.type == "cuda" else None,
-        stored_bytes=(options.out_dir / "lit_method.safetensors").stat().st_size,
-        decode=decode_seconds(bench, gpt) / base_decode(bench),
-    )
-    shutil.rmtree(options.out_dir)
-    return found
-
-
-def trained_by_peft(bench: Bench, name: str, seed: int, lr: float) -> dict[str, Any]:
-    from scripts import peers  # only this needs transformers and peft
-
-    options, method = settings_of(bench, name, seed, lr), METHODS[name]
-    ours = import_module(f"lit_model.{method.script.__name__.split('.')[-1]}")
-    config = ours.Config.load(options.checkpoint_dir, **method.options)
-    run = setup.start(options)
-    network = peers.base(config, run.dtype, run.device)
-    peers.copy_weights(network, options.checkpoint_dir)
-    network = peers.attach(network, name, config)
-    val_loss, seconds, n_tokens = peers.fit(network, run)
-    labels = classify.label_ids(bench.task, bench.tokenizer)
-    n_trained, n_total = network.get_nb_trainable_parameters()
-    return dict(
-        accuracy=peers.judge(network, bench.test, bench.task, labels, run).accuracy,
-        val_loss=val_loss,
-        trained=n_trained,
-        total=n_total,
-        seconds=seconds,
-        tokens_per_second=n_tokens / seconds,
-        peak_gib=peak_memory(bench.device) if bench.device.type == "cuda" else None,
-        stored_bytes=4 * n_trained,
-    )
-
-
-def untrained(bench: Bench, name: str, seed: int) -> dict[str, Any]:
-    options = bench.options
-    start = time.perf_counter()
-    if name == "features":
-        folder = options.out_dir / "run"
-        n = min(len(bench.train), options.max_steps * options.batch_size)  # as many rows as the others see
-        features.main(
-            features.Options(
-                data=options.out_dir / "train.csv", checkpoint_dir=options.checkpoint_dir, out_dir=folder,
-                max_examples=n, seed=seed, overwrite=True, dtype=str(bench.dtype).removeprefix("torch."),
-                prompt=replace(bench.prompt, val_fraction=options.n_val / len(bench.train)), device=options.devices,
-            )
-        )  # fmt: skip
-        kept, classifier = np.load(folder / "features.npz"), features.read_classifier(folder)
-        gpt = load(options.checkpoint_dir, None, bench.device, bench.dtype)
-        asked = [replace(e, ids=e.ids[: e.first_target + 1]) for e in bench.test]  # a label may be several tokens
-        seen = features.features(gpt, asked, "last", 4096, "test")
-        labels = classify.label_ids(bench.task, bench.tokenizer)
-        truth = [bench.task.classes[i] for i in classify.numbers(bench.test, labels)]
-        verdict = classify.verdict(truth, classifier.predict(seen).tolist(), bench.task.classes)
-        size, count = (folder / "classifier.pickle").stat().st_size, kept["train_features"].shape[1] + 1
-        shutil.rmtree(folder)
+    if key in comparison.cells:
+        return comparison.cells[key]
+    print(f"\n==== {key}", flush=True)
+    on_gpu = comparison.device.type == "cuda"
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats()
+    if name in UNTRAINED:
+        numbers = by_features(comparison, seed) if name == "features" else in_context(comparison, name, seed)
     else:
-        gpt = load(options.checkpoint_dir, None, bench.device, bench.dtype)
-        before, asked = [], bench.test
-        if name == "few-shot":
-            shown = demonstrations(bench.train, options.shots, seed)
-            before = demonstration_ids(shown, bench.tokenizer, bench.prompt, bench.task)
-            asked = classify.examples(bench.test_rows, bench.tokenizer, bench.prompt, bench.task, bos=False)
-        verdict, size, count = judged(bench, gpt, asked, before), 0, 0
-    total = sum(p.numel() for p in gpt.parameters())
-    seconds = time.perf_counter() - start
-    return dict(accuracy=verdict.accuracy, trained=count, total=total, seconds=seconds, stored_bytes=size)
+        train = trained_by_peft if name.startswith("peft-") else trained
+        numbers = train(comparison, name.removeprefix("peft-"), seed, lr)
+    machine = torch.cuda.get_device_name() if on_gpu else f"CPU, {torch.get_num_threads()} threads"
+    about = dict(cell=key, method=name, seed=seed, lr=lr, on=f"{machine}, torch {torch.__version__}")
+    comparison.cells[key] = about | dict(settings=comparison.settings, **numbers)
+    with open(comparison.options.out_dir / "cells.jsonl", "a") as file:
+        file.write(json.dumps(comparison.cells[key]) + "\n")
+    gc.collect()
+    torch.cuda.empty_cache()
+    return comparison.cells[key]
 
 
-def judged(bench: Bench, gpt: GPT, asked: list[Example], before: Sequence[int] = ()) -> classify.Verdict:
-    labels = classify.label_ids(bench.task, bench.tokenizer)
-    return classify.judge(gpt, asked, bench.task, labels, 4096, before)
+def run_options(comparison: Comparison, method: Method, seed: int, lr: float) -> RunOptions:
+    """Options of the method's script."""
+    options, own = comparison.options, method_options(method.name, **method.options)
+    others = method.others | ({method.name: own} if own else {})
+    train = Train(
+        lr=lr, batch_size=options.batch_size, epochs=10**6, max_steps=options.max_steps, seed=seed, sample="",
+        max_examples=options.max_steps * options.batch_size, eval_interval=max(1, options.max_steps // 4),
+    )  # fmt: skip
+    return import_module(f"finetune.{method.name}").Options(
+        checkpoint_dir=options.checkpoint_dir, data=str(options.out_dir / "train.csv"), out_dir=options.out_dir / "run",
+        train=train, examples=comparison.examples, devices=options.devices, overwrite=True, **others,
+    )  # fmt: skip
 
 
-def decode_seconds(bench: Bench, gpt: GPT) -> float:
-    """Of 24 tokens after a text of the test rows, the fastest of three."""
-    ids, times = bench.test[0].ids.tolist(), []
-    for _ in range(3):
-        start = time.perf_counter()
-        list(generate(gpt, ids, 24, temperature=0))
-        times.append(time.perf_counter() - start)
-    return min(times)
+def trained(comparison: Comparison, name: str, seed: int, lr: float) -> dict[str, Any]:
+    options = run_options(comparison, METHODS[name], seed, lr)
+    summary = import_module(f"finetune.{METHODS[name].name}").main(options)
+    gpt, size = comparison.network(options.out_dir, options.quantize), method_file(options.out_dir).stat().st_size
+    verdict = judge(gpt, comparison.test_examples, comparison.task, comparison.label_ids, ROW_TOKENS)
+    return asdict(summary) | dict(accuracy=verdict.accuracy, stored_bytes=size)
 
 
-def base_decode(bench: Bench) -> float:
-    if math.isnan(bench.base_seconds):
-        bench.base_seconds = decode_seconds(bench, load(bench.options.checkpoint_dir, None, bench.device, bench.dtype))
-    return bench.base_seconds
+def trained_by_peft(comparison: Comparison, name: str, seed: int, lr: float) -> dict[str, Any]:
+    from scripts.bench import peers  # only this needs transformers and peft
+
+    run = start(run_options(comparison, METHODS[name], seed, lr))
+    network = peers.load(run.base.path, run.dtype, run.device)
+    network.config.use_cache = False
+    network = peers.attach(network, name, getattr(run.options, name))
+    val_loss, seconds, n_tokens = peers.fit(network, run)
+    summary = Summary(*network.get_nb_trainable_parameters(), seconds, n_tokens, peak_memory(run.device), val_loss)
+    verdict = peers.judge(network, comparison.test_examples, comparison.task, comparison.label_ids, run)
+    return asdict(summary) | dict(accuracy=verdict.accuracy, stored_bytes=4 * summary.n_trained)
+
+
+def by_features(comparison: Comparison, seed: int) -> dict[str, Any]:
+    """A classifier of the base network's features, fitted to as many rows as the methods train on."""
+    from sklearn.linear_model import LogisticRegression
+
+    n = comparison.options.max_steps * comparison.options.batch_size
+    train = split_rows(comparison.train, comparison.examples.val_fraction, seed)[0][:n]
+    rows, task = train + comparison.test, replace(comparison.task, head="linear")
+    examples = labels.examples(rows, comparison.tokenizer, comparison.examples, task)
+    vectors = features(comparison.network(), examples, "last", ROW_TOKENS, "all")
+    truth, n = [row["label"] for row in rows], len(train)
+    model = LogisticRegression(max_iter=2000).fit(vectors[:n], truth[:n])
+    accuracy, n_trained = float(model.score(vectors[n:], truth[n:])), model.coef_.size + model.intercept_.size
+    return dict(accuracy=accuracy, n_trained=n_trained, stored_bytes=len(pickle.dumps(model)))
+
+
+def in_context(comparison: Comparison, name: str, seed: int) -> dict[str, Any]:
+    """The base network as it is, with few-shot after demonstrations."""
+    examples, before = comparison.test_examples, ()
+    if name == "few-shot":
+        about = comparison.tokenizer, comparison.examples, comparison.task
+        before = demonstration_ids(demonstrations(comparison.train, comparison.options.shots, seed), *about)
+        examples = labels.examples(comparison.test, *about, bos=False)
+    verdict = judge(comparison.network(), examples, comparison.task, comparison.label_ids, ROW_TOKENS, before)
+    return dict(accuracy=verdict.accuracy, n_trained=0, stored_bytes=0)
 
 
 if __name__ == "__main__":

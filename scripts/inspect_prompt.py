@@ -36,8 +36,6 @@ class Options:
 
 
 def main(options: Options) -> None:
-    if options.k < 1:
-        raise ValueError(f"k is {options.k}; it must be at least 1")
     gpt, tokenizer = load(options.checkpoint_dir, options.method_dir), Tokenizer(options.checkpoint_dir)
     virtual, vocabulary = vectors(gpt, options.method_dir)
     similarity = normalize(virtual, dim=-1) @ normalize(vocabulary, dim=-1).T  # (P, V)

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 if not torch.cuda.is_available():  # before Triton is imported
     os.environ.setdefault("TRITON_INTERPRET", "1")
@@ -30,7 +30,7 @@ NEWER = dict(  # what came after LLaMA 2, all at once
     rope_scaling=dict(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_block_size=32),
 )  # fmt: skip
 FAMILIES = {"llama": LLAMA, "gpt2": GPT2, "newer": NEWER}
-families.FAMILIES["newer"] = families._llama_like(  # no network has all of it: a family of its own, for its folders
+NEWER_FAMILY = families._llama_like(  # no network has all of it: a family of its own, for its folders
     "NewerForCausalLM", {}, dict(attention_bias=False, mlp_bias=False), qkv_bias=True, qk_norm=True, window=11,
     no_rope_every=2,
 )  # fmt: skip
@@ -57,8 +57,10 @@ def checkpoint(family, tmp_path_factory):
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp(family["arch"]) / "base"
     base = randomize(model.GPT(model.Config(**family)), std=0.05)
-    save_folder(folder, base.config, base.state_dict(), {})
-    return folder
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(families.FAMILIES, "newer", NEWER_FAMILY)
+        save_folder(folder, base.config, base.state_dict(), {})
+        yield folder
 
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -128,7 +130,9 @@ def save_tokenizer(folder, rows) -> None:
         vocab_size=400, special_tokens=["<bos>", "<eos>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
     )
     tokenizer.train_from_iterator([" ".join(row.values()) for row in rows], trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 0)])
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(folder / "tokenizer.json"))
     stated = {"bos_token": "<bos>", "eos_token": "<eos>", "add_bos_token": True}
+    stated["tokenizer_class"] = "PreTrainedTokenizerFast"
     (folder / "tokenizer_config.json").write_text(json.dumps(stated))

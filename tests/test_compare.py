@@ -1,4 +1,4 @@
-"""compare.py: peft's share of it is the same network, trained by the same rule; it goes on where it ended."""
+"""compare.py: peft's share of it is the same network, trained by the same rule; it resumes where it was interrupted."""
 
 import csv
 import json
@@ -7,111 +7,141 @@ import pytest
 import torch
 from conftest import fail, say
 
-from finetune import ia3 as finetune_ia3
-from finetune import setup
-from lit_model.data import labels as classify
-from lit_model.methods import ia3
+from finetune import ia3, run
 from lit_model import load
-from lit_model.load import save_checkpoint
-from lit_model.weights.folder import tokenizer_files
-from lit_model.data.rows import PromptOptions
-from scripts import compare, peers
-from scripts.compare_report import recommendation
+from lit_model.data import labels, score
+from lit_model.data.examples import ExampleOptions
+from lit_model.load import METHODS
+from lit_model.weights.folder import save_folder, tokenizer_files
+from scripts import compare
+from scripts.bench import peers
+from scripts.compare_report import draw, line_of, recommendation, table
 
 
 def test_peft_in_the_comparison_is_the_same_network_trained_by_the_same_rule(tiny, labelled, tmp_path):
-    """IA3 begins with ones in both: after some steps its vectors are those of peft, and so are the labels."""
+    """IA3 starts with ones in both: after some steps its vectors are those of peft, and so are the labels."""
     settings = dict(
-        checkpoint_dir=tiny / "base", data=labelled, devices="cpu", dtype="float32",
-        prompt=PromptOptions(val_fraction=0.2),
-        train=setup.Train(lr=1e-2, batch_size=8, max_steps=6, epochs=9, eval_interval=3, sample="", weight_decay=0.5),
+        checkpoint_dir=tiny / "base", data=str(labelled), devices="cpu", dtype="float32",
+        examples=ExampleOptions(val_fraction=0.2),
+        train=run.Train(lr=1e-2, batch_size=8, max_steps=6, epochs=9, eval_interval=3, sample="", weight_decay=0.5),
     )  # fmt: skip
-    finetune_ia3.main(finetune_ia3.Options(**settings, out_dir=tmp_path / "ours"))
-    run = setup.start(setup.Options(**settings, out_dir=tmp_path / "theirs"))
-    config = ia3.Config.load(tiny / "base")
-    network = peers.base(config, torch.float32, run.device)
-    peers.copy_weights(network, tiny / "base")
+    summary = ia3.main(ia3.Options(**settings, out_dir=tmp_path / "ours"))
+    theirs = run.start(run.RunOptions(**settings, out_dir=tmp_path / "theirs"))
+    network = peers.load(tiny / "base", torch.float32, theirs.device)
     idx = torch.randint(0, 400, (2, 20))
     with torch.no_grad():
         torch.testing.assert_close(network(idx).logits, load(tiny / "base")(idx), rtol=1e-4, atol=1e-5)
-    network = peers.attach(network, "ia3", config)
-    val_loss, _, n_tokens = peers.fit(network, run)
-    kept = list(csv.DictReader(open(tmp_path / "ours" / "metrics.csv")))
-    assert n_tokens == max(int(r["tokens"] or 0) for r in kept)
-    assert val_loss == pytest.approx(min(float(r["val_loss"]) for r in kept if r["val_loss"]), rel=1e-5)
+    network = peers.attach(network, "ia3", None)
+    val_loss, _, n_tokens = peers.fit(network, theirs)
+    assert n_tokens == summary.n_tokens
+    assert val_loss == pytest.approx(summary.val_loss, rel=1e-5)
     gpt = load(tiny / "base", tmp_path / "ours")
-    moved, places = 0.0, {"self_attn.k_proj": "attn.k_proj", "self_attn.v_proj": "attn.v_proj"}
+    places = {"self_attn.k_proj": "attn.k_proj", "self_attn.v_proj": "attn.v_proj", "mlp.down_proj": "mlp.up_proj"}
+    moved = 0.0
     for layer, block in zip(network.base_model.model.model.layers, gpt.blocks):
-        for name, mine in {**places, "mlp.down_proj": "mlp.up_proj"}.items():
-            theirs = layer.get_submodule(name).ia3_l["default"].detach().flatten()
-            ours = block.get_submodule(mine).deltas["ia3"].scale.detach()
-            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
-            moved = max(moved, (theirs - 1).abs().max().item())
+        for there, here in places.items():
+            vector = layer.get_submodule(there).ia3_l["default"].detach().flatten()
+            torch.testing.assert_close(block.get_submodule(here).deltas["ia3"].scale, vector, rtol=1e-4, atol=1e-5)
+            moved = max(moved, (vector - 1).abs().max().item())
     assert moved > 1e-2
-    labels = classify.label_ids(run.task, run.tokenizer)
-    ours = classify.judge(gpt, run.val_examples, run.task, labels, 400)
-    assert peers.judge(network, run.val_examples, run.task, labels, run) == ours
+    ids = labels.label_ids(theirs.task, theirs.tokenizer)
+    verdict = score.judge(gpt, theirs.val_examples, theirs.task, ids, 400)
+    assert peers.judge(network, theirs.val_examples, theirs.task, ids, theirs) == verdict
 
 
-def test_rates_to_search_hold_those_to_begin_with():
-    assert {method.lr for method in compare.METHODS.values()} <= set(compare.RATES)
+def test_all_methods_are_compared_from_rates_that_a_search_knows():
+    assert {method.name for method in compare.METHODS.values()} == {*METHODS}
+    assert {method.lr for method in compare.METHODS.values()} | {*compare.PEERS.values()} <= {*compare.RATES}
 
 
-def test_a_comparison_goes_on_where_it_ended_and_says_what_to_take(labelled, tiny, tmp_path, capsys, monkeypatch):
+def cells_of(folder) -> dict[str, dict]:
+    return {cell["cell"]: cell for cell in map(json.loads, (folder / "cells.jsonl").read_text().splitlines())}
+
+
+QUICK = "--devices cpu --n_test 20 --n_val 16 --max_steps 2 --batch_size 4"
+
+
+def test_an_interrupted_comparison_resumes_and_a_search_finds_the_rates_of_others(
+    labelled, tiny, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr("finetune.report.Log.draw", lambda log: None)  # pictures of each run, which take most of it
+    monkeypatch.setattr(labels.Verdict, "draw", lambda verdict, path: None)
     out = tmp_path / "compare"
     args = f"--data {labelled} --checkpoint_dir {tiny}/base --out_dir {out} --devices cpu --n_test 30 --n_val 15"
     args += " --max_steps 4 --shots 2"
     say(compare, capsys, monkeypatch, f"{args} --methods zero-shot,lora --seeds 0,1")
     first = (out / "cells.jsonl").read_text()
-    said = say(
-        compare, capsys, monkeypatch, f"{args} --methods lora,few-shot,features,head --seeds 0,1 --search --peers"
-    )
-    assert (out / "cells.jsonl").read_text().startswith(first) and "==== lora, seed 0, lr 0.001" not in said
-    cells = {c["cell"]: c for c in map(json.loads, (out / "cells.jsonl").read_text().splitlines())}
-    losses = {c["lr"]: c["val_loss"] for c in cells.values() if c["method"] == "head" and c["seed"] == 0}
-    best = min(losses, key=losses.get)
-    tried = sorted(losses)
+    say(compare, capsys, monkeypatch, f"{args} --methods lora,few-shot,features --peers")
+    say(compare, capsys, monkeypatch, f"{args} --methods head --seeds 0,1 --search")
+    text, cells = (out / "cells.jsonl").read_text(), cells_of(out)
+    assert text.startswith(first) and len(cells) == len(text.splitlines())  # no cell was computed twice
+    losses = {cell["lr"]: cell["val_loss"] for cell in cells.values() if cell["method"] == "head" and not cell["seed"]}
+    best, tried = min(losses, key=losses.get), sorted(losses)
     assert len(tried) >= 3 and tried[0] < best < tried[-1] and f"head, seed 1, lr {best:g}" in cells
+    assert cells["head, seed 0, lr 0.003"]["n_trained"] == 400 * 64
+    assert cells["peft-lora, seed 0, lr 0.003"]["n_trained"] == cells["lora, seed 0, lr 0.003"]["n_trained"]
+
     other = f"{args.replace(str(out), str(tmp_path / 'other'))} --methods head --rates {out}"
-    assert f"==== head, seed 0, lr {best:g}\n" in say(compare, capsys, monkeypatch, other)
+    say(compare, capsys, monkeypatch, other)
+    assert [*cells_of(tmp_path / "other")] == [f"head, seed 0, lr {best:g}"]
     assert "has no cell of dora" in fail(compare, capsys, monkeypatch, other.replace("head", "dora"))
-    table = (out / "table.md").read_text()
-    assert all(f"| {name} |" in table for name in ("lora", "peft-lora", "few-shot", "head")) and "Best: " in table
-    assert (out / "tradeoff.png").stat().st_size > 5000 and not (out / "run").exists()
-    lines = list(csv.DictReader(open(out / "table.csv")))
-    assert [float(r["accuracy"]) for r in lines] == sorted((float(r["accuracy"]) for r in lines), reverse=True)
-    head = next(r for r in lines if r["method"] == "head")
-    assert head["seeds"] == "2" and int(head["trained"]) == 400 * 64
-
-    said = say(compare, capsys, monkeypatch, f"{args} --methods lora,head --max_store_mb 0.05")
-    assert "Best within 0.05 MB on disk: lora" in said  # the head is larger
     assert "cells with another max_steps" in fail(compare, capsys, monkeypatch, f"{args} --methods lora --max_steps 5")
+    assert {path.name for path in out.iterdir()} == {"cells.jsonl", "train.csv", "report.md", "compare.png"}
 
 
-QUICK = "--devices cpu --n_test 20 --n_val 16 --max_steps 2 --batch_size 4"
+def test_all_methods_fit_their_scripts(labelled, tiny, tmp_path, capsys, monkeypatch):
+    args = f"{QUICK} --data {labelled} --checkpoint_dir {tiny}/base --out_dir {tmp_path}/out --methods full,qlora"
+    say(compare, capsys, monkeypatch, args)
+    assert {cell["method"]: cell["stored_bytes"] > 0 for cell in cells_of(tmp_path / "out").values()} == dict(
+        full=True, qlora=True
+    )
+    names = "data checkpoint_dir out_dir n_test n_val".split()
+    options = compare.Options(**dict(zip(names, (str(labelled), tiny / "base", tmp_path / "out2", 20, 16))))
+    comparison = compare.prepare(options)
+    for method in compare.METHODS.values():
+        started = run.start(compare.run_options(comparison, method, 0, method.lr))
+        gpt = run.build(started, method.name, getattr(started.options, method.name, None))
+        assert any(p.requires_grad for p in gpt.parameters()) and len(started.val_examples) == 16
 
 
 def test_labels_of_several_tokens(tiny, tmp_path, capsys, monkeypatch):
     with open(tmp_path / "rows.csv", "w") as file:
         file.write("text,label\n" + "".join(f"{i} stone,{('seven green', 'quiet hill')[i % 2]}\n" for i in range(60)))
     args = f"{QUICK} --data {tmp_path}/rows.csv --checkpoint_dir {tiny}/base --out_dir {tmp_path}/out --shots 2"
-    said = say(compare, capsys, monkeypatch, f"{args} --methods zero-shot,few-shot,features --seeds 3,3")
-    assert all(f"| {name} |" in said for name in ("zero-shot", "few-shot", "features")) and "+-" not in said
+    say(compare, capsys, monkeypatch, f"{args} --methods zero-shot,few-shot,features --seeds 3,3")
+    assert [*cells_of(tmp_path / "out")] == [f"{name}, seed 3" for name in compare.UNTRAINED]
 
 
-def test_what_to_take_is_ours_fits_and_is_the_smallest_within_the_noise():
-    line = dict(std=0.004, peak_gib=3.0, stored_mb=2.0)
-    lines = [
-        dict(line, method="peft-big", accuracy=0.95, trained=1),
-        dict(line, method="big", accuracy=0.94, trained=1000, stored_mb=20.0),
-        dict(line, method="small", accuracy=0.938, trained=10),
-        dict(line, method="tiny", accuracy=0.90, trained=1),
-    ]
-    said = recommendation(lines, compare.Options(n_test=10_000))
-    assert said.startswith("Best: big, 94.0 %. small is within the noise of 0.4 points and trains 10 ")
-    said = recommendation(lines, compare.Options(n_test=10_000, max_store_mb=10))
-    assert said == "Best within 10 MB on disk: small, 93.8 %."
-    assert recommendation(lines, compare.Options(max_store_mb=1)) == "Nothing that was tried stays within 1 MB on disk."
+CELL = dict(method="lora", on="a GPU", lr=1e-3, n_trained=1000, n_tokens=600, peak_gib=2.0, stored_bytes=4000)
+
+
+def test_a_line_has_mean_and_standard_deviation_and_the_speed_of_the_fastest_seed():
+    cells = [dict(CELL, accuracy=accuracy, seconds=seconds) for accuracy, seconds in ((0.5, 3.0), (0.6, 2.0))]
+    assert "| lora | 55.0 ± 7.1 | 1,000 | 0.001 | 2 | 300 | 2.0 | 0.00 |" in table([line_of(cells)])
+    assert "| lora | 50.0 | 1,000 | 0.001 | 3 | 200 |  | 0.00 |" in table([line_of([dict(cells[0], on="CPU")])])
+    untrained = dict(method="zero-shot", on="a GPU", lr=None, n_trained=0, accuracy=0.25, stored_bytes=0)
+    assert "| zero-shot | 25.0 | 0 |  |  |  |  | 0.00 |" in table([line_of([untrained])])
+
+
+def test_the_recommended_method_is_ours_and_the_smallest_within_the_noise():
+    rows = [("peft-big", 0.95, 1), ("big", 0.94, 1000), ("small", 0.938, 10), ("tiny", 0.90, 1)]
+    lines = [dict(method=method, accuracy=accuracy, n_trained=n, std=0.004) for method, accuracy, n in rows]
+    text = recommendation(lines, n_test=10_000)
+    assert text.startswith("Best: big, 94.0 %. small is within the noise of 0.4 points and trains 10 ")
+    assert recommendation(lines[2:], n_test=10_000) == "Best: small, 93.8 %."
+
+
+def test_the_picture_names_points_side_by_side(tmp_path, monkeypatch):
+    figures = []
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda figure, path: figures.append(figure))
+    names = [*compare.METHODS, *(f"peft-{name}" for name in compare.PEERS)]
+    cells = [dict(CELL, method=name, accuracy=0.9 + i % 4 / 200, seconds=50 + i) for i, name in enumerate(names)]
+    draw([line_of([cell]) for cell in cells], tmp_path / "compare.png")
+    assert len(figures[0].axes) == 3
+    for axes in figures[0].axes:
+        boxes = [label.get_window_extent() for label in axes.texts]
+        assert [label.get_text() for label in axes.texts] == names
+        assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i])
 
 
 def test_nothing_of_a_user_is_replaced(labelled, tiny, tmp_path, capsys, monkeypatch):
@@ -123,7 +153,7 @@ def test_nothing_of_a_user_is_replaced(labelled, tiny, tmp_path, capsys, monkeyp
     assert (mine / "train.csv").read_bytes() == labelled.read_bytes() and (mine / "run").is_dir()
 
 
-def test_cells_of_another_network_are_not_taken_and_a_line_that_was_cut_off_is_made_again(
+def test_cells_of_another_network_are_refused_and_a_line_that_was_cut_off_is_computed_again(
     labelled, tiny, tmp_path, capsys, monkeypatch
 ):
     out = tmp_path / "out"
@@ -131,34 +161,28 @@ def test_cells_of_another_network_are_not_taken_and_a_line_that_was_cut_off_is_m
     say(compare, capsys, monkeypatch, f"{args} --checkpoint_dir {tiny}/base")
     whole = (out / "cells.jsonl").read_text()
     (out / "cells.jsonl").write_text(whole + whole[:50])
-    said = say(compare, capsys, monkeypatch, f"{args} --checkpoint_dir {tiny}/base")
-    assert "line 2 was cut off" in said and (out / "cells.jsonl").read_text() == whole
-    base = load(tiny / "base")
-    save_checkpoint(
-        tmp_path / "other/base", base.config, {n: 2 * t for n, t in base.state_dict().items()},
-        tokenizer_files(tiny / "base"),
-    )  # fmt: skip
-    assert "cells with another base" in fail(
-        compare, capsys, monkeypatch, f"{args} --checkpoint_dir {tmp_path}/other/base"
-    )
-    with open(labelled, "a") as file:
-        file.write("one more,apple\n")
+    assert "line 2 was cut off" in say(compare, capsys, monkeypatch, f"{args} --checkpoint_dir {tiny}/base")
+    assert (out / "cells.jsonl").read_text() == whole
+    base, other = load(tiny / "base"), tmp_path / "other/base"
+    save_folder(other, base.config, {n: 2 * t for n, t in base.state_dict().items()}, tokenizer_files(tiny / "base"))
+    assert "cells with another base" in fail(compare, capsys, monkeypatch, f"{args} --checkpoint_dir {other}")
+    with open(labelled, "a", newline="") as file:
+        csv.writer(file).writerow(["one more", "apple"])
     assert "another data" in fail(compare, capsys, monkeypatch, f"{args} --checkpoint_dir {tiny}/base")
 
 
 @pytest.mark.parametrize(
-    "args, says",
+    "args, message",
     [
-        ("--n_val 0", "n_val is 0; it must be at least 1"),
+        ("--n_val 0", "n_val is 0; it must be a whole number above 0"),
         ("--n_test -5", "n_test is -5"),
         ("--shots -2", "shots is -2"),
-        ("--max_memory_gb 4", "max_memory_gb is about the memory of a GPU"),
         ("--methods lore", "there is no method 'lore'; there are zero-shot"),
-        ("--seeds a", "--seeds a is no list of numbers"),
+        ("--seeds a", "--seeds: invalid literal"),
         ("--n_test 500", "too few for --n_test and --n_val"),
     ],
 )
-def test_mistakes_end_in_one_line(args, says, labelled, tiny, tmp_path, capsys, monkeypatch):
+def test_mistakes_end_in_one_line(args, message, labelled, tiny, tmp_path, capsys, monkeypatch):
     given = f"--devices cpu --data {labelled} --checkpoint_dir {tiny}/base --out_dir {tmp_path}/out"
-    assert says in fail(compare, capsys, monkeypatch, f"{given} {args}")
+    assert message in fail(compare, capsys, monkeypatch, f"{given} {args}")
     assert not (tmp_path / "out").exists()

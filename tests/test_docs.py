@@ -3,16 +3,20 @@ link to is there."""
 
 import ast
 import importlib
+import inspect
 import re
 import shlex
 import sys
+import textwrap
 
 import pytest
 from conftest import ROOT
 
 from lit_model.cli import cli
+from lit_model.methods.lora import LoRADelta
 
-SCRIPTS = [path for folder in ("finetune", "generate", "scripts") for path in sorted((ROOT / folder).glob("*.py"))]
+FOLDERS = ("finetune", "generate", "scripts", "scripts/bench")
+SCRIPTS = [path for folder in FOLDERS for path in sorted((ROOT / folder).glob("*.py"))]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
@@ -21,6 +25,7 @@ def commands() -> list[str]:
     found = []
     for page in PAGES:
         text = page.read_text().replace("\\\n", " ").replace("\\|", "|")
+        text = re.sub(r"```python\n.*?```", "", text, flags=re.DOTALL)
         blocks = re.findall(r"```\n(.*?)```", text, re.DOTALL)
         lines = [line.split("  #")[0] for block in blocks for line in block.splitlines()]
         lines += re.findall(r"`([^`]+)`", re.sub(r"```.*?```", "", text, flags=re.DOTALL))
@@ -53,3 +58,12 @@ def test_links_lead_somewhere():
         for target in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
             if "://" not in target:
                 assert (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+def test_the_readme_shows_the_forward_of_lora_and_counts_the_lines_of_the_methods():
+    readme = (ROOT / "README.md").read_text()
+    assert textwrap.dedent(inspect.getsource(LoRADelta.forward)).strip() in readme
+    counted = re.findall(r"^\| .*? \| (\w+\.py) \| (\d+) \|", readme, re.MULTILINE)
+    assert len(counted) >= 10
+    for name, n in counted:
+        assert len((ROOT / "lit_model/methods" / name).read_text().splitlines()) == int(n), name

@@ -21,9 +21,9 @@ def test_a_seed_repeats_the_tokens(gpt):
 
 def test_it_ends_where_the_context_is_full(gpt):
     assert len(list(generate(gpt, [1] * 10, 1000, temperature=0))) == 22
-    with pytest.raises(ValueError, match="the prompt has 32 tokens; the model's context of 32 leaves no room"):
+    with pytest.raises(ValueError, match="the prompt has 32 tokens; it needs .* the model's context of 32"):
         next(generate(gpt, [1] * 32, 5))
-    with pytest.raises(ValueError, match="the prompt is empty"):
+    with pytest.raises(ValueError, match="the prompt has 0 tokens"):
         next(generate(gpt, [], 5))
 
 

@@ -204,13 +204,8 @@ def test_what_is_longer_than_the_context_is_refused(labelled, tiny):
 @pytest.mark.parametrize(
     "script, args, says",
     [
-        (evaluate, "--shots 500 --shots_from {more}", "--shots 500: there are 9 rows to show"),
         (evaluate, "--shots -1", "--shots and --shots_from go together"),
         (evaluate, "--shots 2", "--shots and --shots_from go together"),
-        (evaluate, "--max_examples 0", "row_tokens and max_examples must be at least 1"),
-        (evaluate, "--row_tokens 0", "row_tokens and max_examples must be at least 1"),
-        (finetune_features, "--row_tokens 0", "row_tokens must be at least 1"),
-        (finetune_features, "--examples.val_fraction 0", "examples.val_fraction above 0 and below 1"),
         (finetune_features, "--classifier sklearn.nothing", "sklearn.nothing: it is broken"),
         (finetune_features, "--out_dir {used}", "is not empty; name another --out_dir"),
         (SCRIPTS["selective"], "--selective.regex qkv", "selective.regex 'qkv' finds no parameter"),

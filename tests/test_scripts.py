@@ -13,25 +13,25 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import scripts.convert_gguf
+import scripts.convert_hf
 import torch
 import yaml
 from conftest import ROOT, WORDS, save_tokenizer
 from safetensors.torch import load_file
+from scripts.random_checkpoint import random_rows, train_tokenizer
+from scripts.workload import lengths
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 import finetune.adapter
 import finetune.lora
 import generate.base
-import scripts.convert_gguf
-import scripts.convert_hf
 import scripts.download
 import scripts.merge
 from lit_model import load
 from lit_model.cli import cli
 from lit_model.data.examples import render
 from lit_model.data.tokenizer import Tokenizer
-from scripts.random_checkpoint import random_rows, train_tokenizer
-from scripts.workload import lengths
 
 FAST = "--train.epochs 3 --train.batch_size 8 --train.sample abc --devices cpu".split()
 

@@ -44,7 +44,8 @@ class SegmentsAttention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple:
-        kept = [ctx.saved_tensors[i::4] for i in range(4)]  # q, k, v, p of all segments
+        saved = ctx.saved_tensors
+        kept = [saved[i::4] for i in range(4)]  # q, k, v, p of all segments
         (nh, hs), nkv, (n_q, n_k) = grad.shape[1:], kept[1][0].shape[0], zip(*ctx.lengths, strict=True)
         dq = torch.empty_like(grad)
         dk, dv = (grad.new_empty(sum(n_k), nkv, hs) for _ in range(2))

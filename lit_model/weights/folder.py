@@ -51,21 +51,20 @@ class Folder:
             self.family, self.config = read_config(self.hf)
         self._shards: dict[Path, Any] = {}
         self._file_of = {self._short(name): (name, path) for name, path in self._stored()}
-        if (
-            self.config.tie
-            and "lm_head.weight" in self._file_of
-            and self._sample("lm_head.weight") != self._sample("wte.weight")
-        ):
-            self.config = replace(self.config, tie=False)  # as transformers has it
-        shapes = network_shapes(self.config) if self.config.n_layer <= len(self._file_of) else {"too many layers": ()}
+        if self.config.n_layer > len(self._file_of):  # a network of a billion layers takes long to build
+            raise ValueError(f"{self._weights} has {len(self._file_of)} tensors for {self.config.n_layer} layers")
+        head_is_stored = self.config.tie and "lm_head.weight" in self._file_of
+        self.config = replace(self.config, tie=self.config.tie and not head_is_stored)
+        shapes = network_shapes(self.config)
         sources = {name: self.family.source(name).name for name in shapes}
         if missing := [name for name in sources.values() if name not in self._file_of]:
             raise ValueError(f"{self._weights} lacks {len(missing)} tensors, such as {self.family.prefix}{missing[0]}")
-        ignored = (*self.family.ignored, "lm_head.weight") if self.config.tie else self.family.ignored
         others = self._file_of.keys() - {*sources.values()}
-        if strange := sorted(name for name in others if not name.endswith(ignored)):
+        if strange := sorted(name for name in others if not name.endswith(self.family.ignored)):
             raise ValueError(f"{self._weights} has a tensor {strange[0]} that the model has no place for")
-        self.names = list(shapes)
+        if head_is_stored and self._sample("lm_head.weight") == self._sample("wte.weight"):  # as transformers has it
+            self.config = replace(self.config, tie=True)
+        self.names = list(network_shapes(self.config))
 
     def tensor(self, name: str) -> Tensor:
         """Our tensor of this name, on the CPU: a view of the mapped file where it is stored as we have it."""
@@ -165,8 +164,9 @@ def unpickled(path: Path) -> dict[str, Tensor]:
                 f"{path} is broken or only partly written{hint} ({str(e).splitlines()[0][:100]})"
             ) from None
         for name, t in content.items():
-            if t.layout != torch.strided or t.nbytes > t.untyped_storage().nbytes():
-                raise ValueError(f"{name} is a sparse or an expanded tensor, which no network is made of")
+            is_dense = isinstance(name, str) and t.layout == torch.strided and not t.is_meta
+            if not is_dense or t.nbytes > t.untyped_storage().nbytes():
+                raise ValueError(f"{name} is a sparse or an expanded tensor or has no name: no network is made of it")
         return content
 
 

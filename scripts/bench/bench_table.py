@@ -41,14 +41,14 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def table(lines: list[dict[str, Any]]) -> str:
-    """Lines of the file. "ratio": to the peer's speed, or to the speed a device of the first number of devices."""
+    """Lines of the file. "ratio": to the peer's speed, or to that of one device."""
     text = ["| run | how | real tokens/s | ratio | step | memory a device | products alone | MFU | start | loss |"]
     text.append("|---|---|---|---|---|---|---|---|---|---|")
     peers = {(r["method"], r["precision"]): r["tokens_per_second"] for r in lines if r["system"] != "lit-model"}
-    first = {}
+    alone = {(r["method"], r["precision"]): r["tokens_per_second"] for r in lines if r["world"] == 1}
     for r in lines:
         case, speed = (r["method"], r["precision"]), r["tokens_per_second"]
-        base = peers.get(case, peers.get((r["method"], "bf16"))) or first.setdefault(case, speed / r["world"])
+        base = peers.get(case) or peers.get((r["method"], "bf16")) or alone.get(case, speed)
         devices = f", {r['world']} x {r['strategy']}" if r["world"] > 1 else ""
         ratio = f"{speed / base:.2f} x" if speed != base else ""
         run = f"{r['system']}: {' '.join(case)}{devices} | {r['setting']} | {speed:,.0f} | {ratio}"

@@ -93,9 +93,9 @@ def _fp8_product(a: Tensor, b: Tensor) -> Callable[[], Tensor]:  # a b^T
 
 def print_kernels(work: Callable[[], Any], device: torch.device) -> None:
     """A table of the kernels that take most of the time of some work."""
-    kind = "cuda" if device.type == "cuda" else "cpu"
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity[kind.upper()]]) as record:
+    kinds, on_gpu = torch.profiler.ProfilerActivity, device.type == "cuda"
+    with torch.profiler.profile(activities=[kinds.CUDA if on_gpu else kinds.CPU]) as record:
         work()
         sync(device)
-    averages = record.key_averages()
-    print(averages.table(sort_by=f"self_{kind}_time_total", row_limit=40, max_name_column_width=100))
+    order = "self_device_time_total" if on_gpu else "self_cpu_time_total"
+    print(record.key_averages().table(sort_by=order, row_limit=40, max_name_column_width=100))

@@ -53,12 +53,12 @@ def to_nf4(network: torch.nn.Module) -> None:
     from bitsandbytes.nn import Linear4bit
 
     how = dict(bias=False, compute_dtype=torch.bfloat16, compress_statistics=True, quant_type="nf4")
-    for parent in [part for block in network.model.layers for part in (block.self_attn, block.mlp)]:
-        for name, linear in list(parent.named_children()):
-            if isinstance(linear, torch.nn.Linear):
-                quantized = Linear4bit(linear.in_features, linear.out_features, **how)
-                quantized.load_state_dict({"weight": linear.weight.cpu()})
-                setattr(parent, name, quantized.to(linear.weight.device))
+    modules = [(parent, *child) for parent in network.model.modules() for child in parent.named_children()]
+    for parent, name, linear in modules:
+        if isinstance(linear, torch.nn.Linear):
+            quantized = Linear4bit(linear.in_features, linear.out_features, **how)
+            quantized.load_state_dict({"weight": linear.weight.cpu()})
+            setattr(parent, name, quantized.to(linear.weight.device))
 
 
 def attach(network: torch.nn.Module, method: str, options: Any) -> torch.nn.Module:

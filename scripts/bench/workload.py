@@ -1,4 +1,4 @@
-"""What is measured with: random weights, and random tokens in the lengths of Alpaca's 52,002 rows or the demo's rows."""
+"""What to measure with: random weights; random tokens in the lengths of Alpaca's 52,002 rows, or the demo's rows."""
 
 import numpy as np
 import torch
