@@ -9,15 +9,20 @@ text     a text to learn as it is; by default the works of Shakespeare that Andr
          public domain
 """
 
+import hashlib
+import http.client
 import json
+import os
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
+from urllib.request import Request, urlopen
 
 from lit_model.cli import cli
 from lit_model.data.rows import read_rows
 from lit_model.files import reading, write_text
-from lit_model.weights.demo import source_of
+from lit_model.weights.demo import check_sha256
 
 SETS = {  # name: its file here, where it comes from
     "alpaca": ("alpaca.json", "https://raw.githubusercontent.com/tatsu-lab/stanford_alpaca/main/alpaca_data.json"),
@@ -69,6 +74,43 @@ def dolly_rows(path: Path) -> list[dict[str, str]]:
                 row = json.loads(line)
                 rows.append(dict(instruction=row["instruction"], input=row["context"], output=row["response"]))
     return rows
+
+
+def source_of(source: str, out: Path, sha256: str | None) -> Path:
+    """The file that `out` is to be made of: fetched beside it if `source` is a URL. Raises ValueError if `out` is there
+    already, FileNotFoundError if `source` is not."""
+    if out.exists():
+        raise ValueError(f"{out} is there already; remove it, or name another --out")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    if "://" in source:
+        name = hashlib.sha256(source.encode()).hexdigest()[:8]  # another one for another URL
+        return fetch_url(source, out.with_suffix(f".{name}{Path(source).suffix}"), sha256)
+    if not Path(source).is_file():
+        raise FileNotFoundError(f"{source} is not there")
+    check_sha256(Path(source), source, sha256)
+    return Path(source)
+
+
+def fetch_url(url: str, path: Path, sha256: str | None = None) -> Path:
+    """Downloads a file, unless it is there, and resumes what was cut off. Raises ValueError if the server does not give
+    it, or gives something else than `sha256` says."""
+    if not path.is_file():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(path.name + ".partial")
+        have = partial.stat().st_size if partial.is_file() else 0
+        request = Request(url, headers={"Range": f"bytes={have}-"} if have else {})
+        try:
+            with urlopen(request, timeout=60) as answer, open(partial, "ab" if answer.status == 206 else "wb") as file:
+                shutil.copyfileobj(answer, file)
+                if answer.length:
+                    raise ValueError(f"it ended {answer.length} bytes too early")
+        except (OSError, http.client.HTTPException, ValueError) as e:
+            if getattr(e, "code", None) == 416:  # nothing is left to fetch: the part is of another file, or all of it
+                partial.unlink()
+            raise ValueError(f"{url} cannot be fetched ({e}); try again, or name a file that you have") from None
+        os.replace(partial, path)
+    check_sha256(path, url, sha256, discard=True)
+    return path
 
 
 if __name__ == "__main__":

@@ -29,7 +29,6 @@ from lit_model.methods.lora import LoRA
 from lit_model.packing import Example, Packed, pack
 from lit_model.weights.folder import Folder
 
-families.FAMILIES["newer"] = NEWER_FAMILY
 SOME = ("adapter", "full", "lora", "prefix", "prompt")
 CASES = [("llama", name, "none", 13) for name in METHODS]  # family, method, quantize, number of examples
 CASES += [(family, name, "none", 13) for family in ("gpt2", "newer") for name in SOME]
@@ -163,6 +162,7 @@ def compute_all(folder: Path, strategy: str, out: Path) -> None:
 
 
 if __name__ == "__main__":
+    families.FAMILIES["newer"] = NEWER_FAMILY
     atexit.register(no_thread_of_gloo_is_left)  # the first to register is the last to run
     job = read_slices if sys.argv[3].endswith("slices") else compute_all
     job(Path(sys.argv[1]), sys.argv[2], Path(sys.argv[3]))

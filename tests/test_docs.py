@@ -45,7 +45,7 @@ def test_a_printed_command_is_one_that_its_script_takes(command, monkeypatch):
     names = re.findall(r'"(\w+)"', positional[1]) if positional else ()
     monkeypatch.setattr(sys, "argv", [script, *args])
     monkeypatch.chdir(ROOT)
-    if "--config" not in args:  # which has to be there
+    if "--config" not in args and hasattr(module, "Options"):  # a file has to be there; start_time.py passes them on
         cli(lambda options: None, module.Options, "", tuple(names))
 
 

@@ -226,6 +226,18 @@ def test_another_base_of_the_same_shape_is_refused(downloads, download, tmp_path
     load(folder, method)
 
 
+def test_the_identity_sees_first_and_last_numbers_and_every_64th_of_a_tensor(download):
+    _, folder = download
+    tensors, name = load_file(folder / "model.safetensors"), "model.embed_tokens.weight"
+    identity, n = Folder(folder).identity, tensors[name].numel()
+    starts = torch.randint(0, n - n // 60, (9,)).tolist()
+    for first, last in [(0, 1), (n - 1, n), *((start, start + n // 60) for start in starts)]:
+        changed = tensors[name].clone()
+        changed.view(-1)[first:last] += 1
+        save_file(tensors | {name: changed}, folder / "model.safetensors", dict(format="pt"))
+        assert Folder(folder).identity != identity
+
+
 # -------------------------------------------------------------------------------------------------------------- merged
 
 

@@ -111,11 +111,13 @@ MISTAKES = [  # what is wrong, what is done before, script and arguments, the li
      "out holds a run with train.lr 0.002 there and 0.1 here: name another --out_dir, or replace it with --overwrite"),
     ("another family", lambda d: hf_folder(d, model_type="mamba"), HF, "", "model_type is 'mamba'; known are gpt2"),
     ("an odd activation", lambda d: hf_folder(d, hidden_act="gelu"), HF, "", "hidden_act is 'gelu', which is not "),
-    ("weights that are not all there", hf_folder, HF, "", "hf/model.safetensors lacks 11 tensors, such as model.embed_tokens.weight"),
+    ("weights that are not all there", hf_folder, HF, "",
+     "hf/model.safetensors lacks 11 tensors, such as model.embed_tokens.weight"),
     ("no GGUF file", lambda d: (d / "m.gguf").write_text("hello"), (convert, "--src m.gguf --out_dir new"), "",
-     "m.gguf is not a whole GGUF file"),
+     "m.gguf: it is no GGUF file of version 2 or 3"),
     ("merging onto the base", lambda d: shutil.copytree(ROOT_RUN / "run", d / "run"),
-     (merge, "--checkpoint_dir base --method_dir run --out_dir base"), "", "base holds a checkpoint or a run already; name"),
+     (merge, "--checkpoint_dir base --method_dir run --out_dir base"), "",
+     "base holds a checkpoint or a run already; name"),
 ]  # fmt: skip
 
 

@@ -51,24 +51,24 @@ def url():
 def test_a_download_goes_on_where_it_was_cut_off(url, tmp_path):
     Server.cut = 700_000
     with pytest.raises(ValueError, match="cannot be fetched|ended after 700000 of 1280000 bytes"):
-        demo.fetch_url(f"{url}/a", tmp_path / "a.bin")
+        prepare.fetch_url(f"{url}/a", tmp_path / "a.bin")
     assert not (tmp_path / "a.bin").exists() and (tmp_path / "a.bin.partial").stat().st_size == 700_000
     Server.cut = None
     sha256 = hashlib.sha256(CONTENT).hexdigest()
-    assert demo.fetch_url(f"{url}/a", tmp_path / "a.bin", sha256).read_bytes() == CONTENT
+    assert prepare.fetch_url(f"{url}/a", tmp_path / "a.bin", sha256).read_bytes() == CONTENT
     assert Server.asked == [0, 700_000] and not (tmp_path / "a.bin.partial").exists()
-    demo.fetch_url(f"{url}/a", tmp_path / "a.bin")
+    prepare.fetch_url(f"{url}/a", tmp_path / "a.bin")
     assert len(Server.asked) == 2
 
 
 def test_what_is_not_what_it_should_be_is_thrown_away(url, tmp_path):
     with pytest.raises(ValueError, match="has the sha256 .* instead of 00: it was thrown away"):
-        demo.fetch_url(f"{url}/a", tmp_path / "a.bin", "00")
+        prepare.fetch_url(f"{url}/a", tmp_path / "a.bin", "00")
     assert not list(tmp_path.iterdir())
     with pytest.raises(ValueError, match="gone cannot be fetched .*404"):
-        demo.fetch_url(f"{url}/gone", tmp_path / "a.bin")
+        prepare.fetch_url(f"{url}/gone", tmp_path / "a.bin")
     with pytest.raises(ValueError, match="cannot be fetched"):
-        demo.fetch_url("http://127.0.0.1:1/x", tmp_path / "a.bin")
+        prepare.fetch_url("http://127.0.0.1:1/x", tmp_path / "a.bin")
 
 
 def test_each_set_is_made_of_a_file_that_one_has(tmp_path, capsys, monkeypatch):

@@ -88,8 +88,8 @@ def test_building_one_lora_layer_enters_few_functions_and_files():
     ours = entered(lambda: lora.install(gpt, lora.LoRA(targets="q_proj")), ROOT / "lit_model")
     layer, options = nn.ModuleDict({"q_proj": nn.Linear(8, 8)}), peft.LoraConfig(r=8, target_modules=["q_proj"])
     theirs = entered(lambda: peft.inject_adapter_in_model(options, layer), Path(peft.__file__).parent)
-    for name, functions in (("ours", ours), (f"peft {peft.__version__}", theirs)):
-        print(f"\n{name}: {len(functions)} functions in {len({file for file, _ in functions})} files", end="")
+    for name, calls in (("ours", ours), (f"peft {peft.__version__}", theirs)):
+        print(f"\n{name}: {len(calls)} functions in {len({file for file, _ in calls})} files", end="")
     assert "lora" in gpt.blocks[0].attn.q_proj.deltas and len(ours) <= 10 and len({file for file, _ in ours}) <= 2
 
 

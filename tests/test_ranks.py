@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 
 import pytest
+import ranks
 import torch
 from conftest import FAMILIES, NEWER_FAMILY, ROOT, randomize
 from safetensors.torch import load_file
@@ -28,7 +29,8 @@ TORCHRUN = "torch.distributed.run --standalone"
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
+def folder(tmp_path_factory):
+    """A network of each family."""
     folder = tmp_path_factory.mktemp("ranks")
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(families.FAMILIES, "newer", NEWER_FAMILY)
@@ -36,19 +38,20 @@ def folder(tmp_path_factory) -> Path:
             torch.manual_seed(0)
             base = randomize(GPT(Config(**fields)), std=0.05)
             save_folder(folder / name, base.config, base.state_dict(), {})
-    return folder
+        yield folder
+
+
+@pytest.fixture(scope="module")
+def alone(folder) -> dict:
+    """What this process computes."""
+    ranks.compute_all(folder, "auto", folder / "alone.pt")
+    return torch.load(folder / "alone.pt", weights_only=True)
 
 
 def in_ranks(n: int, *args: object) -> None:
     command = [sys.executable, "-m", *TORCHRUN.split(), "--nproc_per_node", str(n), str(ROOT / "tests/ranks.py")]
     done = subprocess.run([*command, *map(str, args)], capture_output=True, text=True, timeout=PATIENCE)
     assert done.returncode == 0, done.stderr[-3000:]
-
-
-@pytest.fixture(scope="module")
-def alone(folder) -> dict:
-    in_ranks(1, folder, "auto", folder / "alone.pt")
-    return torch.load(folder / "alone.pt", weights_only=True)
 
 
 @pytest.mark.parametrize(
@@ -140,7 +143,7 @@ FABRIC_RUN = dict(LT_CLI_USED="1", LT_ACCELERATOR="cpu", LT_DEVICES="2", LT_NUM_
     [
         ("", "--devices=cpu:2", {}),
         (TWO, "--devices=cpu --strategy=fsdp", {}),
-        (TWO, "--devices=cpu", FABRIC_RUN),  # which can start only one process itself without a GPU
+        pytest.param(TWO, "--devices=cpu", FABRIC_RUN, marks=pytest.mark.slow),  # it can start one process on a CPU
     ],
     ids=["devices", "torchrun", "fabric-run"],
 )
@@ -233,7 +236,9 @@ def test_numbers_that_disagree_are_refused(devices, environment, says, monkeypat
 
 
 @pytest.mark.parametrize(
-    "launcher, more, code", [("", "--devices=cpu:2", 2), (TWO, "--devices=cpu", 1)], ids=["devices", "torchrun"]
+    "launcher, more, code",
+    [("", "--devices=cpu:2", 2), pytest.param(TWO, "--devices=cpu", 1, marks=pytest.mark.slow)],
+    ids=["devices", "torchrun"],
 )
 def test_a_mistake_is_told_once(tiny, tmp_path, launcher, more, code):
     more = f"{more} --examples.max_length=3"

