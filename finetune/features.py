@@ -22,7 +22,7 @@ from lit_model.data import labels
 from lit_model.data.examples import ExampleOptions
 from lit_model.data.rows import read_rows, split_rows
 from lit_model.data.tokenizer import Tokenizer
-from lit_model.files import reading
+from lit_model.files import reading, refuse_used
 from lit_model.model import GPT
 from lit_model.packing import Example, pack
 from lit_model.weights.demo import DEMO_CHECKPOINT, fetch_if_demo
@@ -61,8 +61,8 @@ def main(options: Options) -> None:
     rows = read_rows(options.data)
     if "label" not in rows[0]:
         raise ValueError(f"{options.data} has no rows with text and label")
-    if options.out_dir.is_dir() and any(options.out_dir.iterdir()) and not options.overwrite:
-        raise ValueError(f"{options.out_dir} is not empty; name another --out_dir, or replace it with --overwrite")
+    if not options.overwrite:
+        refuse_used(options.out_dir)
     module, _, name = options.classifier.rpartition(".")
     with reading(Path(options.classifier)):
         classifier = getattr(import_module(module), name)(**dict(max_iter=2000) if "Logistic" in name else {})

@@ -166,11 +166,11 @@ def write_config(config: Config, like: dict[str, Any] | None = None) -> dict[str
 
 def _read_rope(hf: dict[str, Any]) -> dict[str, Any]:
     rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}  # transformers 5; 4
-    if not isinstance(rope, dict) or any(isinstance(value, dict) for value in rope.values()):
-        raise ValueError("its rope parameters are not one set for all layers, which is not supported")
-    kind = rope.get("rope_type", rope.get("type", "default"))
+    kind = rope.get("rope_type", rope.get("type", "default")) if isinstance(rope, dict) else rope
     if kind not in ("default", "llama3") or rope.get("partial_rotary_factor") not in (None, 1):
         raise ValueError(f"rope scaling of type {kind!r} or partial rotary positions are not supported")
+    if any(isinstance(value, dict) for value in rope.values()):
+        raise ValueError("its rope parameters are not one set for all layers, which is not supported")
     base = dict(rope_base=rope.get("rope_theta") or hf["rope_theta"])
     if kind == "default":
         return base

@@ -90,7 +90,7 @@ def draw(lines: list[dict[str, Any]], path: Path) -> None:
 
 
 def name_points(axes: Axes, points: list[tuple[str, float, float]]) -> None:
-    """Writes the name beside each point (name, x, y), as near as it covers no point and no other name."""
+    """Writes the name beside each point (name, x, y), as near as it covers no point, no other name and no frame."""
     taken = [Bbox.from_extents(*(at - 4), *(at + 4)) for at in axes.transData.transform([p[1:] for p in points])]
     for name, *point in points:
         label = axes.annotate(name, point, xytext=(0, 0), textcoords="offset points", va="center", fontsize=8)
@@ -98,6 +98,6 @@ def name_points(axes: Axes, points: list[tuple[str, float, float]]) -> None:
             label.xyann = x * distance, y * distance
             label.set_ha(align)
             box = label.get_window_extent()
-            if not any(box.overlaps(other) for other in taken):
+            if axes.bbox.x0 < box.x0 and box.x1 < axes.bbox.x1 and not any(box.overlaps(other) for other in taken):
                 break
         taken.append(box)

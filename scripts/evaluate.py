@@ -98,7 +98,9 @@ def labelled(path: Path) -> list[dict[str, str]]:
 
 
 def demonstrations(rows: list[dict[str, str]], n: int, seed: int) -> list[dict[str, str]]:
-    """`n` rows in random order, each label as often as another, give or take one."""
+    """`n` rows in random order, each label as often as another, give or take one. Raises ValueError for too few."""
+    if n > len(rows):
+        raise ValueError(f"--shots {n}: there are {len(rows)} rows to show")
     rng = np.random.default_rng(seed)
     shuffled = [rows[i] for i in rng.permutation(len(rows))]
     seen: dict[str, int] = {}

@@ -309,7 +309,7 @@ def test_the_script_sees_what_it_is_given(tiny, tmp_path, capsys, monkeypatch):
         }
     before = {path: path.read_bytes() for path in (tmp_path / "meta-out").iterdir()}
     line = fail(convert, capsys, monkeypatch, f"--src {tmp_path}/m.gguf --out_dir {tmp_path}/meta-out")
-    assert "meta-out holds a checkpoint or a run already" in line
+    assert "meta-out is not empty" in line
     assert before == {path: path.read_bytes() for path in (tmp_path / "meta-out").iterdir()}
     line = fail(convert, capsys, monkeypatch, f"--src {tmp_path}/meta-out --out_dir {tmp_path}/x")
     assert "meta-out is a Hugging Face folder, which needs no conversion" in line
@@ -363,7 +363,7 @@ def test_download_fetches_one_hugging_face_folder_and_resumes(kind, tmp_path, ca
     assert say(download, capsys, monkeypatch, args) == f"checkpoint: {tmp_path}/tiny\n"
     assert sorted(path.name for path in (tmp_path / "tiny").iterdir()) == sorted(expected)
     assert [path.name for path in tmp_path.iterdir()] == ["tiny"]
-    assert "tiny holds a checkpoint" in fail(download, capsys, monkeypatch, args)
+    assert "tiny is not empty" in fail(download, capsys, monkeypatch, args)
 
 
 def test_download_says_what_is_wrong(capsys, monkeypatch):

@@ -368,7 +368,7 @@ def test_a_config_is_written_over_its_source_as_it_was(name, downloads):
         ("llama", dict(vocab_size="many"), "vocab_size is 'many'"),
         ("llama", dict(quantization_config=dict(quant_method="gptq")), "quantization_config is .*gptq.*, which is not"),
         ("llama", dict(rope_parameters={"full_attention": {"rope_theta": 1e6}}), "its rope parameters are not one set"),
-        ("llama", dict(rope_parameters="linear"), "its rope parameters are not one set"),
+        ("llama", dict(rope_parameters="linear"), "rope scaling of type .linear."),
         ("llama", dict(rope_parameters={"partial_rotary_factor": 0.5}), "partial rotary positions are not supported"),
         ("gpt2", dict(activation_function="relu"), "activation_function is 'relu', which is not supported"),
         ("gpt2", dict(scale_attn_by_inverse_layer_idx=True), "scale_attn_by_inverse_layer_idx is True, which is not"),
@@ -386,7 +386,7 @@ def test_quantized_weights_are_named(download):
     tensors = load_file(folder / "model.safetensors")
     tensors["model.norm.weight"] = tensors["model.norm.weight"].to(torch.int8)
     save_file(tensors, folder / "model.safetensors")
-    with pytest.raises(ValueError, match="model.safetensors.*model.norm.weight is of the type torch.int8"):
+    with pytest.raises(ValueError, match="model.safetensors.*model.norm.weight is .* of int8"):
         load(folder)
 
 

@@ -207,7 +207,7 @@ def test_what_is_longer_than_the_context_is_refused(labelled, tiny):
         (evaluate, "--shots -1", "--shots and --shots_from go together"),
         (evaluate, "--shots 2", "--shots and --shots_from go together"),
         (finetune_features, "--classifier sklearn.nothing", "sklearn.nothing: it is broken"),
-        (finetune_features, "--out_dir {used}", "is not empty; name another --out_dir"),
+        (finetune_features, "--out_dir {used}", "used is not empty"),
         (SCRIPTS["selective"], "--selective.regex qkv", "selective.regex 'qkv' finds no parameter"),
         (SCRIPTS["prefix"], "--prefix.text=", "prefix.text is empty"),
         (SCRIPTS["lora"], "--lora.alpha 0", "lora.alpha is 0.0"),

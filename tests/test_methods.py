@@ -405,7 +405,7 @@ def test_merge_reports_what_bfloat16_loses(checkpoint):
         ("bottleneck", dict(size=0), "bottleneck.size is 0"),
         ("prefix", dict(length=0), "prefix.length is 0"),
         ("prompt", dict(length=0), "prompt.length is 0"),
-        ("selective", dict(n=4), "selective.n is 4; the model has 3 blocks"),
+        ("selective", dict(n=0), "selective.n is 0; it must be above 0"),
         ("selective", dict(what="regex", regex="qkv"), "finds no parameter; there are blocks.0.attn.k"),
         ("selective", dict(what="regex"), "finds no parameter"),
         ("selective", dict(what="regex", regex="("), r"selective.regex '\(' finds no parameter"),

@@ -93,7 +93,7 @@ MISTAKES = [  # what is wrong, what is done before, script and arguments, the li
     ("a tensor too many", lambda d: a_tensor(d, lambda t: t.update(x=torch.zeros(1))), GENERATE, "",
      "has a tensor x that the model has no place for"),
     ("another shape", lambda d: a_tensor(d, lambda t: t.update({"model.norm.weight": torch.zeros(3)})), GENERATE, "",
-     "model.norm.weight is (3,); the model wants (64,)"),
+     "model.norm.weight is (3,) of float32; the model wants (64,)"),
     ("trained on another base", another_base, GENERATE, "--method_dir run", "run was trained on another base"),
     ("no data", None, TRAIN, "--data nothing.json", "nothing.json is not there; --data wants a .json, "),
     ("a broken line", broken_json, TRAIN, "--data rows.jsonl", "rows.jsonl, line 2: not JSON ("),
@@ -117,7 +117,7 @@ MISTAKES = [  # what is wrong, what is done before, script and arguments, the li
      "m.gguf: it is no GGUF file of version 2 or 3"),
     ("merging onto the base", lambda d: shutil.copytree(ROOT_RUN / "run", d / "run"),
      (merge, "--checkpoint_dir base --method_dir run --out_dir base"), "",
-     "base holds a checkpoint or a run already; name"),
+     "base is not empty: name another folder"),
 ]  # fmt: skip
 
 

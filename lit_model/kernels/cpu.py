@@ -1,6 +1,6 @@
 """On a CPU: RMSNorm, and attention of packed rows in bfloat16, forward and backward written out. Torch's fused
-attention takes 4 times as long in its backward pass, autograd over the plain products a sixth longer (docs/speed-log.md).
-The scores of a row are kept for the backward pass: rows that have too many do not take this way.
+attention takes 4 times as long in its backward pass, autograd over the plain products a sixth longer
+(docs/speed-log.md). The scores of a row are kept for the backward pass: rows that have too many do not take this way.
 """
 
 from collections.abc import Sequence

@@ -20,6 +20,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from lit_model.files import require_positive
 from lit_model.model import GPT, Linear
 
 
@@ -57,8 +58,7 @@ def install(gpt: GPT, options: Selective) -> None:
 
     Raises ValueError if nothing would be trained.
     """
-    if options.what == "last_blocks" and not 1 <= options.n <= gpt.config.n_layer:
-        raise ValueError(f"selective.n is {options.n}; the model has {gpt.config.n_layer} blocks")
+    require_positive(options, "n")
     if options.what == "bitfit":
         for linear in (m for m in gpt.blocks.modules() if isinstance(m, Linear) and m.bias is None):
             linear.deltas["bitfit"] = AddedBias(linear.out_features)

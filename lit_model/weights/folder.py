@@ -23,7 +23,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from lit_model.families import Family, Source, read_config, write_config
-from lit_model.files import read_json, reading, refuse_pointer, replacing, stream_tensors, write_text
+from lit_model.files import DTYPES, read_json, reading, refuse_pointer, replacing, stream_tensors, write_text
 from lit_model.model import GPT, Config
 
 TOKENIZER_FILES = (
@@ -121,14 +121,13 @@ class Folder:
         shard = self._open(path)
         with reading(path):
             t = shard[their_name] if isinstance(shard, dict) else shard.get_tensor(their_name)
-            if t.dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
-                raise ValueError(f"{their_name} is of the type {t.dtype}: take weights that are not quantized")
             t = t.T if source.transposed else t  # first, so that q, k and v lie one below the other
             t = t.chunk(len(self.family.fused))[source.part] if source.part is not None else t
             shapes = network_shapes(self.config)
             shape = shapes.get(name, shapes["wte.weight"])  # a tied output layer may be stored, too
-            if t.shape != shape:
-                raise ValueError(f"{path}: {their_name} is {tuple(t.shape)}; the model wants {tuple(shape)}")
+            if t.shape != shape or t.dtype not in DTYPES:
+                what = f"{tuple(t.shape)} of {t.dtype}".replace("torch.", "")
+                raise ValueError(f"{path}: {their_name} is {what}; the model wants {tuple(shape)}, not quantized")
         return t
 
 
