@@ -31,7 +31,6 @@ def preset(monkeypatch):
     [
         ("--methods lore", "there is no 'lore' in 'bf16': methods are adapter, adapter_v2, bottleneck"),
         ("--precision bf8", "there is no 'adapter' in 'bf8'"),
-        ("--methods full --precision nf4", "full finetuning trains the weights that nf4 would freeze"),
         ("--preset gpt-5", "there is no preset 'gpt-5'"),
         ("--out notes.md/bench.jsonl", "notes.md"),
     ],
