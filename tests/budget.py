@@ -9,7 +9,10 @@ import tokenize
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-CORE = "lit_model/model.py lit_model/packing.py lit_model/attention.py lit_model/loss.py finetune/loop.py".split()
+CORE = [
+    *"lit_model/model.py lit_model/packing.py lit_model/attention.py lit_model/loss.py finetune/loop.py".split(),
+    *"lit_model/methods/lora.py lit_model/lora.py".split(),  # there; in older checkouts
+]
 FOLDERS = ("lit_model", "finetune", "generate", "scripts", "tests")
 SKIPPED = (tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER)
 
