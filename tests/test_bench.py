@@ -84,7 +84,7 @@ def test_random_checkpoint_opens_and_its_rows_are_as_long_as_they_say(preset, tm
     for text, n in (("", 29), ("a", 39)):
         preamble = render("alpaca", "\0", text).split("\0")[0]
         assert 1 + len(tokenizer.encode(preamble)) == n
-    assert "already" in fail(random_checkpoint, capsys, monkeypatch, f"--preset tiny --out_dir {out}")
+    assert "is not empty" in fail(random_checkpoint, capsys, monkeypatch, f"--preset tiny --out_dir {out}")
 
 
 def test_a_start_is_timed_by_part(tiny):

@@ -330,7 +330,9 @@ def test_killed_at_any_moment_it_ends_the_same(options, tmp_path, n):
         process.kill()
         resumed = re.search(r"resumed after step (\d+)", process.communicate()[0])
         assert not before or int(resumed[1]) == max(before)
-        lines.append(f"| {1e3 * moment:.0f} ms after a save | {resumed and resumed[1]} | {', '.join(names(options))} |")
+        lines.append(
+            f"| {1e3 * moment:.0f} ms after a save | {resumed and resumed[1]} | {', '.join(sorted(names(options)))} |"
+        )
     done = subprocess.run(command(options), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     is_same = tensors(options.out_dir) == tensors(tmp_path / "whole")
