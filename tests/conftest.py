@@ -5,6 +5,9 @@ import random
 import sys
 from pathlib import Path
 
+# before torch is imported: two threads beside a busy process take three times as long
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import numpy as np
 import pytest
 import torch
