@@ -70,6 +70,7 @@ def launch(devices: str, strategy: Strategy) -> Fabric:
     fabric = Fabric(accelerator=accelerator, devices=n, num_nodes=machines, strategy=how, precision="32-true")
     atexit.register(leave, fabric)
     logging.getLogger("lightning_fabric").setLevel(logging.WARNING)  # not a banner of each process
+    logging.getLogger("lightning_fabric.strategies.launchers").setLevel(logging.INFO)  # but that one of them has ended
     parent = os.getppid()
     if "LT_CLI_USED" not in os.environ:  # fabric run: it has joined the others already
         fabric.launch()
