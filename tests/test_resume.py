@@ -302,7 +302,7 @@ def test_a_run_that_is_to_stop_says_where_its_state_does_not_fit(options, monkey
 
 def command(options: Options, *more: str) -> list[str]:
     """A run that saves a state in every step."""
-    args = dict(lr=1e-2, batch_size=8, sample="", epochs=8, eval_interval=1)
+    args = dict(lr=1e-2, batch_size=8, sample="", epochs=4, eval_interval=1)
     args = [f"--train.{name}={value}" for name, value in args.items()]
     args += [f"--{name}={getattr(options, name)}" for name in ("checkpoint_dir", "data", "out_dir", "devices", "dtype")]
     return [sys.executable, str(ROOT / "finetune/lora.py"), *args, "--lora.dropout=0.1", *more]
