@@ -23,6 +23,8 @@ class Options(RunOptions):
 
 
 def main(options: Options) -> Summary:
+    if options.quantize != "none":
+        raise ValueError("--quantize is a form of frozen weights, and full finetuning freezes none")
     run = start(options)
     gpt = build(run, "full")
     summary = fit(run, gpt, "full")

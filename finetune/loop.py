@@ -61,18 +61,18 @@ def fit(
     if run.options.dry_run:
         return dry_run(run, gpt, share, lr_scale)
     network, optimizer = prepare(run, gpt, share, lr_scale)
-    progress = run.resume(gpt, optimizer)
-    with Watch(run, method, progress) as watch:  # bar, metrics.csv, TensorBoard, signals, clock
-        if not progress.step:
+    run.resume(gpt, optimizer)
+    with Watch(run, method) as watch:  # bar, metrics.csv, TensorBoard, signals, clock
+        if not run.progress.step:
             watch.evaluated(evaluate(run, network, gpt))
-        for step, rows in ahead(run.steps(gpt, progress.step, share)):
+        for step, rows in ahead(run.steps(gpt, run.progress.step, share)):
             train_step(run, network, optimizer, step, rows)
             ask = watch.step(step)
             if step.evaluates or ask is Ask.OVER:
                 is_best = watch.evaluated(evaluate(run, network, gpt))
                 save(run, gpt, method, method_options, watch, is_best)
-            if watch.is_finished:
-                run.states.begin(finished=step.number)
+            if run.progress.is_finished:
+                run.state.mark(run.progress)
                 break
             if step.evaluates or ask:
                 run.save_state(gpt, optimizer, watch)
@@ -82,20 +82,20 @@ def fit(
 
 
 def train_step(
-    run: Run, network: nn.Module, optimizer: torch.optim.Optimizer, step: Step, rows: list[tuple[Tensor, Packed, float]]
+    run: Run, network: nn.Module, optimizer: torch.optim.Optimizer, step: Step, rows: list[tuple[Tensor, Packed]]
 ) -> None:
     """One update of what is trained, with a batch packed into `rows`. Leaves loss and gradient norm in `step`."""
     step.loss = torch.zeros((), device=run.device)
-    for i, (idx, packed, weight) in enumerate(rows):
+    for i, (idx, packed) in enumerate(rows):
         waits = run.world > 1 and not run.sharded and i + 1 < len(rows)  # gradients of several rows are summed at once
         idx, packed = idx.to(run.device, non_blocking=True), packed.to(run.device)
         with run.fabric.no_backward_sync(network, enabled=waits):
             row_loss = network(idx, packed) / step.n_targets
-            if not weight:  # another process counts this row
+            if not packed.weight:  # another process counts this row
                 row_loss = row_loss * 0.0
             run.fabric.backward(row_loss * run.world if run.world > 1 else row_loss)  # DDP and FSDP average gradients
         step.loss += row_loss.detach()
-        if weight:
+        if packed.weight:
             step.n_computed += len(packed.pos)
             step.n_own_targets += len(packed.targets)
     for group in optimizer.param_groups:
@@ -117,7 +117,7 @@ def evaluate(run: Run, network: nn.Module, gpt: GPT) -> dict[str, float]:
     with torch.compiler.set_stance("force_eager"):  # compiling for a few rows takes longer than it saves
         if run.val_examples:
             rows = run.rows(gpt, run.val_examples)
-            losses = [network(idx.to(run.device), packed.to(run.device)) * weight for idx, packed, weight in rows]
+            losses = [network(idx.to(run.device), packed.to(run.device)) * packed.weight for idx, packed in rows]
             numbers["val_loss"] = total(sum(losses)).item() / sum(e.n_targets for e in run.val_examples)
         if run.val_examples and run.task:
             from lit_model.data import labels, score

@@ -17,8 +17,8 @@ from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 
 from finetune.devices import highest, local
-from lit_model.model import GPT, Linear
-from lit_model.packing import Example, Packed, pack_share
+from lit_model.model import GPT
+from lit_model.packing import Example, Packed, pack
 
 if TYPE_CHECKING:
     from finetune.run import Run
@@ -28,6 +28,7 @@ os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
 
 GIB = 2**30
 SPARE = 0.02  # of the memory: steps with longer rows than those tried
+ADVICE = "lower --train.row_tokens or --examples.max_length, or take --quantize nf4 or a smaller network"
 WAYS = {"off": "", "on": ", blocks recomputed", "offload": ", blocks recomputed and their inputs kept on the host"}
 
 
@@ -41,7 +42,6 @@ def plan(run: "Run", gpt: GPT, batches: Sequence[list[Example]], share: bool) ->
         ValueError: it does not fit; the message says what would help.
     """
     limit, wanted = _limit(run), run.row_tokens
-    run.advice = f"lower --train.row_tokens or --examples.max_length, {_nf4(gpt)}or take a smaller network"
     for way, meaning in WAYS.items():
         gpt.recompute = way
         for run.row_tokens in (wanted, wanted // 2, wanted // 4):
@@ -51,7 +51,7 @@ def plan(run: "Run", gpt: GPT, batches: Sequence[list[Example]], share: bool) ->
                 rows = f"rows of {len(packed.pos):,} tokens{meaning}"
                 print(f"training needs {peak / GIB:.1f} GiB of {limit / GIB:.1f}: {rows}")
                 return
-    raise ValueError(f"{len(packed.pos):,} tokens at a time do not fit into {limit / GIB:.1f} GiB: {run.advice}")
+    raise ValueError(f"{len(packed.pos):,} tokens at a time do not fit into {limit / GIB:.1f} GiB: {ADVICE}")
 
 
 def _limit(run: "Run") -> float:
@@ -71,8 +71,8 @@ def _longest_row(run: "Run", gpt: GPT, batches: Sequence[list[Example]], share: 
     """The longest row of all processes."""
     settings = run.row_tokens, gpt.n_virtual_tokens, gpt.n_virtual_keys, share
     ranks = range(run.world)
-    rows = (row for batch in batches for rank in ranks for row in pack_share(batch, *settings, rank, run.world))
-    return max(rows, key=lambda row: len(row[1].pos))[:2]
+    rows = (row for batch in batches for rank in ranks for row in pack(batch, *settings, rank, run.world))
+    return max(rows, key=lambda row: len(row[1].pos))
 
 
 def _peak(run: "Run", gpt: GPT, idx: Tensor, packed: Packed) -> float:
@@ -104,13 +104,6 @@ def _forget(gpt: GPT) -> None:
 def _states(gpt: GPT, device: torch.device) -> int:
     """Bytes that AdamW will keep on this device from the first step on."""
     return 8 * sum(local(p).numel() for p in gpt.parameters() if p.requires_grad and local(p).device == device)
-
-
-def _nf4(gpt: GPT) -> str:
-    """What quantization to nf4 would save."""
-    frozen = [m.weight for b in gpt.blocks for m in b.modules() if type(m) is Linear and not m.weight.requires_grad]
-    saved = sum(w.numel() * (w.element_size() - 0.52) for w in frozen)
-    return f"take --quantize nf4, which saves {saved / GIB:.1f} GiB, " if saved else ""
 
 
 def keep_freed_memory() -> None:

@@ -4,7 +4,6 @@ import csv
 import math
 import os
 import resource
-import shlex
 import signal
 import sys
 import threading
@@ -20,7 +19,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from finetune.devices import highest_of, total
-from finetune.state import Progress, plain
+from finetune.memory import ADVICE
+from finetune.state import plain
 from lit_model.files import lock, replacing, write_text
 from lit_model.model import Config
 from lit_model.packing import Example
@@ -47,7 +47,6 @@ class Step:
     lr: float
     batch: list[Example]
     evaluates: bool = False
-    is_last: bool = False
     loss: Tensor | None = None  # () the sum of this process
     norm: Tensor | None = None  # () of the whole gradient
     n_computed: int = 0  # tokens in this process's rows: fewer than in the examples where these share a beginning
@@ -94,27 +93,24 @@ class Watch:
 
     SAVE_SECONDS = 15 * 60  # a state is never older
 
-    def __init__(self, run: "Run", method: str, progress: Progress):
-        self.run, self.progress, self.train = run, progress, run.options.train
-        self.began: float | None = None  # when training did, or was continued after an evaluation
+    def __init__(self, run: "Run", method: str):
+        self.run, self.progress, self.train = run, run.progress, run.options.train
         self.lag = 1 if run.device.type == "cuda" else 0
         self.underway: deque[Step] = deque()
-        self.losses: deque[float] = deque(maxlen=50)
-        self.signal, self.saved_at, self.step_number, self.is_over = 0, time.monotonic(), progress.step, False
+        self.signal, self.saved_at = 0, time.monotonic()
         self.handlers: dict[int, Any] = {}
-        self.log = Log(run.options, progress.step, run.rank == 0)
-        if not progress.step:
-            run.states.begin()
-        bar = dict(initial=progress.step, desc=method, unit="step", dynamic_ncols=True)
-        self.bar = tqdm(total=run.n_steps, **bar)
+        done = run.progress.step
+        self.log = Log(run.options, done, run.rank == 0)
+        if not done:
+            run.state.mark(run.progress)
+        self.bar = tqdm(initial=done, total=run.n_steps, desc=method, unit="step", dynamic_ncols=True)
 
     def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():
             names = ("SIGINT", "SIGTERM", "SIGUSR1")  # the last is what SLURM is told to send before it takes a machine
             for number in (getattr(signal, name) for name in names if hasattr(signal, name)):
                 self.handlers[number] = signal.signal(number, self._on_signal)
-        if self.step_number:  # otherwise an evaluation comes first
-            self.began = time.perf_counter()
+        self.clock = time.perf_counter()
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, _: object) -> None:
@@ -123,7 +119,7 @@ class Watch:
         self.bar.close()
         self.log.close()
         if isinstance(error, torch.OutOfMemoryError):
-            raise ValueError(f"out of memory after step {self.step_number}: {self.run.advice}") from None
+            raise ValueError(f"out of memory after step {self.progress.step}: {ADVICE}") from None
 
     def _on_signal(self, number: int, frame: Any) -> None:
         if self.signal and number == signal.SIGINT:  # asked twice: at once
@@ -133,33 +129,26 @@ class Watch:
             os.write(2, f"\n{signal.Signals(number).name}: the run ends after this step{again}\n".encode())
         self.signal = number
 
-    def seconds(self) -> float:
-        """Seconds of training so far, without evaluations."""
-        return self.progress.seconds + (time.perf_counter() - self.began if self.began else 0.0)
-
-    def _ask(self) -> Ask:
-        """What this process wants."""
-        if self.train.max_time is not None and self.seconds() >= 60 * self.train.max_time:
-            return Ask.OVER
-        if self.signal:
-            return Ask.STOP
-        return Ask.SAVE if time.monotonic() - self.saved_at >= self.SAVE_SECONDS else Ask.GO
-
     def step(self, step: Step) -> Ask:
         """Takes the numbers of a step that the GPU may still be working on. Returns what all processes are asked to do
         after it. Raises Diverged."""
+        self.progress.step = step.number
         step.send(self._ask())
         self.underway.append(step)
-        self.step_number = step.number
         ask = self._receive(0 if step.evaluates else self.lag)
         if ask:
             ask = max(ask, self._receive(0))
         if ask is Ask.STOP:  # the signal may have reached another process
             self.signal = self.signal or signal.SIGTERM
-        self.is_over = step.is_last or ask is Ask.OVER
-        if step.evaluates or self.is_over:
-            self.progress.seconds, self.began = self.seconds(), None
         return ask
+
+    def _ask(self) -> Ask:
+        """What this process wants."""
+        if self.train.max_time is not None and self._seconds() >= 60 * self.train.max_time:
+            return Ask.OVER
+        if self.signal:
+            return Ask.STOP
+        return Ask.SAVE if time.monotonic() - self.saved_at >= self.SAVE_SECONDS else Ask.GO
 
     def _receive(self, n: int) -> Ask:
         """Takes the numbers of all steps but the last n."""
@@ -170,17 +159,21 @@ class Watch:
             ask = max(ask, asked)
             if not math.isfinite(loss + norm):
                 self._diverged(f"loss {loss}, gradient norm {norm} at step {step.number}")
-            if len(self.losses) == self.losses.maxlen and loss > 2 * sum(self.losses) / len(self.losses):
-                self.say(f"step {step.number}: the loss of {loss:.3f} is more than twice that of the steps before")
-            self.losses.append(loss)
             self.progress.n_tokens += sum(len(e.ids) for e in step.batch)
-            speed = self.progress.n_tokens / self.seconds()
+            speed = self.progress.n_tokens / self._seconds()
             values = dict(loss=loss, lr=step.lr, grad_norm=norm, tokens=self.progress.n_tokens)
             epoch = step.number / self.run.steps_per_epoch
             self.log.write(step=step.number, epoch=epoch, **values, tokens_per_second=speed)
             self.bar.set_postfix(loss=f"{loss:.3f}", lr=f"{step.lr:.1e}", tok_s=f"{speed:.0f}", refresh=False)
             self.bar.update()
         return ask
+
+    def _seconds(self) -> float:
+        """Brings the seconds of training up to now."""
+        now = time.perf_counter()
+        self.progress.seconds += now - self.clock
+        self.clock = now
+        return self.progress.seconds
 
     def _diverged(self, what: str) -> NoReturn:
         out_dir = self.run.options.out_dir
@@ -193,38 +186,31 @@ class Watch:
     def evaluated(self, numbers: dict[str, float]) -> bool:
         """Takes the numbers of an evaluation: `val_loss` and what the task adds; none without validation rows. Returns
         whether it is the best so far. Raises Diverged."""
-        progress = self.progress
-        self.log.write(step=self.step_number, **numbers)
+        self.clock = time.perf_counter()  # an evaluation is not training
+        progress, train = self.progress, self.train
+        self.log.write(step=progress.step, **numbers)
         loss = numbers.get("val_loss", 0.0)
         if not math.isfinite(loss):
-            self._diverged(f"validation loss {loss} after step {self.step_number}")
+            self._diverged(f"validation loss {loss} after step {progress.step}")
         if numbers:
-            when = f"step {self.step_number}" if self.step_number else "before"
-            self.say(f"{when}: {_listed(numbers)}")
-        is_best = bool(self.step_number) and not (progress.best and numbers and loss >= progress.best["val_loss"])
-        if not self.step_number:
+            self.say(f"{f'step {progress.step}' if progress.step else 'before'}: {_listed(numbers)}")
+        if not progress.step:
             progress.first = numbers
-        elif is_best:
-            progress.best, progress.stale = numbers or dict(val_loss=0.0), 0
-        else:
-            progress.stale += 1
-            self.is_over |= self.train.patience == progress.stale
-        if not self.is_over:
-            self.began = time.perf_counter()
+            return False
+        is_best = not (progress.best and numbers and loss >= progress.best["val_loss"])
+        if is_best:
+            progress.best = numbers or dict(val_loss=0.0)
+        progress.stale = 0 if is_best else progress.stale + 1
+        is_stale = train.patience and progress.stale >= train.patience
+        progress.is_finished = bool(progress.step == self.run.n_steps or is_stale)
         return is_best
-
-    @property
-    def is_finished(self) -> bool:
-        """Whether the run has come to its end by its last step or by patience, and not by the clock or a signal."""
-        patience = self.train.patience
-        return self.step_number == self.run.n_steps or bool(patience and self.progress.stale >= patience)
 
     def summary(self) -> Summary:
         """Prints what came of the run; after a signal, ends the program as the signal would have."""
         run, options, progress = self.run, self.run.options, self.progress
-        if self.signal and not self.is_finished:
+        if self.signal and not progress.is_finished:
             name = signal.Signals(self.signal).name
-            print(f"stopped by {name} after step {self.step_number}; this resumes it: {_command()}")
+            print(f"stopped by {name} after step {progress.step}; the same command without --overwrite resumes it")
             sys.exit(128 + (self.signal if self.signal == signal.SIGINT else signal.SIGTERM) if run.rank == 0 else 0)
         first, best = progress.first, progress.best
         if run.val_examples:
@@ -232,28 +218,18 @@ class Watch:
             hint = "; that is worse: try a lower train.lr, or train longer" if is_worse else ""
             print(f"before: {_listed(first)}\nafter (best): {_listed(best)}{hint}")
         where = "" if run.device.type == "cpu" else f" on {run.world} x {torch.cuda.get_device_name(run.device)}"
-        speed = (
-            f"{progress.n_tokens:,} tokens in {self.seconds():.0f} s: {progress.n_tokens / self.seconds():.0f} tokens/s"
-        )
-        print(f"trained {speed}, peak memory {peak_memory(run.device):.1f} GiB{where}")
+        tokens, seconds, peak = progress.n_tokens, progress.seconds, peak_memory(run.device)
+        speed = f"{tokens / seconds:.0f} tokens/s"
+        print(f"trained {tokens:,} tokens in {seconds:.0f} s: {speed}, peak memory {peak:.1f} GiB{where}")
         files = "lit_method.safetensors, last.safetensors, hparams.yaml, metrics.csv, loss.png"
         print(f"saved {options.out_dir}/: {files}")
         print(f"try:  {run.next_command}")
-        n_trained, n_total = run.counted
         val_loss = best.get("val_loss", math.nan) if run.val_examples else math.nan
-        return Summary(n_trained, n_total, self.seconds(), progress.n_tokens, peak_memory(run.device), val_loss)
+        return Summary(*run.counted, seconds, tokens, peak, val_loss)
 
 
 def _listed(numbers: dict[str, float]) -> str:
     return ", ".join(f"{name.replace('val_', 'validation ').replace('_', ' ')} {x:.4f}" for name, x in numbers.items())
-
-
-def _command() -> str:
-    """This command line, without --overwrite, which would begin anew."""
-    pairs = zip(["", *sys.argv], sys.argv)
-    values = {i for i, (before, arg) in enumerate(pairs) if before == "--overwrite" and not arg.startswith("-")}
-    args = [arg for i, arg in enumerate(sys.argv) if arg.split("=")[0] != "--overwrite" and i not in values]
-    return shlex.join(["python", *args])
 
 
 def n_parameters(config: Config) -> int:
@@ -270,8 +246,8 @@ def peak_memory(device: torch.device) -> float:
 
 
 class Log:
-    """Writes out_dir: hparams.yaml at once, or with our first tensors if others are there; metrics.csv and TensorBoard
-    events as they come; loss.png at the end. Only the first process does.
+    """Writes out_dir: metrics.csv and TensorBoard events as they come, hparams.yaml with the tensors that are saved,
+    loss.png at the end. Only the first process does.
 
     A run that resumes after step `done` continues its files; rows of later steps are dropped.
     """
@@ -295,8 +271,6 @@ class Log:
         if not done and (self.out_dir / "hparams.yaml").exists():  # a failed run, or one to overwrite
             for old in (*self.out_dir.glob("events.out.tfevents.*"), self.out_dir / "confusion.png"):
                 old.unlink(missing_ok=True)
-        if not any(self.out_dir.glob("*.safetensors")):
-            self.write_settings()
         path = self.out_dir / "metrics.csv"
         self.rows = []
         if done:

@@ -25,14 +25,14 @@ from torch.nn.parallel import DistributedDataParallel
 from finetune import memory
 from finetune.devices import Strategy, launch
 from finetune.report import Step, Watch, n_parameters
-from finetune.state import Progress, States, identity, may_differ
+from finetune.state import Progress, State, identity, may_differ, state_file
 from lit_model import GPT
 from lit_model.data.dataset import read_dataset
 from lit_model.data.examples import ExampleOptions, validate_options
 from lit_model.data.tokenizer import Tokenizer
 from lit_model.files import reading, refuse_used
-from lit_model.load import empty_network, is_base, load_base, method_module
-from lit_model.packing import Example, Packed, pack_share
+from lit_model.load import empty_network, install_method, is_base, load_base
+from lit_model.packing import Example, Packed, pack
 from lit_model.weights import demo
 from lit_model.weights.folder import Folder
 
@@ -125,11 +125,10 @@ class Run:
     val_examples: list[Example]
     row_tokens: int
     task: "Task | None"  # of rows with text and label
-    states: States
-    state: Path | None  # that the run resumes from
+    state: State
+    progress: Progress  # at first that of the run that out_dir holds
     verdict: "Verdict | None" = None  # of the last evaluation, for rows of text and label
     counted: tuple[int, int] = (0, 0)  # parameters that are trained, and all
-    advice: str = "lower --train.row_tokens or --examples.max_length, or take a smaller network"
 
     @property
     def device(self) -> torch.device:
@@ -158,40 +157,34 @@ class Run:
         return min(self.steps_per_epoch * train.epochs, train.max_steps or sys.maxsize)
 
     def steps(self, gpt: GPT, after: int = 0, share: bool = True) -> Iterator[tuple[Step, list]]:
-        """Each step after step `after`, and the rows of this process: (idx, packed, weight), see `pack_share`."""
+        """Each step after step `after`, and the rows of this process: (idx, packed), see `pack`."""
         train, n = self.options.train, self.n_steps
         interval = train.eval_interval or math.ceil(n / 2)
         warmup = min(n // 10 if train.warmup_steps is None else train.warmup_steps, n - 1)
         for number, batch in enumerate(islice(batches(self.train_examples, train), after, n), after + 1):
             rows = self.rows(gpt, batch, share)
             if self.device.type == "cuda":  # a copy from other memory would hold up the host
-                rows = [(idx.pin_memory(), packed.pin_memory(), weight) for idx, packed, weight in rows]
+                rows = [(idx.pin_memory(), packed.pin_memory()) for idx, packed in rows]
             evaluates = number % interval == 0 or number == n
-            yield Step(number, learning_rate(number, n, warmup, train.lr), batch, evaluates, number == n), rows
+            yield Step(number, learning_rate(number, n, warmup, train.lr), batch, evaluates), rows
 
-    def rows(self, gpt: GPT, examples: Sequence[Example], share: bool = True) -> list[tuple[Tensor, Packed, float]]:
+    def rows(self, gpt: GPT, examples: Sequence[Example], share: bool = True) -> list[tuple[Tensor, Packed]]:
         """The share of this process of the rows that `examples` are packed into."""
         virtual = gpt.n_virtual_tokens, gpt.n_virtual_keys
-        return pack_share(examples, self.row_tokens, *virtual, share, self.rank, self.world)
+        return pack(examples, self.row_tokens, *virtual, share, self.rank, self.world)
 
-    def resume(self, network: nn.Module, optimizer: torch.optim.Optimizer) -> Progress:
-        """The progress of the run that out_dir holds, with weights, moments and random numbers; or a new one."""
+    def resume(self, network: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        """Loads weights, moments and random numbers of the run that out_dir holds, if there is one."""
         if self.world > 1:  # up to here all have drawn the same numbers; dropout is to differ
             torch.manual_seed(self.options.train.seed + self.rank)
-        if self.state is None:
-            return Progress()
-        progress, limit = self.states.load(self.state, network, optimizer), self.options.train.max_time
-        if limit is not None and progress.best and progress.seconds >= 60 * limit:
-            print(f"this run has had its train.max_time of {limit} minutes; a higher one resumes it: {self.state}")
-            sys.exit(0)
-        print(f"resumed after step {progress.step}: {self.state}")
-        return progress
+        if self.progress.step:
+            self.state.load(network, optimizer)
+            print(f"resumed after step {self.progress.step}: {self.state.path}")
 
     def save_state(self, network: nn.Module, optimizer: torch.optim.Optimizer, watch: Watch) -> None:
         """Where the disk is full, the run continues with the state before; a run that is to stop does not."""
-        progress = replace(watch.progress, step=watch.step_number, seconds=watch.seconds())
         try:
-            self.states.save(network, optimizer, progress)
+            self.state.save(network, optimizer, self.progress)
         except OSError as e:
             if watch.signal:
                 raise
@@ -216,7 +209,7 @@ def start(options: RunOptions) -> Run:
     """
     validate_train(options.train)
     if any(options.out_dir.glob("*.safetensors")) and not options.overwrite:
-        if not (options.out_dir / "state/run.json").is_file():
+        if not state_file(options.out_dir).is_file():
             refuse_used(options.out_dir)
     demo.fetch_if_demo(options.checkpoint_dir)
     base = Folder(options.checkpoint_dir)  # says what is wrong with the folder before anything else is done
@@ -233,7 +226,7 @@ def start(options: RunOptions) -> Run:
     limit = options.train.max_examples
     if limit is None and is_demo and fabric.device.type == "cpu":
         limit = 480
-        print(f"the demo on a CPU: training on {limit} of its rows (--train.max_examples changes that)")
+        print("the demo on a CPU: training on 480 of its rows (--train.max_examples changes that)")
     with ThreadPoolExecutor(1) as meanwhile:
         if compiles(base, fabric.device):
             meanwhile.submit(import_module, "torch._inductor.compile_fx")  # seconds that tokenizing leaves to Python
@@ -249,10 +242,7 @@ def start(options: RunOptions) -> Run:
     with reading(base.path):
         base.config.check_tokens(max(int(e.ids.max()) for e in data.train + data.val))
     options = replace(options, examples=replace(options.examples, style=data.style))  # as generation has to ask
-    states = States(options.out_dir, identity(options, base.identity, data.train + data.val), fabric.global_rank)
-    if not options.overwrite and (step := states.finished_step()) is not None:
-        print(f"{options.out_dir} holds this very run, which ended after step {step}: there is nothing to do")
-        sys.exit(0)
+    state = State(options.out_dir, identity(options, base.identity, data.train + data.val), fabric.global_rank)
     return Run(
         options=options,
         fabric=fabric,
@@ -263,9 +253,23 @@ def start(options: RunOptions) -> Run:
         val_examples=data.val,
         row_tokens=options.train.row_tokens or (16384 if on_gpu else 4096),
         task=data.task,
-        states=states,
-        state=None if options.overwrite else states.newest(),
+        state=state,
+        progress=progress_so_far(options, state),
     )
+
+
+def progress_so_far(options: RunOptions, state: State) -> Progress:
+    """That of the run that out_dir holds; ends the program where nothing is left to do."""
+    if options.overwrite:
+        return Progress()
+    progress, limit = state.progress(), options.train.max_time
+    if progress.is_finished:
+        print(f"{options.out_dir} holds this very run, which ended after step {progress.step}: there is nothing to do")
+        sys.exit(0)
+    if limit is not None and progress.best and progress.seconds >= 60 * limit:
+        print(f"this run has had its train.max_time of {limit} minutes; a higher one resumes it: {options.out_dir}")
+        sys.exit(0)
+    return progress
 
 
 def validate_train(train: Train) -> None:
@@ -297,12 +301,7 @@ def training_dtype(name: str, device: torch.device) -> torch.dtype:
 def build(run: Run, method: str, method_options: Any = None) -> GPT:
     """The network of `options.checkpoint_dir` with a method in it, all else frozen."""
     gpt = empty_network(run.base)
-    with torch.device("meta"):
-        method_module(method).install(gpt, method_options)
-        if run.task and run.task.head == "linear":
-            from lit_model.data import labels
-
-            labels.install(gpt, len(run.task.classes))
+    install_method(gpt, method, method_options, run.task)
     gpt.check_length(*(len(e.ids) for e in run.train_examples + run.val_examples))
     if run.sharded and run.options.quantize == "none":  # it stays in the file until each process takes its slices
         load_base(gpt, run.base, None)

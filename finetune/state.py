@@ -1,32 +1,27 @@
 """What an interrupted run resumes from, so that it ends as if nothing had happened.
 
-out_dir/state/run.json                 options and data of the run, and its last step once it is finished
-              step-N/state.safetensors what is trained, AdamW's two moments of it, and buffers: whole tensors, so that a
-                                       run of FSDP resumes with another number of processes
-              step-N/state.json        progress, states of the random numbers, and the sha256 of the tensors
+out_dir/state.safetensors   what is trained, AdamW's two moments of it, and buffers: whole tensors, so that a run of
+                            FSDP resumes with another number of processes; none before the first save and after the end
+        its header          options and data of the run, its progress, and the states of its random numbers
 
-A state is written aside, brought to the disk and renamed; the last two are kept. One that is cut off or altered differs
-from its sha256, and the one before it is taken. Nothing is pickled.
+A state replaces the one before it in one step, when it has been brought to the disk. Nothing is pickled.
 """
 
 import hashlib
 import json
-import os
-import shutil
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from finetune.devices import fill, gathered, whole
-from lit_model.files import reading, stream_tensors, write_text
+from lit_model.files import stream_tensors
 from lit_model.packing import Example
 
-KEPT = 2
 MOMENTS = ("exp_avg", "exp_avg_sq")
 HASHED = ("base network", "examples")
 
@@ -45,6 +40,7 @@ class Progress:
     n_tokens: int = 0
     seconds: float = 0.0
     """of training, without evaluations"""
+    is_finished: bool = False
 
 
 def may_differ(default: Any) -> Any:
@@ -77,108 +73,80 @@ def _settings(options: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
             yield prefix + f.name, plain(value)
 
 
-class States:
-    """The states of a run, in `out_dir/state`."""
+class State:
+    """The state of a run, which all processes save and load at the same time."""
 
     def __init__(self, out_dir: Path, identity: dict[str, Any], rank: int = 0):
-        self.folder, self.identity, self.rank = out_dir / "state", identity, rank
+        self.path, self.identity, self.rank = state_file(out_dir), identity, rank
 
-    def finished_step(self) -> int | None:
-        """Last step of the run that is here; None if it is not finished, or there is none.
+    def progress(self) -> Progress:
+        """How far the run has come that is here; a new one without a file.
 
         Raises ValueError if it had other options or data.
         """
-        path = self.folder / "run.json"
-        if not path.is_file():
-            return None
-        with reading(path):
-            run = _read(path)
-            stored, step = run["identity"], run["finished"]
+        if not self.path.is_file():
+            return Progress()
+        try:
+            header = self._header()
+        except SafetensorError as e:
+            raise ValueError(f"{self.path} is broken: start anew with --overwrite ({e})") from None
+        stored = header["identity"]
         for name in {**stored, **self.identity}:
             there, here = stored.get(name), self.identity.get(name)
             if there != here:
                 difference = f"another {name}" if name in HASHED else f"{name} {there} there and {here} here"
                 hint = "name another --out_dir, or replace it with --overwrite"
-                raise ValueError(f"{self.folder.parent} holds a run with {difference}: {hint}")
-        return step
+                raise ValueError(f"{self.path.parent} holds a run with {difference}: {hint}")
+        return Progress(**header["progress"])
 
-    def newest(self) -> Path | None:
-        """The newest state that is whole; None if there is none. Says which ones are broken.
+    def _header(self) -> dict[str, Any]:
+        with safe_open(self.path, framework="pt") as file:
+            return json.loads(file.metadata()["state"])
 
-        Raises ValueError if states are there and none is whole.
-        """
-        paths = [path for path in self._all()[::-1] if path.suffix != ".partial"]
-        for path in paths:
-            try:
-                if _sha256(path / "state.safetensors") == _read(path / "state.json")["sha256"]:
-                    return path
-                print(f"{path} is not used: state.safetensors is cut off or altered")
-            except (ValueError, OSError, KeyError, TypeError) as e:
-                print(f"{path} is not used: {e}")
-        if paths:
-            raise ValueError(f"no state in {self.folder} is whole: start anew with --overwrite")
-        return None
-
-    def begin(self, finished: int | None = None) -> None:
-        """Another run begins here, or (finished: its last step) ends. What is not ours stays."""
+    def mark(self, progress: Progress) -> None:
+        """Writes a state without tensors: a run begins, or has ended."""
         if self.rank == 0:
-            self.folder.mkdir(exist_ok=True, parents=True)
-            if finished is not None:  # before its states go: it is not to begin again
-                _write(self.folder / "run.json", dict(identity=self.identity, finished=finished))
-            for path in self._all():
-                shutil.rmtree(path)
-            _write(self.folder / "run.json", dict(identity=self.identity, finished=finished))
+            self._write([], {}, progress)
 
     def save(self, network: nn.Module, optimizer: torch.optim.Optimizer, progress: Progress) -> None:
-        """Called by all processes at the same time. Raises OSError in all of them, and leaves what was there, if it
-        cannot be written."""
-        path = self.folder / f"step-{progress.step}"
-        aside = path.with_suffix(".partial")
-        random = gathered(_random_states())
-        sliced = _tensors(network, optimizer)
+        """Raises OSError in all processes, and leaves what was there, if it cannot be written."""
+        random, sliced = gathered(_random_states()), _tensors(network, optimizer)
         tensors = ((name, whole(t)) for name, t in sliced.items())
         failure = ""
         if self.rank == 0:
             try:
-                shutil.rmtree(aside, ignore_errors=True)
-                aside.mkdir(parents=True)
-                file = aside / "state.safetensors"
-                stream_tensors(file, tensors, {name: t.shape for name, t in sliced.items()})
-                _write(aside / "state.json", dict(progress=asdict(progress), random=random, sha256=_sha256(file)))
-                shutil.rmtree(path, ignore_errors=True)
-                os.replace(aside, path)
+                self._write(tensors, sliced, progress, random)
             except OSError as e:
-                shutil.rmtree(aside, ignore_errors=True)
                 failure = str(e)
         for _ in tensors:  # all processes make each tensor whole together
             pass
         if failure := gathered(failure)[0]:
-            raise OSError(f"{path} could not be written, the state before it is kept ({failure})")
-        if self.rank == 0:
-            for old in [other for other in self._all() if other.suffix == ".partial"] + self._all()[:-KEPT]:
-                shutil.rmtree(old, ignore_errors=True)
+            raise OSError(f"{self.path} could not be written, the state before it is kept ({failure})")
 
-    def _all(self) -> list[Path]:
-        """The states, whole and cut off, the newest last."""
-        paths = [path for path in self.folder.glob("step-*") if path.is_dir() and path.stem[5:].isdigit()]
-        return sorted(paths, key=lambda path: int(path.stem[5:]))
+    def _write(self, tensors: Any, like: dict[str, Tensor], progress: Progress, random: Any = ()) -> None:
+        for cut_off in self.path.parent.glob(f"{self.path.name}.*.partial"):
+            cut_off.unlink()
+        header = json.dumps(dict(identity=self.identity, progress=asdict(progress), random=random))
+        stream_tensors(self.path, tensors, {name: t.shape for name, t in like.items()}, dict(state=header))
 
-    def load(self, path: Path, network: nn.Module, optimizer: torch.optim.Optimizer) -> Progress:
-        """Puts everything back as it was. Called by all processes at the same time."""
-        content = _read(path / "state.json")
-        progress = Progress(**content["progress"])
+    def load(self, network: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        """Puts everything back as it was."""
+        header = self._header()
         for p in (p for group in optimizer.param_groups for p in group["params"]):
-            step = torch.tensor(float(progress.step), device=p.device)
+            step = torch.tensor(float(header["progress"]["step"]), device=p.device)
             optimizer.state[p] = dict(step=step) | {name: torch.zeros_like(p) for name in MOMENTS}
-        with safe_open(path / "state.safetensors", framework="pt") as file:
+        with safe_open(self.path, framework="pt") as file:
             for name, t in _tensors(network, optimizer).items():
                 fill(t, file.get_tensor(name))
-        if self.rank < len(content["random"]):  # otherwise there were fewer processes
-            states = {d: torch.tensor(list(bytes.fromhex(s))).byte() for d, s in content["random"][self.rank].items()}
+        if self.rank < len(header["random"]):  # otherwise there were fewer processes
+            states = {d: torch.tensor(list(bytes.fromhex(s))).byte() for d, s in header["random"][self.rank].items()}
             torch.set_rng_state(states["cpu"])
             if "cuda" in states and torch.cuda.is_available():
                 torch.cuda.set_rng_state(states["cuda"])
-        return progress
+
+
+def state_file(out_dir: Path) -> Path:
+    return out_dir / "state.safetensors"
 
 
 def _random_states() -> dict[str, str]:
@@ -195,21 +163,3 @@ def _tensors(network: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, 
     moments = {f"{moment}.{name}": optimizer.state[p][moment] for name, p in trained.items() for moment in MOMENTS}
     buffers = {f"buffer.{name}": b for name, b in network.named_buffers()}
     return {f"trained.{name}": p.detach() for name, p in trained.items()} | moments | buffers
-
-
-def _write(path: Path, content: dict[str, Any]) -> None:
-    text = json.dumps(content, sort_keys=True)
-    write_text(path, json.dumps(dict(sha256=hashlib.sha256(text.encode()).hexdigest(), content=content), indent=1))
-
-
-def _read(path: Path) -> dict[str, Any]:
-    stored = json.loads(path.read_text(encoding="utf-8"))
-    text = json.dumps(stored["content"], sort_keys=True)
-    if hashlib.sha256(text.encode()).hexdigest() != stored["sha256"]:
-        raise ValueError(f"{path.name} is cut off or altered")
-    return stored["content"]
-
-
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

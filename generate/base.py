@@ -20,7 +20,7 @@ from lit_model.data.examples import render, validate_style
 from lit_model.data.tokenizer import Tokenizer
 from lit_model.files import read_yaml, reading
 from lit_model.generate import generate, stream_text
-from lit_model.load import method_file, method_header, task_in
+from lit_model.load import method_file
 from lit_model.weights import demo
 
 
@@ -61,12 +61,11 @@ class Options:
 
 def main(options: Options) -> None:
     demo.fetch_if_demo(options.checkpoint_dir)
-    if options.method_dir is not None:
-        if (task := task_in(method_header(options.method_dir))) and task.head == "linear":
-            raise ValueError(f"{options.method_dir} classifies, by scripts/evaluate.py, and writes no text")
     device = choose_device(options.device)
     dtype = choose_dtype(options.dtype, device)
     gpt = load(options.checkpoint_dir, options.method_dir, device, dtype, options.quantize)
+    if gpt.heads:
+        raise ValueError(f"{options.method_dir} classifies, by scripts/evaluate.py, and writes no text")
     tokenizer = Tokenizer(options.checkpoint_dir)
     style = prompt_style(options)
     validate_style(style, tokenizer)
@@ -81,9 +80,10 @@ def main(options: Options) -> None:
     with reading(options.checkpoint_dir):
         gpt.config.check_tokens(max(ids, default=0))
     tokens = (token for token, _ in zip(generate(gpt, ids, options.max_new_tokens, *sampling), counter))
-    print(text if style == "none" else "", end="", flush=True)
+    pieces = stream_text(tokenizer, tokens, stops, after=ids if style == "none" else ())
     began = time.perf_counter()
-    for piece in stream_text(tokenizer, tokens, stops, after=ids if style == "none" else ()):
+    print(text if style == "none" else "", next(pieces, ""), sep="", end="", flush=True)  # nothing before an error
+    for piece in pieces:
         print(piece, end="", flush=True)
     seconds, n = time.perf_counter() - began, next(counter)
     speed = f"{n} tokens in {seconds:.1f} s: {n / seconds:.1f} tokens/s"
@@ -91,15 +91,13 @@ def main(options: Options) -> None:
 
 
 def stop_texts(text: str | None) -> list[str]:
-    """The texts of --stop. Raises ValueError for an empty one, which would end every answer before it begins."""
+    """The texts of --stop, but for an empty one, which would end every answer before it begins."""
     try:
         listed = json.loads(text or "[]")
     except json.JSONDecodeError:
         listed = None
     texts = listed if isinstance(listed, list) and all(isinstance(stop, str) for stop in listed) else [text]
-    if "" in texts:
-        raise ValueError("--stop is empty: it would end every answer before it begins")
-    return texts
+    return [stop for stop in texts if stop]
 
 
 def prompt_style(options: Options) -> str:

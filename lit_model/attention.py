@@ -1,9 +1,6 @@
 """Attention over packed rows (packing.py): contexts, `attend`, and the KV cache.
 
-A context is what a layer knows of its row beside x. It decides which keys the queries meet:
-    PackedRow   all keys are computed now: training, evaluation, a plain forward
-    LastRow     the same in the last layer, where only some tokens go on
-    CachedRow   the keys of earlier rows come from a KV cache: decoding
+A context is what a layer knows of its row beside x. It decides which keys the queries meet.
 
 On a GPU in 16 bit kernels/packed_attention.py computes it, where Triton is there; else torch's variable-length
 attention, for which the keys that each segment sees are gathered; on a CPU (kernels/cpu.py), or in float32, one segment
@@ -14,50 +11,27 @@ import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention.varlen import varlen_attn
 
 from lit_model.kernels.cpu import SegmentsAttention, can_take
 from lit_model.packing import Packed
 from lit_model.rope import Rope, rotate
 
-try:
-    from torch.nn.attention.varlen import varlen_attn
-except ImportError:  # a build of torch without it
-    varlen_attn = None
-
 # from torch 2.13 on it takes fewer key than query heads, and needs enable_gqa=True for that
-_VARLEN_GQA = varlen_attn is not None and "enable_gqa" in inspect.signature(varlen_attn).parameters
+_VARLEN_GQA = "enable_gqa" in inspect.signature(varlen_attn).parameters
 HAS_TRITON = find_spec("triton") is not None
 
-GatedKeys = tuple[Tensor, Tensor, Tensor]  # k, v (K, nkv, hs) and a gate (nh,), see attend
+GatedKeys = tuple[Tensor, Tensor, Tensor]  # k, v (K, nkv, hs) and a gate (nh,), see PackedRow.over
 MOST_PROMPT_KEYS = 128  # that a kernel takes: with head size 128 they fit into the 99 KiB of an RTX 40's shared memory
-
-
-class _TakeRows(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, index: Tensor) -> Tensor:
-        ctx.save_for_backward(index)
-        ctx.shape = x.shape
-        return x.index_select(0, index)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple:
-        (index,) = ctx.saved_tensors
-        return grad.new_zeros(ctx.shape).index_copy(0, index, grad), None
-
-
-def take_rows(x: Tensor, index: Tensor) -> Tensor:
-    """x[index] for an index (M,) without repeats, so that the gradient is a copy and no sum."""
-    return _TakeRows.apply(x, index)
 
 
 @dataclass
 class PackedRow:
-    """A row whose keys are all computed now."""
+    """A row whose keys are all computed now: training, evaluation, a plain forward."""
 
     packed: Packed
     rope: Rope | None  # None: no rotary positions in this layer
@@ -67,9 +41,31 @@ class PackedRow:
     def attend(self, q: Tensor, k: Tensor, v: Tensor, prompts: Sequence[GatedKeys]) -> Tensor:
         """q (T, nh, hs), k and v (T, nkv, hs) without positions. Returns (T, nh, hs)."""
         if self.virtual_keys is None:
-            return attend(q, k, v, self.packed, self.rope, prompts, self.window)  # rotates in fewer passes
+            return self.over(q, k, v, prompts, self.rope)  # rotates in fewer passes
         q, k = rotate(q, self.rope), rotate(k, self.rope)
-        return attend(q, *self.behind_virtual(k, v), self.packed, None, prompts, self.window)
+        return self.over(q, *self.behind_virtual(k, v), prompts)
+
+    def over(self, q: Tensor, k: Tensor, v: Tensor, prompts: Sequence[GatedKeys], rope: Rope | None = None) -> Tensor:
+        """Softmax attention of every segment's queries q (T, nh, hs) over those of k, v (n, nkv, hs) that it may see.
+
+        Args:
+            prompts: keys and values that every query sees in a softmax of their own; times a gate, that is added.
+            rope: of q and k, which are of the same tokens then; None: they are rotated already.
+        Returns: (T, nh, hs).
+        """
+        packed = self.packed
+        if packed.blocks is not None and self.window is None and _has_kernels(q):
+            small = prompts[:1] if prompts and len(prompts[0][0]) <= MOST_PROMPT_KEYS else ()
+            from lit_model.kernels.packed_attention import packed_attention  # needs Triton to be imported
+
+            y = packed_attention(q, k, v, packed.blocks, rope, *small)
+            prompts = prompts[len(small) :]
+        else:
+            q, k, rope = rotate(q, rope), rotate(k, rope), None
+            y = _attend_gathered(q, k, v, packed, self.window)
+        for pk, pv, gate in prompts:
+            y = y + gate.to(y.dtype)[..., None] * plain_attention(rotate(q, rope), pk, pv)
+        return y
 
     def behind_virtual(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         if self.virtual_keys is None:
@@ -87,16 +83,15 @@ class LastRow(PackedRow):
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, prompts: Sequence[GatedKeys]) -> Tensor:
         q, k = rotate(q, self.rope), rotate(k, self.rope)
-        k, v = self.behind_virtual(k, v)
-        return attend(self.narrow(q), k, v, self.packed, None, prompts, self.window)
+        return self.over(self.narrow(q), *self.behind_virtual(k, v), prompts)
 
     def narrow(self, x: Tensor) -> Tensor:
-        return take_rows(x, self.packed.wanted)
+        return x.index_select(0, self.packed.wanted)
 
 
 @dataclass
 class CachedRow(PackedRow):
-    """A row that continues rows whose keys and values are in a KV cache, and adds its own."""
+    """Decoding: a row that continues rows whose keys and values are in a KV cache, and adds its own."""
 
     cache: "KVCache"
     layer: int
@@ -104,45 +99,13 @@ class CachedRow(PackedRow):
     def attend(self, q: Tensor, k: Tensor, v: Tensor, prompts: Sequence[GatedKeys]) -> Tensor:
         q, k = rotate(q, self.rope), rotate(k, self.rope)
         k, v = self.cache.store(self.layer, self.packed.slots, k, v)  # (slots, nkv, hs): every slot, used or not
-        return attend(q, *self.behind_virtual(k, v), self.packed, None, prompts, self.window)
-
-
-def attend(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    packed: Packed,
-    rope: Rope | None = None,
-    prompts: Sequence[GatedKeys] = (),
-    window: int | None = None,
-) -> Tensor:
-    """Softmax attention of every segment's queries over the keys that it may see.
-
-    Args:
-        q: (T, nh, hs).  k, v: (n, nkv, hs), the source of keys and of their values.
-        rope: of q and k, which are of the same tokens then; None: they are rotated already.
-        prompts: keys and values that every query sees in a softmax of their own; times a gate, that is added.
-        window: number of keys that a query sees at most, its own included; None: all before it.
-    Returns: (T, nh, hs).
-    """
-    if packed.blocks is not None and window is None and _has_kernels(q):
-        small = prompts[:1] if prompts and len(prompts[0][0]) <= MOST_PROMPT_KEYS else ()
-        from lit_model.kernels.packed_attention import packed_attention  # needs Triton to be imported
-
-        y = packed_attention(q, k, v, packed.blocks, rope, *small)
-        prompts = prompts[len(small) :]
-    else:
-        q, k, rope = rotate(q, rope), rotate(k, rope), None
-        y = _attend_gathered(q, k, v, packed, window)
-    for pk, pv, gate in prompts:
-        y = y + gate.to(y.dtype)[..., None] * plain_attention(rotate(q, rope), pk, pv)
-    return y
+        return self.over(q, *self.behind_virtual(k, v), prompts)
 
 
 def _attend_gathered(q: Tensor, k: Tensor, v: Tensor, packed: Packed, window: int | None) -> Tensor:
     if packed.kv_index is not None:
         k, v = k.index_select(0, packed.kv_index), v.index_select(0, packed.kv_index)  # (S, nkv, hs)
-    if varlen_attn is not None and _fast_16_bit(q):
+    if _fast_16_bit(q):
         if not _VARLEN_GQA:
             k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], dim=1) for t in (k, v))
         options = {"enable_gqa": True} if _VARLEN_GQA else {}
@@ -194,14 +157,12 @@ def plain_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return y.view(nh, T, hs).transpose(0, 1)
 
 
+@dataclass
 class KVCache:
     """Keys and values of all layers, in flat slots; `Packed.kv_index` knows which example a slot belongs to."""
 
-    def __init__(
-        self, n_layer: int, slots: int, n_kv_head: int, head_size: int, dtype: torch.dtype, device: torch.device | str
-    ):
-        self.k = torch.zeros(n_layer, slots, n_kv_head, head_size, dtype=dtype, device=device)
-        self.v = torch.zeros_like(self.k)
+    k: Tensor  # (layers, slots, nkv, hs)
+    v: Tensor
 
     def store(self, layer: int, slots: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Stores (T, nkv, hs) keys and values in `slots` (T,); returns all slots of this layer, (slots, nkv, hs)."""

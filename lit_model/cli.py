@@ -40,9 +40,6 @@ class _Formatter(RawDescriptionHelpFormatter, DefaultHelpFormatter):
     def __init__(self, prog: str):
         super().__init__(prog, max_help_position=28, width=min(shutil.get_terminal_size((120, 24)).columns, 120))
 
-    def add_usage(self, usage: Any, actions: Any, groups: Any, prefix: str | None = None) -> None:
-        super().add_usage("%(prog)s [options]", [], [], prefix)
-
     def add_arguments(self, actions: Any) -> None:
         hidden = ("Path to a configuration file.", "Show this help message and exit.")
         super().add_arguments([a for a in actions if a.help not in hidden and a.dest != "print_config"])
@@ -75,19 +72,14 @@ def _plain(message: str, options: list[str]) -> str:
     message = " ".join(message.split())
     if found := re.match(r"unrecognized arguments: (\S+)", message):
         name = found[1].split("=")[0]
-        if not name.startswith("--"):
-            return f"{name!r} belongs to no option"
-        short, last = name.rsplit(".", 1)[-1].lstrip("-"), {o.rsplit(".", 1)[-1].lstrip("-"): o for o in options}
-        near = [last[short]] if short in last else get_close_matches(name, options, 1)
-        near = near or [last[n] for n in get_close_matches(short, last, 1)]
+        longer = [option for option in options if option.endswith(f".{name.lstrip('-')}")]
+        near = longer or get_close_matches(name, options, 1)
         return f"there is no option {name}" + (f"; did you mean {near[0]}?" if near else "")
     if found := re.match(r'Parser key "([^"]+)": (.*?)(?: Given value type: .*)? (?:Got|Given) value: (.*)', message):
         name, expected, value = found.groups()
         kinds = [_KINDS[kind] for kind in re.findall(r"<class '(?:\w+\.)*(\w+)'>", expected) if kind in _KINDS]
         kinds += [f"one of {names}".replace("'", "") for names in re.findall(r"Literal\[(.*?)\]", expected)]
         return f"--{name} is {value!r}; it must be {' or '.join(dict.fromkeys(kinds)) or expected}"
-    if found := re.match(r'Parser key "([^"]+)": (.*)', message):
-        return f"--{found[1]}: {found[2]}"
     return message
 
 
@@ -101,7 +93,7 @@ def cli(main: Callable[[Any], None], options_class: type, description: str, posi
         description: the first lines of --help, usually the script's docstring.
         positional: fields that may be given as leading positional arguments.
     """
-    parser = _Parser(description=description, formatter_class=_Formatter)
+    parser = _Parser(description=description, usage="%(prog)s [options]", formatter_class=_Formatter)
     about = "a YAML file of options, such as a run's hparams.yaml; options on the command line override it"
     parser.add_argument("--config", action="config", help=about)
     parser.add_class_arguments(options_class)
@@ -118,19 +110,15 @@ def cli(main: Callable[[Any], None], options_class: type, description: str, posi
             args[i] = f"{arg}=true"
     args.sort(key=lambda arg: not arg.startswith("--config="))  # the other options count wherever they stand
     parser.configs = [arg.partition("=")[2] for arg in args if arg.startswith("--config=")]
-    groups = [f.name for f in fields(options_class) if is_dataclass(f.type)]
     try:
         for path in parser.configs:
             content = read_yaml(Path(path))
-            of = {name: content.get(name, {}) for name in groups}  # a text would name a file, a class_path be imported
-            if odd := [name for name, group in of.items() if not isinstance(group, dict) or "class_path" in group]:
-                raise ValueError(f"{path}: {odd[0]} holds no options by name")
-    except (ValueError, OSError) as e:
-        _end(e)
-    values = vars(parser.instantiate(parser.parse_args(args)))
-    options = options_class(**{f.name: values[f.name] for f in fields(options_class)})
-    try:
-        main(options)
+            for name in (f.name for f in fields(options_class) if is_dataclass(f.type)):
+                group = content.get(name, {})  # a text would name a file, a class_path be imported
+                if not isinstance(group, dict) or "class_path" in group:
+                    raise ValueError(f"{path}: {name} holds no options by name")
+        values = vars(parser.instantiate(parser.parse_args(args)))
+        main(options_class(**{f.name: values[f.name] for f in fields(options_class)}))
     except (ValueError, OSError) as e:
         if os.environ.get("LIT_TRACEBACK"):
             raise

@@ -128,43 +128,39 @@ def copy_file(source: Path, target: Path) -> None:
             shutil.copyfile(source, aside)
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Writes a safetensors file in one step; the same content makes the same bytes."""
-    stream_tensors(path, tensors.items(), {name: t.shape for name, t in tensors.items()}, metadata)
-
-
 def stream_tensors(
     path: Path,
     tensors: Iterable[tuple[str, Tensor]],
     shapes: Mapping[str, Sequence[int]],
-    metadata: Mapping[str, str] | None = None,
+    metadata: Mapping[str, str],
 ) -> None:
     """Writes a safetensors file in one step, one tensor after the other as they come, so that no two need be in memory.
 
     The header stands first and is known last: room is kept for it, for tensors of these `shapes`, and what it does not
     need is filled with spaces, as the format allows.
     """
-    header, end, uneven = {"__metadata__": dict(metadata)} if metadata else {}, 0, []
+    header, end = {"__metadata__": dict(metadata)}, 0
     room = len(json.dumps(header)) + sum(len(name) + 24 * len(shape) + 122 for name, shape in shapes.items())
     room = room // 64 * 64 + 64 - 8
-
-    def write(name: str, t: Tensor) -> None:
-        nonlocal end
-        header[name] = dict(dtype=DTYPES[t.dtype], shape=list(t.shape), data_offsets=[end, end + t.nbytes])
-        file.write(memoryview(t.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()))
-        end += t.nbytes
-
     with replacing(path) as aside, open(aside, "wb") as file:
         file.seek(8 + room)
-        for name, t in tensors:
-            if t.nbytes % 64:
-                uneven.append((name, t))  # small ones; what stands behind them would not be aligned
-            else:
-                write(name, t)
-        for name, t in sorted(uneven, key=lambda named: -named[1].itemsize):
-            write(name, t)
+        for name, t in _aligned(tensors):
+            header[name] = dict(dtype=DTYPES[t.dtype], shape=list(t.shape), data_offsets=[end, end + t.nbytes])
+            file.write(memoryview(t.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()))
+            end += t.nbytes
         file.seek(0)
         file.write(room.to_bytes(8, "little") + json.dumps(header, separators=(",", ":")).encode().ljust(room))
+
+
+def _aligned(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+    """In the order in which each lies at a multiple of its numbers' size: small ones of odd sizes come last."""
+    uneven = []
+    for name, t in tensors:
+        if t.nbytes % 64:
+            uneven.append((name, t))
+        else:
+            yield name, t
+    yield from sorted(uneven, key=lambda named: -named[1].itemsize)
 
 
 DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}

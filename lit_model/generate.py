@@ -1,7 +1,7 @@
 """Decoding: one token after another from a network, with a cache of keys and values."""
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from lit_model.data.tokenizer import Tokenizer
 
 
+@torch.no_grad()
 def generate(
     gpt: GPT,
     ids: Sequence[int],
@@ -21,7 +22,7 @@ def generate(
     temperature: float = 1.0,
     top_k: int | None = None,
     top_p: float | None = None,
-    stop_ids: Iterable[int] = (),
+    stop_ids: Sequence[int] = (),
     seed: int | None = None,
 ) -> Iterator[int]:
     """Yields the tokens that follow `ids`, as they are made; ends before a stop token or where the context is full.
@@ -44,33 +45,22 @@ def generate(
     ):
         if not fits:
             raise ValueError(f"{name} is {value}, out of its range")
-    c = gpt.config
-    room = c.block_size - gpt.n_virtual_keys - gpt.n_virtual_tokens - len(ids)
-    if room < 1 or not ids:
-        needs = f"at least one, and room after it in the model's context of {c.block_size}"
+    used, context = gpt.n_virtual_tokens + len(ids), gpt.config.block_size
+    n_new = min(max_new_tokens, context - gpt.n_virtual_keys - used)
+    if n_new < 1 or not ids:
+        needs = f"at least one, and room after it in the model's context of {context}"
         raise ValueError(f"the prompt has {len(ids)} tokens; it needs {needs}")
     generator = torch.Generator(gpt.device).manual_seed(seed) if seed is not None else None
-    return _decode(
-        gpt, ids, min(max_new_tokens, room), lambda x: sample(x, temperature, top_k, top_p, generator), stop_ids
-    )
-
-
-@torch.no_grad()
-def _decode(
-    gpt: GPT, ids: Sequence[int], n_new: int, choose: Callable[[Tensor], Tensor], stop_ids: Iterable[int]
-) -> Iterator[int]:
-    device, stop_ids = gpt.device, set(stop_ids)
-    cache = gpt.new_cache(gpt.n_virtual_tokens + len(ids) + n_new)
+    cache = gpt.new_cache(used + n_new)
     root = Segment(gpt.n_virtual_tokens) if gpt.n_virtual_tokens else None
     tail = Segment(len(ids), root)
-    segments, last = ([root, tail] if root else [tail]), gpt.n_virtual_tokens + len(ids) - 1
-    packed = lay_out(segments, gpt.n_virtual_keys, 0, wanted=[last], has_virtual_tokens=root is not None)
-    used, idx = len(packed.pos), torch.tensor(ids, device=device)
+    packed = lay_out([root, tail] if root else [tail], gpt.n_virtual_keys, cached=0, wanted=[used - 1])
+    idx = torch.tensor(ids, device=gpt.device)
     for _ in range(n_new):
-        logits = gpt(idx, packed.to(device), cache)[-1]
+        logits = gpt(idx, packed.to(gpt.device), cache)[-1]
         if not logits.isfinite().all():
             raise ValueError("the network's logits are not finite: its weights are broken, or too large for this dtype")
-        token = choose(logits)
+        token = sample(logits, temperature, top_k, top_p, generator)
         if token.item() in stop_ids:
             return
         yield token.item()
@@ -100,13 +90,14 @@ def stream_text(
 ) -> Iterator[str]:
     """Text pieces of `tokens` as they come; ends before the first of `stops`.
 
-    A piece waits while it may still be half of a character or the beginning of a stop.
+    A piece waits while it may still be half of a character, or lie in a stop.
 
     Args:
         after: tokens of a text that these continue; sentencepiece drops the space before the first token otherwise.
     """
-    ids = list(after)
-    start = shown = len(tokenizer.decode(ids)) if ids else 0
+    ids, held_back = list(after), max(map(len, stops), default=1) - 1
+    text = tokenizer.decode(ids) if ids else ""
+    start = shown = len(text)
     for token in tokens:
         ids.append(token)
         text = tokenizer.decode(ids)
@@ -114,11 +105,8 @@ def stream_text(
         if found:
             yield text[shown : min(found)]
             return
-        safe = len(text)
-        for stop in stops:
-            safe = min(safe, len(text) - max(n for n in range(len(stop)) if not n or text.endswith(stop[:n])))
+        safe = len(text) - held_back
         if not text.endswith("\ufffd") and safe > shown:
             yield text[shown:safe]
             shown = safe
-    if len(ids) > len(after):
-        yield tokenizer.decode(ids)[shown:]
+    yield text[shown:]

@@ -36,29 +36,21 @@ def _on_cpu(chunk_loss: Callable, logits: Tensor, targets: Tensor) -> tuple[Tens
     return torch.stack(losses).sum(), logits
 
 
-def cross_entropy(head: nn.Module, x: Tensor, row: Packed, chunk_loss: Callable = chunk_loss) -> Tensor:
-    """The default objective: the sum of the cross-entropy over the row's targets.
-
-    An objective is objective(head, x, row) -> scalar sum, with x (M, C) at the wanted tokens of the row.
-    """
-    return linear_cross_entropy(head, x, row.targets, chunk_loss)
-
-
-def linear_cross_entropy(head: nn.Linear, x: Tensor, targets: Tensor, chunk_loss: Callable = chunk_loss) -> Tensor:
-    """The sum over the M rows of x of -log softmax(head(x))[target], as a float32 scalar (float64 for float64 input).
+def cross_entropy(head: nn.Linear, x: Tensor, row: Packed, chunk_loss: Callable = chunk_loss) -> Tensor:
+    """The default objective: the sum over the row's targets of -log softmax(head(x))[target], as a float32 scalar
+    (float64 for float64 input). An objective is objective(head, x, row) -> scalar sum.
 
     Args:
         head: the output layer with whatever a method added to it; called as head(x) -> (m, vocab_size). Of the trained
             tensors that it uses, those in head.parameters() get a gradient.
-        x: (M, C) hidden states at the target positions.
-        targets: (M,) int64.
+        x: (M, C) hidden states at the wanted tokens of the row.
         chunk_loss: the function of this name above, or what torch.compile has made of it.
     """
     if not torch.is_grad_enabled():  # inside a Function, needs_input_grad does not know that
         x, weights = x.detach(), []
     else:
         weights = [p for p in head.parameters() if p.requires_grad]
-    return _HeadLoss.apply(head, x, targets, chunk_loss, *weights)
+    return _HeadLoss.apply(head, x, row.targets, chunk_loss, *weights)
 
 
 class _HeadLoss(torch.autograd.Function):

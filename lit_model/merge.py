@@ -1,10 +1,10 @@
 """Merges what a finetuning run has trained into the base weights: a Hugging Face folder that needs no method folder."""
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,14 +13,13 @@ from lit_model.families import write_config
 from lit_model.files import refuse_used
 from lit_model.load import (
     empty_network,
-    initialize,
+    install_method,
     is_base,
     load,
+    load_base,
     method_header,
-    method_module,
     method_options,
-    save_tensors,
-    task_in,
+    save_method,
 )
 from lit_model.model import GPT, Linear
 from lit_model.weights.folder import Folder, network_shapes, save_folder, tokenizer_files
@@ -54,33 +53,27 @@ def merge(
     lost = rounding_error(exact, stored, before)
     hint = "; --dtype float32 keeps it" if lost > 0.05 else ""
     print(f"storing the sum loses {100 * lost:.3g} % of what was trained{hint}")
-    if (kind := header.get("quantize", "none")) != "none":
+    if (kind := header["quantize"]) != "none":
         print(f"it was trained over {kind}, and is merged into the full weights: look at what it answers now")
     print(f"checkpoint: {out_dir}; give generate/base.py the --style that it was trained with")
     if rest or biases:
-        merged = Folder(out_dir)
         if not biases:
             name = {"adapter_v2": "adapter"}.get(name, "full")
-        options = method_options(name, **json.loads(header["options"])) if name != "full" else None
-        left = out_dir / name
-        left.mkdir(exist_ok=True)
-        tensors = _unmerged(merged, name, options, rest, biases)
-        save_tensors(left / "lit_method.safetensors", tensors, name, options, merged.identity, task_in(header))
-        print(f"the rest of it does not merge: give generate/base.py --method_dir {left}, too")
+        _save_rest(out_dir, name, header, rest, biases)
+        print(f"the rest of it does not merge: give generate/base.py --method_dir {out_dir / name}, too")
 
 
 def _base_tensor(base: Folder, name: str) -> Tensor:
     """The base's tensor; one zero for a bias that it does not have."""
-    name = "wte.weight" if name == "lm_head.weight" and base.config.tie else name
-    return base.tensor(name) if name in base.names else base.tensor("wte.weight").new_zeros(1)
+    is_new = name.endswith(".bias") and name not in base.names
+    return base.tensor("wte.weight").new_zeros(1) if is_new else base.tensor(name)
 
 
 def take_biases(gpt: GPT, base: Folder) -> dict[str, Tensor]:
     """Takes out the biases that merging has made and no config.json can say: linear layer -> bias."""
-    shapes = [gpt.config]
     for name in ("head_bias", "bias", "qkv_bias"):
-        shapes.append(replace(shapes[-1], **{name: getattr(base.config, name)}))
-    gpt.config = next(shape for shape in shapes if write_config(shape, base.hf))
+        if write_config(gpt.config, base.hf) is None:
+            gpt.config = replace(gpt.config, **{name: getattr(base.config, name)})
     biases, shapes = {}, network_shapes(gpt.config)
     for name, linear in gpt.named_modules():
         if isinstance(linear, Linear) and linear.bias is not None and is_base(name) and f"{name}.bias" not in shapes:
@@ -88,19 +81,22 @@ def take_biases(gpt: GPT, base: Folder) -> dict[str, Tensor]:
     return biases
 
 
-def _unmerged(
-    merged: Folder, name: str, options: object, rest: Mapping[str, Tensor], biases: Mapping[str, Tensor]
-) -> dict[str, Tensor]:
-    """The tensors of the method over the merged base: as it starts, but for `rest` and `biases`."""
+def _save_rest(
+    out_dir: Path, name: str, header: Mapping[str, Any], rest: Mapping[str, Tensor], biases: Mapping[str, Tensor]
+) -> None:
+    """Writes a method folder over the merged base: the method as it starts, but for `rest` and `biases`."""
+    merged, options = Folder(out_dir), method_options(name, **header["options"])
     gpt = empty_network(merged)
-    with torch.device("meta"):
-        method_module(name).install(gpt, options)
-    initialize(gpt, "cpu")
-    tensors = {key: t for key, t in gpt.state_dict().items() if not is_base(key)} | dict(rest)
+    install_method(gpt, name, options, header["task"])
+    load_base(gpt.requires_grad_(False), merged, None)
+    gpt.load_state_dict(rest, strict=False)
     for key, bias in biases.items():
-        (delta,) = gpt.get_submodule(key).deltas
-        tensors[f"{key}.deltas.{delta}.bias"] = bias
-    return tensors
+        (delta,) = gpt.get_submodule(key).deltas.values()
+        delta.bias.data = bias
+    for key, p in gpt.named_parameters():
+        p.requires_grad_(not is_base(key))  # what is saved
+    (out_dir / name).mkdir(exist_ok=True)
+    save_method(out_dir / name / "lit_method.safetensors", gpt, name, options, merged.identity, header["task"])
 
 
 def rounding_error(exact: Mapping[str, Tensor], stored: Mapping[str, Tensor], base: Mapping[str, Tensor]) -> float:

@@ -121,19 +121,6 @@ class Linear(nn.Linear):
         """The weight in float32, (n_out, n_in), in whatever form it is kept."""
         return self.weight.float()
 
-    def merge(self) -> None:
-        """Folds deltas into weight and bias, in float32 and in the order in which they act, up to the first that has no
-        `merged(weight, bias)`. Raises ValueError for quantized weights."""
-        for name, delta in list(self.deltas.items()):
-            if not hasattr(delta, "merged"):
-                return
-            if self.weight is None:
-                raise ValueError("merging into 4 or 8 bits would lose what was trained: load the base unquantized")
-            bias = None if self.bias is None else self.bias.float()
-            merged = delta.merged(self.weight.float(), bias)
-            self.weight, self.bias = (None if t is None else nn.Parameter(t, requires_grad=False) for t in merged)
-            del self.deltas[name]
-
 
 class Embedding(nn.Embedding):
     def reset_parameters(self) -> None:
@@ -257,9 +244,19 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def merge(self) -> None:
-        """Folds all deltas of linear layers into their weights that can be, see `Linear.merge`."""
-        for linear in (m for m in self.modules() if isinstance(m, Linear)):
-            linear.merge()
+        """Folds the deltas of linear layers that have a `merged(weight, bias)` into weights and biases, in float32.
+
+        Raises ValueError for quantized weights.
+        """
+        for m in (m for m in self.modules() if isinstance(m, Linear)):
+            for name, delta in list(m.deltas.items()):
+                if not hasattr(delta, "merged"):
+                    continue
+                if m.weight is None:
+                    raise ValueError("merging into 4 or 8 bits would lose what was trained: load the base unquantized")
+                merged = delta.merged(m.weight.float(), None if m.bias is None else m.bias.float())
+                m.weight, m.bias = (None if t is None else nn.Parameter(t, requires_grad=False) for t in merged)
+                del m.deltas[name]
         self.config = replace(
             self.config,
             bias=self.blocks[0].attn.o_proj.bias is not None,
@@ -286,7 +283,8 @@ class GPT(nn.Module):
     def new_cache(self, slots: int) -> KVCache:
         """An empty cache for this many keys and values, the virtual tokens' among them."""
         c, dtype = self.config, self.dtype or self.wte.weight.dtype
-        return KVCache(c.n_layer, slots, c.n_kv_head, c.head_size, dtype, self.device)
+        k = torch.zeros(c.n_layer, slots, c.n_kv_head, c.head_size, dtype=dtype, device=self.device)
+        return KVCache(k, torch.zeros_like(k))
 
     @property
     def device(self) -> torch.device:
@@ -307,7 +305,7 @@ class GPT(nn.Module):
         """(T, C) what goes into the first block."""
         x = self.wte(idx)
         x = x.to(self.dtype or x.dtype)
-        if packed.has_virtual_tokens:
+        if len(packed.pos) > len(idx):  # the row begins with the virtual tokens, which idx does not contain
             x = torch.cat([virtual().to(x.dtype) for virtual in self.virtual_tokens.values()] + [x])
         return x if self.wpe is None else x + self.wpe(packed.pos).to(x.dtype)
 
@@ -328,7 +326,7 @@ class GPT(nn.Module):
         if packed is None:
             packed = equal_examples(*idx.shape, self.n_virtual_tokens, self.n_virtual_keys).to(idx.device)
             return self(idx.flatten(), packed).unflatten(0, idx.shape)
-        differs = cache is None and packed.has_virtual_tokens != bool(self.n_virtual_tokens)
+        differs = cache is None and len(packed.pos) - len(idx) != self.n_virtual_tokens
         if differs or packed.n_virtual_keys != self.n_virtual_keys:
             virtual = f"{self.n_virtual_tokens} virtual tokens and {self.n_virtual_keys} virtual keys"
             raise ValueError(f"the row was packed for another network: this one has {virtual}")

@@ -120,10 +120,10 @@ class Packed(Movable):
     slots: Tensor | None  # (T,) where the KV cache stores the keys of this row
     blocks: Blocks | None  # who sees whom, in blocks; None with a KV cache
     n_virtual_keys: int  # at the front of the source of keys
-    has_virtual_tokens: bool  # the row begins with the network's virtual tokens, which `idx` does not contain
     wanted: Tensor | None  # (M,) tokens whose logits or loss are wanted; None: all
     targets: Tensor | None  # (M,) the token that each of them must predict
     last: "Packed | None" = None  # the row as the last layer needs it: with the queries of the wanted tokens only
+    weight: float = 1.0  # 0.0: another process counts this row
 
 
 class Segment:
@@ -143,38 +143,38 @@ def lay_out(
     cached: int | None = None,
     wanted: Sequence[int] | np.ndarray | None = None,
     targets: np.ndarray | None = None,
-    has_virtual_tokens: bool = False,
 ) -> Packed:
     """Lays segments end to end. A parent stands before its children, in this row or (KV cache) in an earlier one.
-
-    Without a cache each stands before its parent's next child: a walk through the tree.
+    Without a cache each stands before its parent's next child: a walk through the tree. The network's virtual tokens,
+    if it has any, are the first tokens of the first segment.
 
     Args:
         n_virtual_keys: number of virtual keys that every example sees; its positions start after them.
         cached: number of slots of the KV cache in use; None: there is no cache.
         wanted: (M,) tokens whose logits or loss are wanted, ascending; None: all.
         targets: (M,) the token that each of them must predict.
-        has_virtual_tokens: the first segment is the network's virtual tokens.
     """
-    keys, pos, first = [], [], n_virtual_keys + (cached or 0)
-    offset = first
+    offset = first = n_virtual_keys + (cached or 0)
     for s in segments:
         seen, start = (s.parent.keys, s.parent.end) if s.parent else (np.arange(n_virtual_keys), n_virtual_keys)
         s.keys = np.concatenate((seen, np.arange(offset, offset + s.length)))
         s.end = start + s.length
-        keys.append(s.keys)
-        pos.append(np.arange(start, s.end))
         offset += s.length
         s.until = offset
+    for s in reversed(segments):
+        if s.parent:
+            s.parent.until = max(s.parent.until, s.until)
+    until = np.repeat([offset, *(s.until for s in segments)], [first, *(s.length for s in segments)])
+    pos = [np.arange(s.end - s.length, s.end) for s in segments]
+    keys = [s.keys for s in segments]
     own_keys_only = cached is None and not n_virtual_keys and not any(s.parent for s in segments)
     packed = Packed(
         pos=torch.from_numpy(np.concatenate(pos)),
         **_sizes([(s.length, len(s.keys)) for s in segments]),
         kv_index=None if own_keys_only else torch.from_numpy(np.concatenate(keys)),
         slots=None if cached is None else torch.arange(first, offset) - n_virtual_keys,
-        blocks=_blocks(segments, first, offset) if cached is None else None,
+        blocks=None if cached is not None else cut_into_blocks(np.arange(first, offset), until),
         n_virtual_keys=n_virtual_keys,
-        has_virtual_tokens=has_virtual_tokens,
         wanted=None if wanted is None else torch.as_tensor(wanted),
         targets=None if targets is None else torch.from_numpy(targets).long(),
     )
@@ -183,36 +183,20 @@ def lay_out(
     return packed
 
 
-def _blocks(segments: Sequence[Segment], first: int, end: int) -> Blocks:
-    for s in reversed(segments):
-        if s.parent:
-            s.parent.until = max(s.parent.until, s.until)
-    until = np.repeat([end, *(s.until for s in segments)], [first, *(s.length for s in segments)])
-    return cut_into_blocks(np.arange(first, end), until)
-
-
 def _for_last_layer(packed: Packed, segments: Sequence[Segment], wanted: np.ndarray) -> Packed | None:
-    """The row with queries at `wanted` alone, if these are the last tokens of each segment that is no other's parent;
-    None if they are not."""
-    parents = {id(s.parent) for s in segments}
+    """The row with queries at `wanted` alone, if these are the last tokens of some segments; None if they are not."""
     ends = np.cumsum([s.length for s in segments])
     n_wanted = np.diff(np.searchsorted(wanted, [0, *ends]))
-    lengths, keys, runs = [], [], []
-    for s, end, n in zip(segments, ends, n_wanted):
-        if (id(s) in parents) != (n == 0):
-            return None
-        if n:
-            lengths.append((int(n), len(s.keys)))
-            keys.append(s.keys)
-            runs.append(np.arange(end - n, end))
-    if not np.array_equal(wanted, np.concatenate(runs)):
+    runs = [np.arange(end - n, end) for end, n in zip(ends, n_wanted)]
+    if not len(wanted) or not np.array_equal(wanted, np.concatenate(runs)):
         return None
+    some = [(s, n) for s, n in zip(segments, n_wanted.tolist()) if n]
     return replace(
         packed,
         pos=packed.pos[wanted],
         blocks=cut_into_blocks(wanted + packed.n_virtual_keys, packed.blocks.until.numpy()),
-        kv_index=torch.from_numpy(np.concatenate(keys)),
-        **_sizes(lengths),
+        kv_index=torch.from_numpy(np.concatenate([s.keys for s, _ in some])),
+        **_sizes([(n, len(s.keys)) for s, n in some]),
     )
 
 
@@ -229,12 +213,11 @@ def _sizes(lengths: list[tuple[int, int]]) -> dict[str, Any]:
 
 def equal_examples(n: int, length: int, n_virtual_tokens: int, n_virtual_keys: int) -> Packed:
     """`n` examples of `length` tokens each: what a (B, T) batch is as a packed row. All real tokens are wanted."""
-    root = Segment(n_virtual_tokens) if n_virtual_tokens else None
-    segments = [Segment(length, root) for _ in range(n)]
-    if root is None:
-        return lay_out(segments, n_virtual_keys)
+    if not n_virtual_tokens:
+        return lay_out([Segment(length) for _ in range(n)], n_virtual_keys)
+    root = Segment(n_virtual_tokens)
     wanted = np.arange(n_virtual_tokens, n_virtual_tokens + n * length)
-    return lay_out([root, *segments], n_virtual_keys, wanted=wanted, has_virtual_tokens=True)
+    return lay_out([root, *(Segment(length, root) for _ in range(n))], n_virtual_keys, wanted=wanted)
 
 
 # ---------------------------------------------------------------------------------------------------- building rows
@@ -264,37 +247,27 @@ def pack(
     n_virtual_tokens: int = 0,
     n_virtual_keys: int = 0,
     share: bool = True,
+    rank: int = 0,
+    world: int = 1,
 ) -> list[tuple[Tensor, Packed]]:
     """Packs examples into the fewest rows of `row_tokens` tokens, all of about one size (a little over it, if need be).
 
     Args:
         share: compute a common beginning of examples once. Not with dropout, which would differ between its copies.
+        rank, world: make the rows of this process, of so many. One that would lack a row computes one of another
+            process with weight 0, so that all compute the same number.
     Returns:
-        A list of (idx, packed). The losses of the rows sum to those of the examples one by one. Examples that begin
+        A list of (idx, packed). The losses of all rows sum to those of the examples one by one. Examples that begin
         alike lie together, so their order is not kept.
     """
-    rows = pack_share(examples, row_tokens, n_virtual_tokens, n_virtual_keys, share, rank=0, world=1)
-    return [(idx, packed) for idx, packed, _ in rows]
-
-
-def pack_share(
-    examples: Sequence[Example],
-    row_tokens: int,
-    n_virtual_tokens: int,
-    n_virtual_keys: int,
-    share: bool,
-    rank: int,
-    world: int,
-) -> list[tuple[Tensor, Packed, float]]:
-    """The rows of process `rank` of `world`, see `pack`: (idx, packed, weight). A process that would lack a
-    row computes one of another process with weight 0, so that all compute the same number."""
     if share:  # any order will do in which examples with the same beginning are neighbours
         examples = sorted(examples, key=lambda e: e.ids.tobytes())
     groups = list(_fill(examples, row_tokens, share, world))
-    own = [(group, 1.0) for group in groups[rank::world]]
-    if len(own) < math.ceil(len(groups) / world):
-        own.append((groups[0], 0.0))
-    return [(*_pack_row(group, n_virtual_tokens, n_virtual_keys, share), weight) for group, weight in own]
+    rows = [_pack_row(group, n_virtual_tokens, n_virtual_keys, share) for group in groups[rank::world]]
+    if len(rows) < math.ceil(len(groups) / world):
+        idx, packed = _pack_row(groups[0], n_virtual_tokens, n_virtual_keys, share)
+        rows.append((idx, replace(packed, weight=0.0)))
+    return rows
 
 
 def _fill(examples: Sequence[Example], row_tokens: int, share: bool, world: int) -> Iterator[list[Example]]:
@@ -320,14 +293,12 @@ def _pack_row(
 ) -> tuple[Tensor, Packed]:
     root = Segment(n_virtual_tokens) if n_virtual_tokens else None
     segments = [root] if root else []
-    ids, wanted, targets = [], [], []
-    offset = n_virtual_tokens  # of the next segment in the row
+    ids, targets, is_wanted = [], [], [np.zeros(n_virtual_tokens, dtype=bool)]
 
     def add(e: Example, start: int, end: int, parent: Segment | None) -> Segment:
-        nonlocal offset
         segments.append(Segment(end - start, parent))
         ids.append(e.ids[start:end])
-        offset += end - start
+        is_wanted.append(np.zeros(end - start, dtype=bool))
         return segments[-1]
 
     def grow(group: list[Example], start: int, parent: Segment | None) -> None:
@@ -341,18 +312,12 @@ def _pack_row(
                 end = min(common[low : high - 1])
                 grow(group[low:high], end, add(e, start, end, parent))
             else:
-                zero = offset - start  # where the example's first token would stand if it were all its own
-                learned = slice(None) if e.learned is None else e.learned
-                wanted.append((zero + np.arange(e.first_target - 1, len(e.ids) - 1))[learned])
-                targets.append(e.ids[e.first_target :][learned])
                 add(e, start, len(e.ids) - 1, parent)  # no one sees the last token, and it predicts nothing
+                learned = np.ones(e.n_targets, dtype=bool) if e.learned is None else e.learned
+                is_wanted[-1][e.first_target - 1 - start :] = learned
+                targets.append(e.ids[e.first_target :][learned])
 
     grow(examples, 0, root)
-    packed = lay_out(
-        segments,
-        n_virtual_keys,
-        wanted=np.concatenate(wanted),
-        targets=np.concatenate(targets),
-        has_virtual_tokens=root is not None,
-    )
+    wanted = np.flatnonzero(np.concatenate(is_wanted))
+    packed = lay_out(segments, n_virtual_keys, wanted=wanted, targets=np.concatenate(targets))
     return torch.from_numpy(np.concatenate(ids)).long(), packed

@@ -141,22 +141,6 @@ def _weight_to_fp8(weight: Tensor) -> tuple[Tensor, Tensor]:
     return (weight / scale).to(FP8), scale
 
 
-class _FP8Product(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, codes: Tensor, scale: Tensor, codes_t: Tensor, scale_t: Tensor) -> Tensor:
-        ctx.save_for_backward(codes_t, scale_t)
-        return _product(*_to_fp8(x), codes, scale)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple:
-        return _product(*_to_fp8(grad), *ctx.saved_tensors), None, None, None, None
-
-
-def _product(x8: Tensor, x_scale: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
-    """x W^T from fp8: (T, n_in), (T, 1), (n_out, n_in), (n_out, 1). Returns (T, n_out) in bfloat16."""
-    return torch._scaled_mm(x8, codes.t(), x_scale, scale.t(), out_dtype=torch.bfloat16, use_fast_accum=True)
-
-
 class FP8Linear(Linear):
     def quantized(self, weight: Tensor) -> dict[str, Tensor]:
         if weight.is_cuda and torch.cuda.get_device_capability(weight.device) < (8, 9):
@@ -170,7 +154,23 @@ class FP8Linear(Linear):
         return self.codes.float() * self.scale
 
     def matmul(self, x: Tensor) -> Tensor:
-        return _FP8Product.apply(x.bfloat16(), self.codes, self.scale, self.codes_t, self.scale_t).to(x.dtype)
+        return _FP8Product.apply(x.bfloat16(), self).to(x.dtype)
+
+    def product(self, x8: Tensor, x_scale: Tensor, back: bool = False) -> Tensor:
+        """x W^T of (T, n_in) in fp8 with scales (T, 1), as (T, n_out) in bfloat16; back: x W of (T, n_out)."""
+        codes, scale = (self.codes_t, self.scale_t) if back else (self.codes, self.scale)
+        return torch._scaled_mm(x8, codes.t(), x_scale, scale.t(), out_dtype=torch.bfloat16, use_fast_accum=True)
+
+
+class _FP8Product(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, linear: FP8Linear) -> Tensor:
+        ctx.linear = linear
+        return linear.product(*_to_fp8(x))
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple:
+        return ctx.linear.product(*_to_fp8(grad), back=True), None
 
 
 class FP8MLP(MLP):
@@ -181,30 +181,28 @@ class FP8MLP(MLP):
         plain = all(not linear.deltas and linear.bias is None for linear in linears)
         if not (plain and x.is_cuda and HAS_TRITON):
             return super().forward(x)
-        weights = [(m.codes, m.scale, m.codes_t, m.scale_t) for m in linears]
-        return _FP8SwiGLU.apply(x.bfloat16(), *(t for group in weights for t in group)).to(x.dtype)
+        return _FP8SwiGLU.apply(x.bfloat16(), self).to(x.dtype)
 
 
 class _FP8SwiGLU(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, *weights: Tensor) -> Tensor:
-        """weights: of gate_proj, up_proj and down_proj, each codes, scale, codes_t, scale_t."""
+    def forward(ctx: Any, x: Tensor, mlp: FP8MLP) -> Tensor:
         from lit_model.kernels.swiglu_fp8 import swiglu_to_fp8
 
         x8 = _to_fp8(x)
-        gate, up = _product(*x8, *weights[0:2]), _product(*x8, *weights[4:6])
-        ctx.save_for_backward(gate, up, *weights[2:4], *weights[6:8], *weights[10:12])
-        return _product(*swiglu_to_fp8(gate, up), *weights[8:10])
+        gate, up = mlp.gate_proj.product(*x8), mlp.up_proj.product(*x8)
+        ctx.mlp = mlp
+        ctx.save_for_backward(gate, up)
+        return mlp.down_proj.product(*swiglu_to_fp8(gate, up))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple:
         from lit_model.kernels.swiglu_fp8 import swiglu_backward_to_fp8
 
-        gate, up, *weights = ctx.saved_tensors
-        grad = _product(*_to_fp8(grad), *weights[4:6])
-        gate8, gate_scale, up8, up_scale = swiglu_backward_to_fp8(grad, gate, up)
-        grad = _product(gate8, gate_scale, *weights[0:2]) + _product(up8, up_scale, *weights[2:4])
-        return grad, *(None,) * 12
+        mlp = ctx.mlp
+        grad = mlp.down_proj.product(*_to_fp8(grad), back=True)
+        gate8, gate_scale, up8, up_scale = swiglu_backward_to_fp8(grad, *ctx.saved_tensors)
+        return mlp.gate_proj.product(gate8, gate_scale, back=True) + mlp.up_proj.product(up8, up_scale, back=True), None
 
 
 KINDS = {"nf4": NF4Linear, "int8": Int8Linear, "fp8": FP8Linear}

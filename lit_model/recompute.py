@@ -8,7 +8,6 @@ travel to the host's memory and back while the GPU works on other blocks.
 
 from collections import deque
 from contextlib import nullcontext
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -16,24 +15,16 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
 
-@dataclass(eq=False)
-class _Away:
-    """A tensor in the host's memory, perhaps on its way back."""
-
-    host: Tensor
-    back: Tensor | None = None
-    arrived: torch.cuda.Event | None = None
-
-
 class Offload:
     """Of one forward and backward pass: takes the blocks' inputs to the host, and gets them back, last one first."""
 
     def __init__(self, device: torch.device):
         self.copying = torch.cuda.Stream(device)
-        self.away: list[_Away] = []
+        self.away: list[Tensor] = []  # in the host's memory
+        self.coming: dict[int, tuple[Tensor, torch.cuda.Event]] = {}  # index in `away` -> copy, and when it is there
         self.leaving: deque[tuple[Tensor, torch.cuda.Event]] = deque()  # their memory is in use until they are gone
 
-    def take(self, x: Tensor) -> _Away | Tensor:
+    def take(self, x: Tensor) -> int | Tensor:
         if not x.is_cuda:  # an empty tensor that torch.utils.checkpoint keeps for itself
             return x
         self.copying.wait_stream(torch.cuda.current_stream())
@@ -42,20 +33,19 @@ class Offload:
             host.copy_(x, non_blocking=True)
             self.leaving.append((x, self.copying.record_event()))
         self._let_go(2)
-        self.away.append(_Away(host))
-        return self.away[-1]
+        self.away.append(host)
+        return len(self.away) - 1
 
-    def fetch(self, item: _Away | Tensor) -> Tensor:
+    def fetch(self, item: int | Tensor) -> Tensor:
         if isinstance(item, Tensor):
             return item
         self._let_go(0)
-        if item.back is None:
+        if item not in self.coming:
             self._begin(item)
-        torch.cuda.current_stream().wait_event(item.arrived)
-        x, item.back = item.back, None
-        index = self.away.index(item)
-        if index:
-            self._begin(self.away[index - 1])  # the one that will be wanted next
+        x, arrived = self.coming.pop(item)
+        torch.cuda.current_stream().wait_event(arrived)
+        if item:
+            self._begin(item - 1)  # the one that will be wanted next
         return x
 
     def _let_go(self, n: int) -> None:
@@ -63,14 +53,14 @@ class Offload:
         while len(self.leaving) > n:
             torch.cuda.current_stream().wait_event(self.leaving.popleft()[1])
 
-    def _begin(self, item: _Away) -> None:
+    def _begin(self, index: int) -> None:
         """Without `record_stream`: it would keep this memory from its next user until the GPU has come so far, and the
         host is many blocks ahead. Whoever gets it next does so after `fetch` has waited for the copy."""
-        item.back = torch.empty_like(item.host, device=self.copying.device)
+        x = torch.empty_like(self.away[index], device=self.copying.device)
         self.copying.wait_stream(torch.cuda.current_stream())  # whoever had this memory before is done with it
         with torch.cuda.stream(self.copying):
-            item.back.copy_(item.host, non_blocking=True)
-            item.arrived = self.copying.record_event()
+            x.copy_(self.away[index], non_blocking=True)
+            self.coming[index] = x, self.copying.record_event()
 
 
 def recomputed(block: nn.Module, x: Tensor, row: object, offload: Offload | None) -> Tensor:

@@ -20,7 +20,7 @@ from lit_model.data.examples import ExampleOptions
 from lit_model.data.rows import read_rows
 from lit_model.data.score import judge
 from lit_model.data.tokenizer import Tokenizer
-from lit_model.load import method_header, task_in
+from lit_model.load import method_header
 from lit_model.weights.demo import DEMO_CHECKPOINT, fetch_if_demo
 
 
@@ -61,7 +61,7 @@ def main(options: Options) -> None:
     fetch_if_demo(options.checkpoint_dir)
     tokenizer = Tokenizer(options.checkpoint_dir)
     rows = labelled(options.data)
-    task = task_in(method_header(options.method_dir)) if options.method_dir else None
+    task = method_header(options.method_dir)["task"] if options.method_dir else None
     if options.method_dir and task is None:
         raise ValueError(f"{options.method_dir} was not trained on rows of text and label")
     if options.shots and task and task.head == "linear":

@@ -265,7 +265,7 @@ def test_merged_folders_are_opened_by_transformers(name, method, downloads, tmp_
     left = [path for path in out.iterdir() if path.is_dir()]
     assert [path.name for path in left] == [method for key, method in LEFT[method].items() if key == name]
     assert ("the rest of it does not merge" in stdout) == bool(left)
-    same(f"{name} {method}, merged", load(out, left)(idx), unmerged)
+    same(f"{name} {method}, merged", load(out, *left)(idx), unmerged)
     hf, _ = opened_by_transformers(out)  # whose logits and ids are ours
     with torch.no_grad():
         same("in transformers", load(out)(idx), hf(idx).logits)
@@ -388,12 +388,6 @@ def test_quantized_weights_are_named(download):
     save_file(tensors, folder / "model.safetensors")
     with pytest.raises(ValueError, match="model.safetensors.*model.norm.weight is .* of int8"):
         load(folder)
-
-
-def test_a_folder_of_the_old_format_is_told_what_to_do(tmp_path):
-    (tmp_path / "lit_config.json").write_text("{}")
-    with pytest.raises(FileNotFoundError, match="older format: make it anew with scripts/download.py or"):
-        load(tmp_path)
 
 
 COUNTS = {  # as their publishers state them

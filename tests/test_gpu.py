@@ -125,7 +125,7 @@ def prepared(gpt: model.GPT, device: str = "cuda", **options) -> tuple:
     a_run = run.Run(
         options=run.RunOptions(train=run.Train(batch_size=100), **options), fabric=fabric, dtype=gpt.dtype,
         base=SimpleNamespace(config=gpt.config), tokenizer=None, train_examples=examples, val_examples=[],
-        row_tokens=16384, task=None, states=None, state=None,
+        row_tokens=16384, task=None, state=None, progress=None,
     )  # fmt: skip
     return a_run, *run.prepare(a_run, gpt, share=True, lr_scale=loop.the_same)
 

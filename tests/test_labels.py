@@ -24,7 +24,7 @@ from lit_model.data.examples import ExampleOptions, render
 from lit_model.data.rows import read_rows, split_rows
 from lit_model.data.score import judge, scores
 from lit_model.data.tokenizer import Tokenizer
-from lit_model.load import METHODS, method_header, save_method, task_in
+from lit_model.load import METHODS, method_header, save_method
 from lit_model.methods import prefix, prompt
 from lit_model.packing import Example
 from lit_model.weights.folder import Folder
@@ -77,7 +77,7 @@ def test_labels_are_learned_saved_and_loaded(head, labelled, tiny, tmp_path, cap
     assert (tmp_path / "run/confusion.png").stat().st_size > 5000
     accuracy = float(re.search(r"after \(best\): .*accuracy ([\d.]+)", said)[1])
     assert accuracy > 0.6, said
-    gpt, task = load(tiny / "base", tmp_path / "run"), task_in(method_header(tmp_path / "run"))
+    gpt, task = load(tiny / "base", tmp_path / "run"), method_header(tmp_path / "run")["task"]
     assert task.classes == ["apple", "river", "stone"] and task.head == head
     tokenizer = Tokenizer(tiny / "base")
     _, rows = split_rows(read_rows(labelled), 0.2, seed=0)
@@ -116,7 +116,7 @@ def test_a_linear_head_is_kept_whatever_the_method(name, labelled, tiny, tmp_pat
     tensors = load_file(tmp_path / "run/lit_method.safetensors")
     assert "heads.linear.weight" in tensors and not any(n.startswith("lm_head") for n in tensors)
     gpt, tokenizer = load(tiny / "base", tmp_path / "run"), Tokenizer(tiny / "base")
-    task = task_in(method_header(tmp_path / "run"))
+    task = method_header(tmp_path / "run")["task"]
     _, rows = split_rows(read_rows(labelled), 0.2, seed=0)
     asked = labels.examples(rows, tokenizer, ExampleOptions(), task)
     found = scores(gpt, [e.ids[: e.first_target] for e in asked], [[0], [1], [2]], 4096)
@@ -136,7 +136,7 @@ def test_what_is_merged_still_classifies(name, rest, labelled, tiny, tmp_path, c
     idx = torch.randint(0, 400, (2, 9))
     merged = load(tmp_path / "merged", tmp_path / f"merged/{rest}")
     torch.testing.assert_close(merged(idx), load(tiny / "base", tmp_path / "run")(idx), rtol=1e-4, atol=1e-5)
-    assert task_in(method_header(tmp_path / f"merged/{rest}")).classes == ["apple", "river", "stone"]
+    assert method_header(tmp_path / f"merged/{rest}")["task"].classes == ["apple", "river", "stone"]
 
 
 def test_label_words_have_no_space_of_their_own_in_llama_tokenizers(tmp_path):

@@ -14,7 +14,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from finetune import loop, lora, pissa, run
 from finetune.lora import Options, main
-from finetune.report import Ask, Step
 from finetune.run import Train, build, start
 from lit_model import load
 from lit_model.cli import cli
@@ -269,14 +268,6 @@ def test_a_dry_run_says_what_the_run_needs_and_writes_nothing(options, capsys):
     stdout = capsys.readouterr().out
     assert "minutes for 56 steps" in stdout and "AdamW's two moments" in stdout and "GiB of disk at the end" in stdout
     assert not options.out_dir.exists()
-
-
-def test_a_loss_that_jumps_is_told(options, monkeypatch, capsys):
-    numbers = iter(range(1, 999))
-    monkeypatch.setattr(Step, "receive", lambda step: (9.0 if next(numbers) == 60 else 4.0, 1.0, Ask.GO))
-    main(replace(options, train=replace(options.train, epochs=9)))
-    said = capsys.readouterr().out
-    assert said.count("is more than twice that of the steps before") == 1 and "step 60: the loss of 9.000" in said
 
 
 @pytest.mark.parametrize("links", [True, False])

@@ -1,6 +1,8 @@
 """A packed row computes exactly what a naive loop over its examples computes: in float64, loss and gradients, for every
 kind of neighbour that a token can see. Everything else is built on this."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -157,7 +159,7 @@ def test_cached_decoding_equals_one_pass(family, methods):
     cache = gpt.new_cache(40)
     root = Segment(gpt.n_virtual_tokens) if gpt.n_virtual_tokens else None
     tails = [Segment(n, root) for n in starts]
-    packed = lay_out([root] * bool(root) + tails, gpt.n_virtual_keys, cached=0, has_virtual_tokens=root is not None)
+    packed = lay_out([root] * bool(root) + tails, gpt.n_virtual_keys, cached=0)
     with torch.no_grad():
         expected = [gpt(s[None])[0] for s in sequences]
         torch.testing.assert_close(expected[0], naive(gpt, sequences[0]), rtol=1e-9, atol=1e-9)
@@ -209,13 +211,14 @@ def test_chunks_of_the_loss_change_nothing(monkeypatch):
     expected = F.cross_entropy(head(x), targets, reduction="sum")
     expected_grads = torch.autograd.grad(expected, (x, *head.parameters()))
     monkeypatch.setattr(loss, "CHUNK", 5 * 50)
-    got = loss.linear_cross_entropy(head, x, targets, chunk_loss)
+    row = SimpleNamespace(targets=targets)
+    got = loss.cross_entropy(head, x, row, chunk_loss)
     torch.testing.assert_close(got, expected)
     for a, b in zip(torch.autograd.grad(got, (x, *head.parameters())), expected_grads):
         torch.testing.assert_close(a, b)
     assert sum(sizes) == 21 and min(sizes) == 4 and max(sizes) == 5  # of one row, it would be compiled anew for it
     monkeypatch.setattr(loss, "CPU_ROWS", 2)
-    torch.testing.assert_close(loss.linear_cross_entropy(head, x, targets), expected)
+    torch.testing.assert_close(loss.cross_entropy(head, x, row), expected)
 
 
 def test_training_attention_on_the_cpu_agrees_with_the_fused_one(monkeypatch):

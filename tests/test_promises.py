@@ -24,7 +24,7 @@ SCRIPTS = files(ROOT, "scripts")
     "what, count, most",
     [
         # the plan was 6,500; the redesign came from 8,134 with all features but those that its commits name
-        ("lines of lit_model, finetune and generate", lambda: n_lines(LIBRARY), 7630),
+        ("lines of lit_model, finetune and generate", lambda: n_lines(LIBRARY), 7300),
         ("lines of scripts", lambda: n_lines(SCRIPTS), 1800),
         ("lines of the core list", lambda: n_lines([ROOT / name for name in CORE if (ROOT / name).exists()]), 1350),
         ("lines of model.py", lambda: n_lines([ROOT / "lit_model/model.py"]), 400),

@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT, fail
+from safetensors import safe_open
 from safetensors.torch import load_file
 
 from finetune import loop, lora, pissa, report, state
@@ -72,9 +73,13 @@ def metrics(folder: Path) -> list[dict]:
         return [{k: v for k, v in row.items() if k != "tokens_per_second"} for row in csv.DictReader(file)]
 
 
-def names(options: RunOptions) -> set[str]:
-    """What lies in the folder of the states."""
-    return {path.name for path in (options.out_dir / "state").iterdir()}
+def saved(options: RunOptions) -> dict:
+    """The progress that the state of a run holds; {} without one."""
+    path = state.state_file(options.out_dir)
+    if not path.is_file():
+        return {}
+    with safe_open(path, framework="pt") as file:
+        return json.loads(file.metadata()["state"])["progress"] | dict(n_tensors=len(file.keys()))
 
 
 def test_a_resumed_run_ends_as_the_uninterrupted_one(options, uninterrupted, monkeypatch, capsys):
@@ -86,7 +91,7 @@ def test_a_resumed_run_ends_as_the_uninterrupted_one(options, uninterrupted, mon
     assert "resumed after step 15: " in capsys.readouterr().out
     assert tensors(options.out_dir) == tensors(uninterrupted)
     assert metrics(options.out_dir) == metrics(uninterrupted)
-    assert names(options) == {"run.json"}
+    assert saved(options)["is_finished"] and saved(options)["n_tensors"] == 0
 
 
 def test_what_starts_from_the_base_is_resumed(options, tmp_path, monkeypatch):
@@ -190,29 +195,7 @@ def test_overwrite_starts_anew(options, monkeypatch):
     run_until(5, options, monkeypatch)
     main(replace(options, overwrite=True, lora=LoRA(r=2)))
     assert load_file(options.out_dir / "last.safetensors")["blocks.0.attn.q_proj.deltas.lora.A"].shape[0] == 2
-    assert names(options) == {"run.json"}
-
-
-def flip(path: Path) -> None:
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 1
-    path.write_bytes(content)
-
-
-def change(path: Path, old: str, new: str) -> None:
-    path.write_text(path.read_text().replace(old, new))
-
-
-BREAK = {
-    "cut": lambda d: os.truncate(d / "state.safetensors", 100),
-    "a-bit": lambda d: flip(d / "state.safetensors"),
-    "random-numbers": lambda d: change(d / "state.json", '"cpu": "', '"cpu": "00'),
-    "a-number": lambda d: change(d / "state.json", '"step": 9', '"step": 8'),
-    "empty": lambda d: (d / "state.json").write_text(""),
-    "another-file": lambda d: (d / "state.json").write_text("[]"),
-    "missing": lambda d: (d / "state.safetensors").unlink(),
-    "half-written": lambda d: (d / "state.json").unlink(),
-}
+    assert saved(options)["is_finished"]
 
 
 @pytest.fixture(scope="module")
@@ -231,55 +214,35 @@ def interrupted(options, ten_steps) -> Options:
     return options
 
 
-@pytest.mark.parametrize("how", BREAK)
-def test_a_broken_state_is_named_and_the_one_before_it_taken(interrupted, monkeypatch, capsys, how):
-    BREAK[how](interrupted.out_dir / "state/step-9")
-    run_until(7, interrupted, monkeypatch)
-    stdout = capsys.readouterr().out
-    assert re.search(r"step-9 is not used: .*(cut off|No such file|Expecting value|indices)", stdout)
-    assert "resumed after step 6" in stdout
-
-
-def test_from_the_state_before_it_ends_the_same(interrupted, uninterrupted):
-    flip(interrupted.out_dir / "state/step-9/state.safetensors")
-    main(interrupted)
-    assert tensors(interrupted.out_dir) == tensors(uninterrupted)
-
-
-def test_where_no_state_is_whole_nothing_is_thrown_away(interrupted):
-    for path in (interrupted.out_dir / "state").glob("step-*"):
-        flip(path / "state.safetensors")
+@pytest.mark.parametrize("size", [0, 100, -8])
+def test_a_broken_state_is_named_and_nothing_is_thrown_away(interrupted, size):
+    path = state.state_file(interrupted.out_dir)
+    os.truncate(path, size if size >= 0 else path.stat().st_size + size)
     before = files(interrupted.out_dir)
-    with pytest.raises(ValueError, match="no state in .* is whole: start anew with --overwrite"):
+    with pytest.raises(ValueError, match="state.safetensors is broken: start anew with --overwrite"):
         main(interrupted)
     assert files(interrupted.out_dir) == before
 
 
-def test_the_last_two_states_are_kept_and_nothing_is_pickled(interrupted):
-    folder = interrupted.out_dir / "state"
-    assert names(interrupted) == {"run.json", "step-6", "step-9"}
-    assert {path.suffix for path in folder.rglob("*") if path.is_file()} == {".safetensors", ".json"}
-
-
-@pytest.mark.parametrize("where", ["tensors", "json"])
-def test_a_full_disk_loses_nothing(options, uninterrupted, monkeypatch, capsys, where):
+def test_a_full_disk_loses_nothing(options, uninterrupted, monkeypatch, capsys):
     """The third state does not fit; a folder of its own that small would need rights that a test has not."""
-    name = {"tensors": "stream_tensors", "json": "_write"}[where]
-    write, third = getattr(state, name), "step-9.partial"
+    write, calls = state.stream_tensors, []
 
-    def full(path, *args):
-        if path.parent.name == third:
+    def full(path, tensors, *args):
+        calls.append(path)
+        if len(calls) == 4:  # the first one marks the beginning
+            next(iter(tensors))
             raise OSError(28, "No space left on device")
-        return write(path, *args)
+        return write(path, tensors, *args)
 
-    monkeypatch.setattr(state, name, full)
+    monkeypatch.setattr(state, "stream_tensors", full)
     main(options)
     assert tensors(options.out_dir) == tensors(uninterrupted)
-    assert "step-9 could not be written, the state before it is kept" in capsys.readouterr().out
+    assert "state.safetensors could not be written, the state before it is kept" in capsys.readouterr().out
 
 
 def test_a_run_that_is_to_stop_says_where_its_state_does_not_fit(options, monkeypatch):
-    """The states before it are kept."""
+    """The state before it is kept."""
     take = loop.train_step
 
     def train_step(*args):
@@ -292,9 +255,9 @@ def test_a_run_that_is_to_stop_says_where_its_state_does_not_fit(options, monkey
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(loop, "train_step", train_step)
-    with pytest.raises(OSError, match="step-8 could not be written, the state before it is kept .*No space left"):
+    with pytest.raises(OSError, match="could not be written, the state before it is kept .*No space left"):
         main(options)
-    assert names(options) == {"run.json", "step-3", "step-6"}
+    assert saved(options)["step"] == 6
 
 
 # ------------------------------------------------------------------------------------------------------ real processes
@@ -308,12 +271,6 @@ def command(options: Options, *more: str) -> list[str]:
     return [sys.executable, str(ROOT / "finetune/lora.py"), *args, "--lora.dropout=0.1", *more]
 
 
-def states(options: Options) -> set[int]:
-    """The steps of the states that are whole."""
-    folder = options.out_dir / "state"
-    return {int(path.name[5:]) for path in folder.glob("step-*") if path.suffix != ".partial"}
-
-
 @pytest.mark.parametrize("n", [3, pytest.param(20, marks=pytest.mark.slow)])
 def test_killed_at_any_moment_it_ends_the_same(options, tmp_path, n):
     """SIGKILL at random moments of a run that saves after every step, so that many fall into a save: no state that is
@@ -321,18 +278,19 @@ def test_killed_at_any_moment_it_ends_the_same(options, tmp_path, n):
     subprocess.run(command(replace(options, out_dir=tmp_path / "whole")), check=True, capture_output=True)
     rng, lines = random.Random(n), []
     for _ in range(n):
-        before = states(options)
+        before = saved(options)
         process = subprocess.Popen(command(options), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
-        while process.poll() is None and not states(options) - before:
+        while process.poll() is None and saved(options) == before:
             time.sleep(0.005)
         moment = rng.uniform(0, 0.2)
         time.sleep(moment)
         process.kill()
         resumed = re.search(r"resumed after step (\d+)", process.communicate()[0])
-        assert not before or int(resumed[1]) == max(before)
-        lines.append(
-            f"| {1e3 * moment:.0f} ms after a save | {resumed and resumed[1]} | {', '.join(sorted(names(options)))} |"
-        )
+        if before.get("is_finished"):
+            break
+        assert not before.get("step") or int(resumed[1]) == before["step"]
+        cut_off = any(options.out_dir.glob("*.partial"))
+        lines.append(f"| {1e3 * moment:.0f} ms after a save | {resumed and resumed[1]} | {cut_off and 'in a save'} |")
     done = subprocess.run(command(options), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     is_same = tensors(options.out_dir) == tensors(tmp_path / "whole")
@@ -353,15 +311,12 @@ def test_a_signal_saves_and_evaluates_nothing(options, uninterrupted, monkeypatc
     handler = signal.getsignal(getattr(signal, name))
     with monkeypatch.context() as patch, pytest.raises(SystemExit) as end:
         patch.setattr(loop, "train_step", train_step)
-        patch.setattr(sys, "argv", ["lora.py", "--train.lr=1e-2", "--overwrite"])
         main(options)
     stdout, stderr = capfd.readouterr()
     assert end.value.code == code and f"\n{name}: the run ends after this step" in stderr
-    assert f"stopped by {name} after step 4; this resumes it: python lora.py --train.lr=1e-2\n" in stdout
-    assert states(options) == {3, 4} and [row["step"] for row in metrics(options.out_dir) if row["val_loss"]] == [
-        "0",
-        "3",
-    ]
+    assert f"stopped by {name} after step 4; the same command without --overwrite resumes it\n" in stdout
+    assert saved(options)["step"] == 4
+    assert [row["step"] for row in metrics(options.out_dir) if row["val_loss"]] == ["0", "3"]
     assert signal.getsignal(getattr(signal, name)) == handler
     main(options)
     assert tensors(options.out_dir) == tensors(uninterrupted)
@@ -372,14 +327,7 @@ def test_a_state_is_saved_when_the_last_one_is_old(options, monkeypatch):
     """Beside those of the evaluations."""
     monkeypatch.setattr(report.Watch, "SAVE_SECONDS", 0)
     run_until(6, options, monkeypatch)
-    assert states(options) == {4, 5}
-
-
-def test_the_command_that_resumes_begins_nothing_anew(monkeypatch):
-    """As it is printed, whatever the options are called."""
-    given = ["lora.py", "--overwrite", "true", "--train.sample", "say --overwrite it", "--overwrite", "--lora.r", "4"]
-    monkeypatch.setattr(sys, "argv", [*given, "--overwrite=true", "--config", "a.yaml"])
-    assert report._command() == "python lora.py --train.sample 'say --overwrite it' --lora.r 4 --config a.yaml"
+    assert saved(options)["step"] == 5
 
 
 def test_the_line_for_a_used_folder(interrupted, monkeypatch, capsys):
@@ -388,26 +336,12 @@ def test_the_line_for_a_used_folder(interrupted, monkeypatch, capsys):
     assert "holds a run with" in fail(lora, capsys, monkeypatch, args)
 
 
-def test_what_lies_beside_the_states_stays(options):
-    options.train = replace(options.train, max_steps=1)
-    (options.out_dir / "state").mkdir(parents=True)
-    mine = [options.out_dir / "state" / name for name in ("mine.txt", "step-notes.txt", "step-x/mine.txt")]
-    for path in mine:
-        path.parent.mkdir(exist_ok=True)
-        path.write_text("mine")
-    main(options)
-    main(replace(options, overwrite=True))
-    assert {path.read_text() for path in mine} == {"mine"}
-
-
-@pytest.mark.parametrize("place", ["file", "file/run", "run-whose-state-is-a-file"])
+@pytest.mark.parametrize("place", ["file", "file/run"])
 def test_a_place_that_is_no_folder_is_left_as_it_is(options, tmp_path, place):
-    (tmp_path / "run-whose-state-is-a-file").mkdir()
-    for file in (tmp_path / "file", tmp_path / "run-whose-state-is-a-file/state"):
-        file.write_text("mine")
+    (tmp_path / "file").write_text("mine")
     with pytest.raises(OSError, match="file"):
         main(replace(options, out_dir=tmp_path / place))
-    assert file.read_text() == (tmp_path / "file").read_text() == "mine"
+    assert (tmp_path / "file").read_text() == "mine"
 
 
 def test_a_run_whose_time_was_over_is_resumed_with_more(options, uninterrupted, capsys):
@@ -425,15 +359,15 @@ def test_two_runs_do_not_write_to_one_folder(options, monkeypatch):
 
     def train_step(*args):
         if args[3].number == 8 and not seen:
-            seen.append(states(options))
+            seen.append(saved(options)["step"])
             with pytest.raises(ValueError, match="another run is writing to"):
                 main(replace(options, overwrite=True))
-            seen.append(states(options))
+            seen.append(saved(options)["step"])
         take(*args)
 
     monkeypatch.setattr(loop, "train_step", train_step)
     main(options)
-    assert seen == [{3, 6}, {3, 6}] and names(options) == {"run.json"}
+    assert seen == [6, 6] and saved(options)["is_finished"]
 
 
 def test_killed_in_its_first_save_it_begins_again_and_another_run_is_refused(options, uninterrupted, monkeypatch):
@@ -443,7 +377,7 @@ def test_killed_in_its_first_save_it_begins_again_and_another_run_is_refused(opt
         raise Killed
 
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(state, "stream_tensors", killed)
+        patch.setattr(state.State, "save", killed)
         main(options)
     assert (options.out_dir / "lit_method.safetensors").is_file()
     with pytest.raises(ValueError, match="holds a run with train.lr 0.01 there and 0.5 here"):

@@ -102,17 +102,13 @@ def test_one_identity_from_every_format(checkpoint, tmp_path):
     assert Folder(tmp_path / "bfloat16").identity != Folder(checkpoint).identity
 
 
-def test_a_demo_folder_of_the_older_format_is_replaced(gguf, tmp_path, monkeypatch):
+def test_the_demo_is_fetched_once(gguf, tmp_path, monkeypatch):
     monkeypatch.setattr(demo, "DEMO_CHECKPOINT", tmp_path / "checkpoints/smollm2")
     monkeypatch.setattr(demo, "DEMO_DATA", tmp_path / "data/demo.json")
     monkeypatch.setattr(demo, "fetch", lambda asset, folder: gguf)
-    (tmp_path / "checkpoints/smollm2").mkdir(parents=True)
-    for name in ("lit_config.json", "lit_model.safetensors", "tokenizer.json"):
-        (tmp_path / "checkpoints/smollm2" / name).write_text("{}")
     demo.fetch_if_demo(tmp_path / "checkpoints/other")
     assert not (tmp_path / "checkpoints/smollm2/config.json").exists()
     demo.fetch_if_demo(tmp_path / "checkpoints/smollm2")
-    assert not (tmp_path / "checkpoints/smollm2/lit_config.json").exists()
     folder = Folder(tmp_path / "checkpoints/smollm2")
     assert folder.tensor("wte.weight").dtype == torch.bfloat16
     assert [path.name for path in (tmp_path / "data").iterdir()] == [".lock"]

@@ -84,7 +84,7 @@ def _root(gpt: GPT, before: Tokens, cache: KVCache) -> Segment | None:
     if not segments:
         return None
     wanted = [n + len(before) - 1]
-    packed = lay_out(segments, gpt.n_virtual_keys, cached=0, wanted=wanted, has_virtual_tokens=n > 0)
+    packed = lay_out(segments, gpt.n_virtual_keys, cached=0, wanted=wanted)
     gpt(torch.tensor(list(before), dtype=torch.long, device=gpt.device), packed.to(gpt.device), cache)
     return segments[-1]
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from lit_model.methods.lora import LoRA, LoRADelta, lr_scale, target_layers  # noqa: F401
+from lit_model.methods.lora import LoRA, LoRADelta, target_layers
 from lit_model.model import GPT, Linear
 
 TINY = 1e-30  # a row of zeros, such as a pruned one, stays one
@@ -25,8 +25,6 @@ class DoRA(LoRA):
 
 
 class DoRADelta(LoRADelta):
-    first = True  # takes y for W x + b
-
     def reset_parameters(self) -> None:
         super().reset_parameters()
         self.magnitude = nn.Parameter(torch.zeros(len(self.B), device=self.B.device))

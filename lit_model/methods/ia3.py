@@ -38,8 +38,6 @@ class OutputScale(nn.Module):
 
 
 class InputScale(OutputScale):
-    first = True  # makes y anew: what other methods have added to it would be lost
-
     def forward(self, linear: Linear, x: Tensor, y: Tensor) -> Tensor:
         return linear.matmul(x * self.scale.to(x.dtype)) + (0 if linear.bias is None else linear.bias.to(y.dtype))
 

@@ -15,7 +15,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from lit_model.methods.lora import LoRA, LoRADelta, lr_scale, target_layers  # noqa: F401
+from lit_model.methods.lora import LoRA, LoRADelta, target_layers
 from lit_model.model import GPT
 
 

@@ -92,7 +92,6 @@ def init_from_base(gpt: GPT, ids: Sequence[int]) -> None:
 def to_save(gpt: GPT, tensors: dict[str, Tensor], options: Prefix) -> tuple[str, Prefix, dict[str, Tensor]]:
     """What a method file holds: the prefix itself, without the network that made it in training."""
     start = "virtual_keys.prefix."
-    own = {name.removeprefix(start): t for name, t in tensors.items() if name.startswith(start)}
-    rest = {name: t for name, t in tensors.items() if not name.startswith(start)}  # such as a linear head
+    own = {name.removeprefix(start): tensors.pop(name) for name in list(tensors) if name.startswith(start)}
     kv = torch.func.functional_call(gpt.virtual_keys["prefix"], own).detach().contiguous()
-    return "prefix", replace(options, mlp=0), {**rest, f"{start}kv": kv}
+    return "prefix", replace(options, mlp=0), tensors | {f"{start}kv": kv}

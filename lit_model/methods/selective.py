@@ -62,8 +62,16 @@ def install(gpt: GPT, options: Selective) -> None:
     if options.what == "bitfit":
         for linear in (m for m in gpt.blocks.modules() if isinstance(m, Linear) and m.bias is None):
             linear.deltas["bitfit"] = AddedBias(linear.out_features)
+    last = "|".join(str(i) for i in range(gpt.config.n_layer - options.n, gpt.config.n_layer))
+    patterns = {
+        "head": r"^lm_head\.",
+        "last_blocks": rf"^norm_f\.|^lm_head\.|^blocks\.({last})\.",
+        "bitfit": r"\.bias$",
+        "norms": "norm",
+        "regex": "",
+    }
+    pattern = options.regex or patterns[options.what]
     names = [name for name, _ in gpt.named_parameters(remove_duplicate=False)]
-    pattern = _pattern(options, gpt.config.n_layer)
     try:
         chosen = [name for name in names if re.search(pattern, name)]
     except re.error:
@@ -76,13 +84,3 @@ def install(gpt: GPT, options: Selective) -> None:
         gpt.lm_head.weight = nn.Parameter(gpt.wte.weight.detach().clone())
     for name in chosen:
         gpt.get_parameter(name).requires_grad_(True)
-
-
-def _pattern(options: Selective, n_layer: int) -> str:
-    """Regular expression of the names that are trained."""
-    if options.regex:
-        return options.regex
-    if options.what == "last_blocks":
-        last = "|".join(str(i) for i in range(n_layer - options.n, n_layer))
-        return rf"^norm_f\.|^lm_head\.|^blocks\.({last})\."
-    return dict(head=r"^lm_head\.", bitfit=r"\.bias$", norms="norm", regex="")[options.what]

@@ -8,8 +8,7 @@
 Nothing is loaded or merged again: a switch hangs other modules into the slots. A mixed batch is one pass a method.
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -29,28 +28,14 @@ class SideBySide(GPT):
 
     def take(self, name: str, donor: GPT) -> None:
         """Makes what fills the slots of `donor` the method `name`."""
-        self.slots[name] = _slots(donor)
+        self.slots[name] = {path: modules.to(self.device) for path, modules in _slots(donor).items()}
 
     def switch(self, name: str | None) -> None:
-        """Makes `name` the method of all calls without one; None: the base alone.
-
-        Raises ValueError, with the names that there are, for another name.
-        """
-        if name not in self.slots:
-            raise ValueError(f"there is no method {name!r} here; there are {', '.join(filter(None, self.slots))}")
+        """Makes `name` the method of all calls without one; None: the base alone. Raises KeyError for another name."""
         for path, modules in self.slots[name].items():
             owner, _, slot = path.rpartition(".")
             setattr(self.get_submodule(owner), slot, modules)
         self.current = name
-
-    @contextmanager
-    def using(self, name: str | None) -> Iterator[None]:
-        before = self.current
-        self.switch(name)
-        try:
-            yield
-        finally:
-            self.switch(before)
 
     def merge(self) -> None:
         raise ValueError("methods that lie side by side cannot all be merged: load one of them alone")
@@ -65,15 +50,19 @@ class SideBySide(GPT):
         """As GPT.forward. method: that of all examples, or of each of a (B, T) batch; None: what `switch` has set."""
         if method is None:
             return super().forward(idx, packed, cache)
-        if isinstance(method, str):
-            with self.using(method):
+        before = self.current
+        try:
+            if isinstance(method, str):
+                self.switch(method)
                 return super().forward(idx, packed, cache)
-        logits = idx.new_empty(*idx.shape, self.config.vocab_size, dtype=self.dtype)
-        for name in dict.fromkeys(method):
-            rows = torch.tensor([other == name for other in method], device=idx.device)  # (B,)
-            with self.using(name):
+            logits = idx.new_empty(*idx.shape, self.config.vocab_size, dtype=self.dtype)
+            for name in dict.fromkeys(method):
+                rows = torch.tensor([other == name for other in method], device=idx.device)  # (B,)
+                self.switch(name)
                 logits[rows] = super().forward(idx[rows])
-        return logits
+            return logits
+        finally:
+            self.switch(before)
 
 
 def _slots(gpt: GPT) -> dict[str, nn.ModuleDict]:

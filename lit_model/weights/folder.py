@@ -16,6 +16,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from lit_model.families import Family, Source, read_config, write_config
-from lit_model.files import DTYPES, read_json, reading, refuse_pointer, replacing, stream_tensors, write_text
+from lit_model.files import DTYPES, read_json, reading, refuse_pointer, replacing, stream_tensors
 from lit_model.model import GPT, Config
 
 TOKENIZER_FILES = (
@@ -43,32 +44,30 @@ class Folder:
         self.path = Path(path)
         file = self.path / "config.json"
         if not file.is_file():
-            old = (self.path / "lit_config.json").is_file()
-            hint = "the folder is of an older format: make it anew with" if old else "a checkpoint folder comes from"
-            raise FileNotFoundError(f"{file} is not there; {hint} scripts/download.py or scripts/convert.py")
+            hint = "a checkpoint folder comes from scripts/download.py or scripts/convert.py"
+            raise FileNotFoundError(f"{file} is not there; {hint}")
         self.hf = read_json(file)
         with reading(file):
             self.family, self.config = read_config(self.hf)
-        self._shards: dict[Path, Any] = {}
-        self._file_of = {self._short(name): (name, path) for name, path in self._stored()}
-        if self.config.n_layer > len(self._file_of):  # a network of a billion layers takes long to build
-            raise ValueError(f"{self._weights} has {len(self._file_of)} tensors for {self.config.n_layer} layers")
-        head_is_stored = self.config.tie and "lm_head.weight" in self._file_of
-        self.config = replace(self.config, tie=self.config.tie and not head_is_stored)
-        shapes = network_shapes(self.config)
-        sources = {name: self.family.source(name).name for name in shapes}
-        if missing := [name for name in sources.values() if name not in self._file_of]:
+        self._shards: dict[Path, Any] = {}  # opened files
+        self._file_of = {name.removeprefix(self.family.prefix): (name, path) for name, path in self._stored().items()}
+        self.config.n_layer = min(self.config.n_layer, len(self._file_of))  # a billion would take long to miss
+        self._shapes = network_shapes(self.config)
+        sources = [self.family.source(name).name for name in self._shapes]
+        if missing := [name for name in sources if name not in self._file_of]:
             raise ValueError(f"{self._weights} lacks {len(missing)} tensors, such as {self.family.prefix}{missing[0]}")
-        others = self._file_of.keys() - {*sources.values()}
+        others = self._file_of.keys() - {*sources, "lm_head.weight"}
         if strange := sorted(name for name in others if not name.endswith(self.family.ignored)):
             raise ValueError(f"{self._weights} has a tensor {strange[0]} that the model has no place for")
-        if head_is_stored and self._sample("lm_head.weight") == self._sample("wte.weight"):  # as transformers has it
-            self.config = replace(self.config, tie=True)
-        self.names = list(network_shapes(self.config))
+        if self.config.tie and "lm_head.weight" in self._file_of:  # one that differs is taken, as by transformers
+            self._shapes["lm_head.weight"] = self._shapes["wte.weight"]
+            self.config = replace(self.config, tie=self._sample("lm_head.weight") == self._sample("wte.weight"))
+        self.names = [name for name in self._shapes if name != "lm_head.weight" or not self.config.tie]
 
     def tensor(self, name: str) -> Tensor:
         """Our tensor of this name, on the CPU: a view of the mapped file where it is stored as we have it."""
-        return self._view(name).contiguous()
+        is_tied = name == "lm_head.weight" and self.config.tie
+        return self._view("wte.weight" if is_tied else name).contiguous()
 
     @cached_property
     def identity(self) -> str:
@@ -86,33 +85,26 @@ class Folder:
         values = t[torch.unravel_index(index, t.shape)].view(torch.uint8)
         return f" {t.dtype} {tuple(t.shape)} ".encode() + values.numpy().tobytes()
 
-    def _short(self, name: str) -> str:
-        return name.removeprefix(self.family.prefix)
-
-    def _stored(self) -> Iterator[tuple[str, Path]]:
-        """(their name, file) of each tensor."""
+    def _stored(self) -> dict[str, Path]:
+        """Their name -> file of each tensor."""
         for file_name in ("model.safetensors", "pytorch_model.bin"):
             self._weights = self.path / file_name
-            index = self.path / f"{file_name}.index.json"
             if self._weights.is_file():  # before an index, which may be left from another save
-                yield from ((name, self._weights) for name in self._open(self._weights).keys())
-                return
-            if index.is_file():
-                self._weights = index
-                with reading(index):
-                    shards = dict(read_json(index)["weight_map"])
+                return dict.fromkeys(self._open(self._weights).keys(), self._weights)
+            self._weights = self.path / f"{file_name}.index.json"
+            if self._weights.is_file():
+                with reading(self._weights):
+                    shards = read_json(self._weights)["weight_map"]
                     if any(Path(shard).name != shard for shard in shards.values()):
                         raise ValueError("it names a shard outside its folder")
-                yield from ((name, self.path / shard) for name, shard in shards.items())
-                return
+                return {name: self.path / shard for name, shard in shards.items()}
         raise FileNotFoundError(f"{self.path} has no weights: neither model.safetensors nor pytorch_model.bin")
 
     def _open(self, path: Path) -> Any:
         if path not in self._shards:
             refuse_pointer(path)
             with reading(path):
-                is_pickle = path.suffix == ".bin"
-                self._shards[path] = unpickled(path) if is_pickle else safe_open(path, framework="pt")
+                self._shards[path] = unpickled(path) if path.suffix == ".bin" else safe_open(path, framework="pt")
         return self._shards[path]
 
     def _view(self, name: str) -> Tensor:
@@ -123,27 +115,20 @@ class Folder:
             t = shard[their_name] if isinstance(shard, dict) else shard.get_tensor(their_name)
             t = t.T if source.transposed else t  # first, so that q, k and v lie one below the other
             t = t.chunk(len(self.family.fused))[source.part] if source.part is not None else t
-            shapes = network_shapes(self.config)
-            shape = shapes.get(name, shapes["wte.weight"])  # a tied output layer may be stored, too
-            if t.shape != shape or t.dtype not in DTYPES:
+            if t.shape != self._shapes[name] or t.dtype not in DTYPES:
                 what = f"{tuple(t.shape)} of {t.dtype}".replace("torch.", "")
-                raise ValueError(f"{path}: {their_name} is {what}; the model wants {tuple(shape)}, not quantized")
+                wanted = tuple(self._shapes[name])
+                raise ValueError(f"{path}: {their_name} is {what}; the model wants {wanted}, not quantized")
         return t
-
-
-_SHAPES: dict[str, dict[str, torch.Size]] = {}
 
 
 def network_shapes(config: Config) -> dict[str, torch.Size]:
     """Name -> shape of all tensors of a network; a tied output layer is left out."""
-    key = repr(config)
-    if key not in _SHAPES:
-        with torch.device("meta"):
-            shapes = {name: t.shape for name, t in GPT(config).state_dict().items()}
-        if config.tie:
-            del shapes["lm_head.weight"]
-        _SHAPES[key] = shapes
-    return _SHAPES[key]
+    with torch.device("meta"):
+        shapes = {name: t.shape for name, t in GPT(config).state_dict().items()}
+    if config.tie:
+        del shapes["lm_head.weight"]
+    return shapes
 
 
 def unpickled(path: Path) -> dict[str, Tensor]:
@@ -157,15 +142,11 @@ def unpickled(path: Path) -> dict[str, Tensor]:
             raise ValueError("it is compressed, which torch.save never does")
         try:
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-        except Exception as e:  # a broken one can raise nearly anything
-            hint = ", or holds more than tensors, which could run code" if "weights_only" in str(e) else ""
-            raise ValueError(
-                f"{path} is broken or only partly written{hint} ({str(e).splitlines()[0][:100]})"
-            ) from None
+        except UnpicklingError:  # torch's own words advise to load it all the same
+            raise ValueError("it is broken, or holds more than tensors, which could run code") from None
         for name, t in content.items():
-            is_dense = isinstance(name, str) and t.layout == torch.strided and not t.is_meta
-            if not is_dense or t.nbytes > t.untyped_storage().nbytes():
-                raise ValueError(f"{name} is a sparse or an expanded tensor or has no name: no network is made of it")
+            if not isinstance(name, str) or t.is_meta or t.nbytes > t.untyped_storage().nbytes():
+                raise ValueError(f"{name} has no name or no numbers of its own: no network is made of it")
         return content
 
 
@@ -179,7 +160,7 @@ def save_folder(
     config: Config,
     tensors: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]],
     files: Mapping[str, bytes],
-    hf: Mapping[str, Any] | None = None,
+    hf: dict[str, Any] | None = None,
 ) -> None:
     """Writes a Hugging Face folder. config.json comes last: where it stands, the folder is complete.
 
@@ -188,23 +169,19 @@ def save_folder(
         files: name -> content of the tokenizer's files.
         hf: config.json of the network that this one was made from.
 
-    Raises ValueError, leaving nothing, if no family has this shape, or the tensors are not exactly those of it.
+    Raises ValueError, leaving nothing, if the tensors are not exactly those of the network.
     """
-    stated = write_config(config, dict(hf or {}))
-    if stated is None:
-        raise ValueError(f"no family of transformers has this shape: {config}")
+    stated = write_config(config, hf)
     family, _ = read_config(stated)
-    shapes, dtypes = dict(network_shapes(config)), set()
+    shapes, dtypes = network_shapes(config), set()
 
     def checked() -> Iterator[tuple[str, Tensor]]:
         for name, t in tensors.items() if isinstance(tensors, Mapping) else tensors:
             if config.tie and name == "lm_head.weight":
                 continue
-            if (shape := shapes.pop(name, None)) != t.shape:
-                fault = (
-                    "is twice there or no part of it" if shape is None else f"is {tuple(t.shape)}, not {tuple(shape)}"
-                )
-                raise ValueError(f"these weights do not make the network: {name} {fault}")
+            if shapes.pop(name, None) != t.shape:
+                fault = f"{name} {tuple(t.shape)} is no part of it, twice there or of another shape"
+                raise ValueError(f"these weights do not make the network: {fault}")
             dtypes.add(t.dtype)
             yield name, t
         if shapes:
@@ -219,12 +196,12 @@ def save_folder(
         if is_new:
             out_dir.rmdir()
         raise
-    for name, content in files.items():
+    stated.pop("torch_dtype", None)
+    stated["dtype"] = "float32" if len(dtypes) > 1 else str(dtypes.pop()).removeprefix("torch.")
+    config_json = (json.dumps(stated, indent=2) + "\n").encode()
+    for name, content in {**files, "config.json": config_json}.items():
         with replacing(out_dir / name) as aside:
             aside.write_bytes(content)
-    dtype = "float32" if len(dtypes) > 1 else str(dtypes.pop()).removeprefix("torch.")
-    stated = {name: value for name, value in stated.items() if name != "torch_dtype"} | dict(dtype=dtype)
-    write_text(out_dir / "config.json", json.dumps(stated, indent=2) + "\n")
 
 
 def _theirs(family: Family, tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:

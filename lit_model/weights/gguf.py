@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, dequantize
+from gguf import GGMLQuantizationType, dequantize, quant_shape_to_byte_shape
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from torch import Tensor
 
@@ -69,10 +69,11 @@ class GGUF:
 
     def tensor(self, name: str) -> Tensor:
         """The tensor in float32."""
-        shape, kind, n_bytes, offset = self._tensors[name]
+        shape, kind, offset = self._tensors[name]
+        in_bytes = quant_shape_to_byte_shape(shape, kind)
         self._at = self._start + offset
-        rows = self._numbers("u1", n_bytes).reshape(*shape[:-1], -1)
-        return torch.tensor(dequantize(rows, kind)).view(shape)
+        rows = self._numbers("u1", math.prod(in_bytes)).reshape(in_bytes)
+        return torch.tensor(dequantize(rows, kind))
 
     def _numbers(self, kind: str, n: int) -> np.ndarray:
         """A view of the next n numbers. Raises ValueError if the file ends before."""
@@ -97,9 +98,7 @@ class GGUF:
     def _tensor_info(self) -> tuple[str, tuple]:
         name, n_dims = self._text(), self._number("<u4")
         shape = tuple(reversed(self._numbers("<u8", n_dims).tolist()))
-        kind, offset = GGMLQuantizationType(self._number("<u4")), self._number("<u8")
-        block, size = GGML_QUANT_SIZES[kind]  # numbers and bytes
-        return name, (shape, kind, math.prod(shape) // block * size, offset)
+        return name, (shape, GGMLQuantizationType(self._number("<u4")), self._number("<u8"))
 
 
 def _config(gguf: GGUF, arch: str) -> Config:

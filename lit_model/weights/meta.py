@@ -34,15 +34,11 @@ def convert_meta(src_dir: Path, out_dir: Path, dtype: torch.dtype | None = None,
         dtype: dtype of the stored weights; None keeps that of the source.
         block_size: longest context, which the files do not state; None: that of LLaMA 1, 3 or 3.1, as they look.
     Raises:
-        FileNotFoundError: a file is missing. ValueError: a file is broken, or no such network.
+        FileNotFoundError: there is no params.json. ValueError: a file is broken or missing, or no such network.
     """
     refuse_used(out_dir)
     params = read_json(src_dir / "params.json")
-    names = sorted(path.name for path in src_dir.glob("consolidated.*.pth"))
-    if not names or names != [f"consolidated.{i:02}.pth" for i in range(len(names))]:
-        has = ", ".join(names) or "none"
-        raise FileNotFoundError(f"{src_dir} needs all of consolidated.00.pth, consolidated.01.pth, ...; it has {has}")
-    slices = [unpickled(src_dir / name) for name in names]
+    slices = [unpickled(path) for path in sorted(src_dir.glob("consolidated.*.pth"))]
 
     def tensors() -> Iterator[tuple[str, Tensor]]:
         for name in sorted(slices[0].keys() - {"rope.freqs"}):

@@ -170,7 +170,7 @@ def ours(case: Case) -> Result:
     began = sync(device)
     run = Run(
         settings, case.fabric, case.dtype, RandomFolder(case.config, case.dtype, device), tokenizer=None,
-        train_examples=case.examples, val_examples=[], row_tokens=16384, task=None, states=None, state=None,
+        train_examples=case.examples, val_examples=[], row_tokens=16384, task=None, state=None, progress=None,
     )  # fmt: skip
     gpt = build(run, case.method, case.method_options)
     network, optimizer = prepare(run, gpt, share=True, lr_scale=the_same)

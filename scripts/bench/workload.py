@@ -18,10 +18,10 @@ class RandomFolder:
 
     def __init__(self, config: Config, dtype: torch.dtype, device: torch.device):
         self.config, self.dtype, self.device = config, dtype, device
-        self.names = list(network_shapes(config))
+        self.names = network_shapes(config)  # name -> shape
 
     def tensor(self, name: str) -> Tensor:
-        t = torch.empty(network_shapes(self.config)[name], dtype=self.dtype, device=self.device)
+        t = torch.empty(self.names[name], dtype=self.dtype, device=self.device)
         if t.ndim > 1:
             return t.normal_(std=0.02)
         return t.fill_(name.endswith("weight"))  # a norm's are ones, biases zero
