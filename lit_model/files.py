@@ -1,6 +1,7 @@
 """Reading and writing files, with errors that name the file."""
 
 import json
+import math
 import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -141,7 +142,7 @@ def stream_tensors(
     """
     header, end = {"__metadata__": dict(metadata)}, 0
     room = len(json.dumps(header)) + sum(len(name) + 24 * len(shape) + 122 for name, shape in shapes.items())
-    room = room // 64 * 64 + 64 - 8
+    room = math.ceil((8 + room) / 64) * 64 - 8
     with replacing(path) as aside, open(aside, "wb") as file:
         file.seek(8 + room)
         for name, t in _aligned(tensors):

@@ -384,3 +384,11 @@ def test_killed_in_its_first_save_it_begins_again_and_another_run_is_refused(opt
         main(replace(options, train=replace(options.train, lr=0.5)))
     main(options)
     assert tensors(options.out_dir) == tensors(uninterrupted)
+
+
+def test_a_state_without_tensors_can_be_read_whatever_its_length(tmp_path):
+    """Room is kept for the header in steps of 64 bytes."""
+    for n in range(130):
+        state.stream_tensors(tmp_path / "x.safetensors", [], {}, dict(state="a" * n))
+        with safe_open(tmp_path / "x.safetensors", framework="pt") as file:
+            assert file.metadata() == dict(state="a" * n)
