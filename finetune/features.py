@@ -59,8 +59,8 @@ class Options:
 
 def main(options: Options) -> None:
     rows = read_rows(options.data)
-    if "label" not in rows[0]:
-        raise ValueError(f"{options.data} has no rows with text and label")
+    if not all("label" in row for row in rows):
+        raise ValueError(f"{options.data} has rows without text and label")
     if not options.overwrite:
         refuse_used(options.out_dir)
     module, _, name = options.classifier.rpartition(".")

@@ -32,6 +32,7 @@ from lit_model.data.examples import ExampleOptions, validate_options
 from lit_model.data.tokenizer import Tokenizer
 from lit_model.files import reading, refuse_used
 from lit_model.load import empty_network, install_method, is_base, load_base
+from lit_model.methods.tokens import Tokens, add_tokens, init_from_base
 from lit_model.packing import Example, Packed, pack
 from lit_model.weights import demo
 from lit_model.weights.folder import Folder
@@ -90,6 +91,7 @@ class RunOptions:
     """folder for the trained tensors, the loss curve and the settings of the run"""
     train: Train = field(default_factory=Train)
     examples: ExampleOptions = field(default_factory=ExampleOptions)
+    tokens: Tokens = field(default_factory=Tokens)
     head: Literal["labels", "linear"] = "labels"
     """for rows of text and label: labels, predict the label as text; linear, train a classification layer"""
     quantize: Literal["none", "nf4", "int8", "fp8"] = "none"
@@ -129,6 +131,7 @@ class Run:
     progress: Progress  # at first that of the run that out_dir holds
     verdict: "Verdict | None" = None  # of the last evaluation, for rows of text and label
     counted: tuple[int, int] = (0, 0)  # parameters that are trained, and all
+    tokens: dict[str, int] = field(default_factory=dict)  # id of each token that options.tokens adds
 
     @property
     def device(self) -> torch.device:
@@ -222,6 +225,7 @@ def start(options: RunOptions) -> Run:
     fabric = launch(options.devices, options.strategy)
     fabric.seed_everything(options.train.seed, verbose=False)
     tokenizer = Tokenizer(options.checkpoint_dir)
+    tokens = add_tokens(tokenizer, options.tokens)
     validate_options(options.examples, tokenizer)
     limit = options.train.max_examples
     if limit is None and is_demo and fabric.device.type == "cpu":
@@ -239,8 +243,6 @@ def start(options: RunOptions) -> Run:
             seed=options.train.seed,
             limit=limit,
         )
-    with reading(base.path):
-        base.config.check_tokens(max(int(e.ids.max()) for e in data.train + data.val))
     options = replace(options, examples=replace(options.examples, style=data.style))  # as generation has to ask
     state = State(options.out_dir, identity(options, base.identity, data.train + data.val), fabric.global_rank)
     return Run(
@@ -255,6 +257,7 @@ def start(options: RunOptions) -> Run:
         task=data.task,
         state=state,
         progress=progress_so_far(options, state),
+        tokens=tokens,
     )
 
 
@@ -301,13 +304,18 @@ def training_dtype(name: str, device: torch.device) -> torch.dtype:
 def build(run: Run, method: str, method_options: Any = None) -> GPT:
     """The network of `options.checkpoint_dir` with a method in it, all else frozen."""
     gpt = empty_network(run.base)
-    install_method(gpt, method, method_options, run.task)
-    gpt.check_length(*(len(e.ids) for e in run.train_examples + run.val_examples))
+    install_method(gpt, method, method_options, run.task, run.tokens)
+    examples = run.train_examples + run.val_examples
+    with reading(run.base.path):
+        gpt.config.check_tokens(max(int(e.ids.max()) for e in examples))
+    gpt.check_length(*(len(e.ids) for e in examples))
     if run.sharded and run.options.quantize == "none":  # it stays in the file until each process takes its slices
         load_base(gpt, run.base, None)
         gpt.dtype = run.dtype
     else:
         load_base(gpt, run.base, run.dtype, run.device, run.options.quantize)
+    if run.tokens:
+        init_from_base(gpt, Tokenizer(run.base.path))
     return gpt
 
 
@@ -321,7 +329,7 @@ def prepare(
     """
     n_trained = sum(p.numel() for p in gpt.parameters() if p.requires_grad)
     added = sum(p.numel() for name, p in gpt.named_parameters() if p.requires_grad and not is_base(name))
-    run.counted = n_trained, n_parameters(gpt.config) + added
+    run.counted = n_trained, n_parameters(replace(gpt.config, vocab_size=gpt.wte.num_embeddings)) + added
     print(f"{n_trained:,} of {run.counted[1]:,} parameters ({100 * n_trained / run.counted[1]:.2f} %) are trained")
     device = f"{run.world} x {run.device.type}" if run.world > 1 else run.device.type
     batch_size = run.options.train.batch_size

@@ -17,10 +17,9 @@ from typing import Literal
 from lit_model import load
 from lit_model.cli import choose_device, choose_dtype, cli
 from lit_model.data.examples import render, validate_style
-from lit_model.data.tokenizer import Tokenizer
 from lit_model.files import read_yaml, reading
 from lit_model.generate import generate, stream_text
-from lit_model.load import method_file
+from lit_model.load import load_tokenizer, method_file
 from lit_model.weights import demo
 
 
@@ -66,7 +65,7 @@ def main(options: Options) -> None:
     gpt = load(options.checkpoint_dir, options.method_dir, device, dtype, options.quantize)
     if gpt.heads:
         raise ValueError(f"{options.method_dir} classifies, by scripts/evaluate.py, and writes no text")
-    tokenizer = Tokenizer(options.checkpoint_dir)
+    tokenizer = load_tokenizer(options.checkpoint_dir, options.method_dir)
     style = prompt_style(options)
     validate_style(style, tokenizer)
     stops = stop_texts(options.stop)

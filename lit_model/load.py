@@ -31,6 +31,7 @@ from lit_model.weights.folder import Folder
 
 if TYPE_CHECKING:
     from lit_model.data.labels import Task
+    from lit_model.data.tokenizer import Tokenizer
     from lit_model.methods.side_by_side import SideBySide
 
 METHODS = {  # a file in methods/ -> the dataclass of its options
@@ -97,6 +98,8 @@ def _side_by_side(
     for name, folder in folders.items():
         donor = empty_network(base)
         names = install_saved(donor, folder, base)
+        if donor.wte.deltas:
+            raise ValueError(f"{folder} adds tokens; side by side go methods over one vocabulary")
         if replaced := [key for key in names if is_base(key) or key.startswith("heads.")]:
             raise ValueError(f"{folder} replaces {replaced[0]}; side by side go methods that only add to the base")
         gpt.take(name, donor.requires_grad_(False).eval())
@@ -109,14 +112,16 @@ def empty_network(base: Folder) -> GPT:
         return GPT(base.config).requires_grad_(False)
 
 
-def install_method(gpt: GPT, name: str, options: Any, task: "Task | None") -> None:
-    """Adds a method, and the head of a task that has one, to a network on the meta device."""
+def install_method(gpt: GPT, name: str, options: Any, task: "Task | None", tokens: Mapping[str, int] = {}) -> None:
+    """Adds a method, the head of a task that has one, and new tokens to a network on the meta device."""
     with torch.device("meta"):
         method_module(name).install(gpt, options)
         if task and task.head == "linear":
             from lit_model.data import labels
 
             labels.install(gpt, len(task.classes))
+        if tokens:
+            method_module("tokens").install(gpt, tokens)
 
 
 def install_saved(gpt: GPT, method_dir: Path | str, base: Folder) -> list[str]:
@@ -130,11 +135,12 @@ def install_saved(gpt: GPT, method_dir: Path | str, base: Folder) -> list[str]:
     before = gpt.state_dict().keys()
     with reading(path):
         name = header["method"]
-        install_method(gpt, name, method_options(name, **header["options"]), header["task"])
+        install_method(gpt, name, method_options(name, **header["options"]), header["task"], header["tokens"])
         # clones: products depend in the last bit on how tensors are aligned, and those of a mapped file lie anyhow
         tensors = {name: t.clone() for name, t in load_file(path).items()}
         absent, strange = gpt.load_state_dict(tensors, strict=False, assign=True)
-        if odd := strange or [name for name in absent if name not in before]:
+        once = {name for name, _ in gpt.named_parameters()}  # what is shared has two names, and one in the file
+        if odd := strange or [name for name in absent if name in once and name not in before]:
             raise ValueError(f"its tensor {odd[0]} is missing, or has no place in the model")
     return list(tensors)
 
@@ -200,18 +206,29 @@ def method_file(method_dir: Path | str) -> Path:
 
 def method_header(method_dir: Path | str) -> dict[str, Any]:
     """What a method folder says of itself: `method`, `options`, `base` (identity), `task` (what it was trained to
-    classify; None for text) and `quantize` (the form that the base had)."""
+    classify; None for text), `tokens` (id of each token that it adds) and `quantize` (the form that the base had)."""
     path = method_file(method_dir)
     refuse_pointer(path)
     with reading(path):
         stored = safe_open(path, framework="pt").metadata()
         header = {name: stored[name] for name in ("method", "base", "quantize")}
         options, task = (json.loads(stored[name]) for name in ("options", "task"))
+        tokens = {str(text): int(i) for text, i in json.loads(stored.get("tokens", "{}")).items()}
         if task:
             from lit_model.data.labels import Task
 
             task = Task(**task)
-    return header | dict(options=options, task=task or None)
+    return header | dict(options=options, task=task or None, tokens=tokens)
+
+
+def load_tokenizer(folder: Path | str, method_dir: Path | str | None = None) -> "Tokenizer":
+    """The tokenizer of a checkpoint folder, with the tokens of a method. Raises ValueError if their ids differ."""
+    from lit_model.data.tokenizer import Tokenizer
+
+    tokenizer, tokens = Tokenizer(folder), method_header(method_dir)["tokens"] if method_dir else {}
+    if tokens and tokenizer.add([*tokens]) != [*tokens.values()]:
+        raise ValueError(f"{folder}: its tokenizer is not the one that {method_dir} added tokens to")
+    return tokenizer
 
 
 def save_method(
@@ -237,5 +254,6 @@ def save_method(
         if hasattr(module, "to_save"):
             method, options, tensors = module.to_save(gpt, tensors, options)
         options, task = (json.dumps(asdict(value) if value else {}) for value in (options, task))
-        header = dict(method=method, options=options, task=task, base=base, quantize=quantize)
+        tokens = json.dumps(gpt.wte.deltas["tokens"].tokens if "tokens" in gpt.wte.deltas else {})
+        header = dict(method=method, options=options, task=task, tokens=tokens, base=base, quantize=quantize)
         stream_tensors(path, tensors.items(), {name: t.shape for name, t in tensors.items()}, header)

@@ -17,6 +17,7 @@ from lit_model.load import (
     is_base,
     load,
     load_base,
+    load_tokenizer,
     method_header,
     method_options,
     save_method,
@@ -47,9 +48,11 @@ def merge(
         raise ValueError(f"{name} cannot be merged into the base weights; generate with --method_dir instead")
     biases = take_biases(gpt, base)
     exact = {key: t for key, t in gpt.state_dict().items() if is_base(key)}
-    before = {key: _base_tensor(base, key) for key in exact}
+    before = {key: _base_tensor(base, key, len(t)) for key, t in exact.items()}
     stored = {key: t.to(dtype or before[key].dtype) for key, t in exact.items()}
-    save_folder(out_dir, gpt.config, stored, tokenizer_files(base.path), base.hf)
+    has_tokens = bool(header["tokens"])
+    files = load_tokenizer(checkpoint_dir, method_dir).files() if has_tokens else tokenizer_files(base.path)
+    save_folder(out_dir, gpt.config, stored, files, base.hf)
     lost = rounding_error(exact, stored, before)
     hint = "; --dtype float32 keeps it" if lost > 0.05 else ""
     print(f"storing the sum loses {100 * lost:.3g} % of what was trained{hint}")
@@ -63,10 +66,10 @@ def merge(
         print(f"the rest of it does not merge: give generate/base.py --method_dir {out_dir / name}, too")
 
 
-def _base_tensor(base: Folder, name: str) -> Tensor:
-    """The base's tensor; one zero for a bias that it does not have."""
+def _base_tensor(base: Folder, name: str, n_out: int) -> Tensor:
+    """The base's tensor; zeros for a bias that it does not have."""
     is_new = name.endswith(".bias") and name not in base.names
-    return base.tensor("wte.weight").new_zeros(1) if is_new else base.tensor(name)
+    return base.tensor("wte.weight").new_zeros(n_out) if is_new else base.tensor(name)
 
 
 def take_biases(gpt: GPT, base: Folder) -> dict[str, Tensor]:
@@ -100,10 +103,11 @@ def _save_rest(
 
 
 def rounding_error(exact: Mapping[str, Tensor], stored: Mapping[str, Tensor], base: Mapping[str, Tensor]) -> float:
-    """|stored - exact| / |exact - base| over all tensors that training has changed."""
+    """|stored - exact| / |exact - base| over all tensors that training has changed, without rows of new tokens."""
     error = change = 0.0
     for name, t in exact.items():
-        if (moved := (t - base[name].float()).square().sum().item()) > 0:
+        n = len(base[name])
+        if (moved := (t[:n] - base[name].float()).square().sum().item()) > 0:
             change += moved
-            error += (stored[name].float() - t).square().sum().item()
+            error += (stored[name].float() - t)[:n].square().sum().item()
     return math.sqrt(error / change) if change else 0.0

@@ -2,8 +2,9 @@
 may see which (packing.py). There is no padding and no other attention path. How a token meets the keys of its row is
 the row's context (attention.py): `y = row.attend(q, k, v, prompts)`.
 
-No finetuning method is known here. A method adds small modules to five slots:
+No finetuning method is known here. A method adds small modules to six slots:
   Linear.deltas                y = delta(linear, x, y)      after a linear layer (LoRA)
+  Embedding.deltas             y = delta(embedding, idx, y) after the embedding of tokens (new tokens)
   CausalSelfAttention.deltas   k, v, gate = delta(attention, dtype)   what every token sees in a softmax of its
                                own, times a gate: (K, nkv, hs), (K, nkv, hs), (nh,) (LLaMA-Adapter)
   GPT.virtual_tokens           x = virtual()                (P, C) embeddings in front of every example (soft prompt)
@@ -123,8 +124,22 @@ class Linear(nn.Linear):
 
 
 class Embedding(nn.Embedding):
+    """nn.Embedding with a slot for methods, which may know ids beyond the last row."""
+
+    bias = None  # as a Linear may have none
+
+    def __init__(self, n: int, n_embd: int):
+        super().__init__(n, n_embd)
+        self.deltas = nn.ModuleDict()
+
     def reset_parameters(self) -> None:
         nn.init.normal_(self.weight, std=0.02)
+
+    def forward(self, idx: Tensor) -> Tensor:
+        y = super().forward(idx.clamp(max=self.num_embeddings - 1) if self.deltas else idx)
+        for delta in self.deltas.values():
+            y = delta(self, idx, y)
+        return y
 
 
 class RMSNorm(nn.RMSNorm):
@@ -244,11 +259,12 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def merge(self) -> None:
-        """Folds the deltas of linear layers that have a `merged(weight, bias)` into weights and biases, in float32.
+        """Folds the deltas of layers that have a `merged(weight, bias)` into weights and biases, in float32.
 
         Raises ValueError for quantized weights.
         """
-        for m in (m for m in self.modules() if isinstance(m, Linear)):
+        is_tied = self.lm_head.weight is self.wte.weight and self.lm_head.deltas.items() == self.wte.deltas.items()
+        for m in (m for m in self.modules() if isinstance(m, (Linear, Embedding))):
             for name, delta in list(m.deltas.items()):
                 if not hasattr(delta, "merged"):
                     continue
@@ -257,6 +273,8 @@ class GPT(nn.Module):
                 merged = delta.merged(m.weight.float(), None if m.bias is None else m.bias.float())
                 m.weight, m.bias = (None if t is None else nn.Parameter(t, requires_grad=False) for t in merged)
                 del m.deltas[name]
+        if is_tied:
+            self.lm_head.weight = self.wte.weight
         self.config = replace(
             self.config,
             bias=self.blocks[0].attn.o_proj.bias is not None,

@@ -20,7 +20,7 @@ from lit_model.data.examples import ExampleOptions
 from lit_model.data.rows import read_rows
 from lit_model.data.score import judge
 from lit_model.data.tokenizer import Tokenizer
-from lit_model.load import method_header
+from lit_model.load import load_tokenizer, method_header
 from lit_model.weights.demo import DEMO_CHECKPOINT, fetch_if_demo
 
 
@@ -59,7 +59,7 @@ def main(options: Options) -> None:
     if options.shots < 0 or (options.shots > 0) != (options.shots_from is not None):
         raise ValueError("--shots and --shots_from go together: how many demonstrations, and from which rows")
     fetch_if_demo(options.checkpoint_dir)
-    tokenizer = Tokenizer(options.checkpoint_dir)
+    tokenizer = load_tokenizer(options.checkpoint_dir, options.method_dir)
     rows = labelled(options.data)
     task = method_header(options.method_dir)["task"] if options.method_dir else None
     if options.method_dir and task is None:
@@ -92,8 +92,8 @@ def shots_from(options: Options, rows: list[dict[str, str]]) -> list[dict[str, s
 
 def labelled(path: Path) -> list[dict[str, str]]:
     rows = read_rows(path)
-    if "label" not in rows[0]:
-        raise ValueError(f"{path} has no rows with text and label")
+    if not all("label" in row for row in rows):
+        raise ValueError(f"{path} has rows without text and label")
     return rows
 
 

@@ -11,12 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from matplotlib.figure import Figure
-from torch import Tensor
+from torch import Tensor, arange
 from torch.nn.functional import normalize
 
 from lit_model import load
 from lit_model.cli import cli
-from lit_model.data.tokenizer import Tokenizer
+from lit_model.load import load_tokenizer
 from lit_model.model import GPT
 from lit_model.weights.demo import DEMO_CHECKPOINT
 
@@ -36,7 +36,8 @@ class Options:
 
 
 def main(options: Options) -> None:
-    gpt, tokenizer = load(options.checkpoint_dir, options.method_dir), Tokenizer(options.checkpoint_dir)
+    folders = options.checkpoint_dir, options.method_dir
+    gpt, tokenizer = load(*folders), load_tokenizer(*folders)
     virtual, vocabulary = vectors(gpt, options.method_dir)
     similarity = normalize(virtual, dim=-1) @ normalize(vocabulary, dim=-1).T  # (P, V)
     best = similarity.topk(min(options.k, len(vocabulary)))
@@ -51,11 +52,12 @@ def main(options: Options) -> None:
 
 def vectors(gpt: GPT, method_dir: Path) -> tuple[Tensor, Tensor]:
     """Virtual tokens (P, n) and vocabulary (V, n), in one space."""
+    vocabulary = gpt.wte(arange(gpt.config.vocab_size))
     if "prompt" in gpt.virtual_tokens:
-        return gpt.virtual_tokens["prompt"](), gpt.wte.weight
+        return gpt.virtual_tokens["prompt"](), vocabulary
     if "prefix" in gpt.virtual_keys:
         first = gpt.blocks[0]
-        return gpt.virtual_keys["prefix"]()[0, 1].flatten(1), first.attn.v_proj(first.norm_1(gpt.wte.weight))
+        return gpt.virtual_keys["prefix"]()[0, 1].flatten(1), first.attn.v_proj(first.norm_1(vocabulary))
     raise ValueError(f"{method_dir} holds neither a soft prompt nor a prefix")
 
 

@@ -1,8 +1,6 @@
 """Text in, examples out: what is learned, what is cut, what is refused."""
 
-import csv
 import json
-import re
 import subprocess
 import sys
 
@@ -12,7 +10,7 @@ from conftest import ROOT, save_tokenizer
 
 from lit_model.data.dataset import read_dataset
 from lit_model.data.examples import ExampleOptions, render, tokenize, validate_options, validate_style
-from lit_model.data.rows import read_rows, split_rows
+from lit_model.data.rows import read_rows
 from lit_model.data.tokenizer import Tokenizer
 
 
@@ -66,59 +64,10 @@ def test_rows_without_output_or_room_are_left_out_and_counted(tokenizer, capsys)
     )
 
 
-def test_a_quote_left_open_does_not_swallow_the_rest(tmp_path):
-    lines = ["instruction,output", 'a,"say ""hi"""', 'b,"Hello there', "c,d", "e,f"]
-    (tmp_path / "a.csv").write_text("\n".join(lines))
-    with pytest.raises(ValueError, match="a.csv, line 2: not CSV .unexpected end of data"):
-        read_rows(tmp_path / "a.csv")
-    (tmp_path / "a.csv").write_text("\n".join(lines[:2]))
-    assert read_rows(tmp_path / "a.csv")[0]["output"] == 'say "hi"'
-
-
 def test_a_text_of_nothing_is_left_out_and_counted(tokenizer, capsys):
     rows = [dict(text=text) for text in ("apple", "", " ")]
     assert len(tokenize(rows, tokenizer, ExampleOptions())) == 1
     assert "2 of 3 rows left out: they have nothing to learn" in capsys.readouterr().out
-
-
-def test_json_and_jsonl_are_read_alike(tmp_path, rows):
-    (tmp_path / "a.json").write_text(json.dumps(rows))
-    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps(row) for row in rows) + "\n\n")
-    assert read_rows(tmp_path / "a.json") == read_rows(tmp_path / "a.jsonl") == rows
-    (tmp_path / "b.jsonl").write_text('{"instruction": "a", "output": "b"}\n')
-    assert read_rows(tmp_path / "b.jsonl") == [dict(instruction="a", input="", output="b")]
-
-
-@pytest.mark.parametrize(
-    "name, content, says",
-    [
-        ("a.json", "[{]", "a.json, line 1: not JSON"),
-        ("a.json", '{"a": 1}', "a.json, row 1: a row needs instruction and output; it is "),
-        ("a.json", "5", "a.json: it is broken or only partly written .TypeError"),
-        ("a.json", "[]", "a.json holds no row"),
-        ("a.csv", "text,label\n", "a.csv holds no row"),
-        ("a.jsonl", '{"instruction": "a", "output": "b"}\n\n{"instr', "a.jsonl, line 3: not JSON"),
-        (
-            "a.jsonl",
-            '{"instruction": "a", "text": "b"}',
-            "line 1: a row needs instruction and output; it has instruction, ",
-        ),
-        ("a.json", '[{"instruction": "a", "output": ["b"]}]', "row 1: output is no text but "),
-        ("a.json", b"\xff\xfe\x00", "a.json is not text in UTF-8"),
-    ],
-)
-def test_broken_files_are_named_with_the_place(tmp_path, name, content, says):
-    (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
-    with pytest.raises(ValueError, match=says):
-        read_rows(tmp_path / name)
-
-
-def test_the_split_is_seeded_and_drops_repeated_rows(rows):
-    train, val = split_rows(rows + rows, 0.1, seed=3)
-    assert (len(train), len(val)) == (54, 6)
-    assert not [row for row in val if row in train]
-    assert split_rows(rows + rows, 0.1, seed=3) == (train, val) != split_rows(rows, 0.1, seed=4)
-    assert split_rows(rows, 0.0, seed=3)[1] == []
 
 
 def test_a_preamble_is_shared_in_real_prompts(tokenizer, rows):
@@ -201,48 +150,11 @@ def test_validation_rows_are_not_trained_on(files, tokenizer, rows, capsys):
     assert "20 rows left out of training" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(
-    "name, content, says",
-    [
-        ("a.json", '{"text": "a"}\n{"text": "b"}', "line 2: not JSON .Extra data at column 1; a file of one object"),
-        (
-            "a.json",
-            '[{"messages": [{"role": "robot", "content": "a"}]}]',
-            "a.json, row 1: a message needs a role .user, assistant, .* it is .*robot",
-        ),
-        ("a.json", '[{"messages": [{"role": "assistant"}]}]', "a message needs .* and content that is a text"),
-        ("a.json", '[{"messages": ["a"]}]', "a.json, row 1: .*AttributeError"),
-        ("a.json", '[{"prompt": "a"}]', "row 1: a row needs instruction and output; it has prompt"),
-        ("a.json", '[{"messages": [{"role": ["user"], "content": "a"}]}]', "a.json, row 1: .*TypeError"),
-        ("a.csv", "instruction,output\na,b, c\n", "a.csv, line 2: it has more fields than the first line has names"),
-        ("a.txt", "a\0b", "a.txt is not text in UTF-8 .it holds zero bytes"),
-        ("a.txt", "\n\n", "a.txt holds no row"),
-        ("a.csv", "a,b\n1,2\n", "a.csv, line 2: a row needs instruction and output; it has a, b"),
-    ],
-)
-def test_other_broken_files_are_named_with_the_place(tmp_path, name, content, says):
-    test_broken_files_are_named_with_the_place(tmp_path, name, content, says)
-
-
 def test_a_text_of_the_validation_file_is_not_trained_on_under_another_label(tokenizer, tmp_path):
     for name, labels in (("a.csv", "xyxyxy"), ("val.csv", "yx")):
         (tmp_path / name).write_text("text,label\n" + "".join(f"text {i},{c}\n" for i, c in enumerate(labels)))
     data = read_dataset(tmp_path / "a.csv", tokenizer, ExampleOptions(), val_data=tmp_path / "val.csv")
     assert len(data.train) == 4 and len(data.val) == 2
-
-
-def test_a_text_file_is_cut_where_it_can_be(tmp_path):
-    for text in ("word " * 3000, "line\n" * 3000, "x" * 9000):
-        (tmp_path / "a.txt").write_text(text)
-        pieces = [row["text"] for row in read_rows(tmp_path / "a.txt")]
-        assert len(pieces) > 2 and all(len(piece) <= 2 * 2000 for piece in pieces)
-        assert re.sub(r"\s", "", "".join(pieces)) == re.sub(r"\s", "", text)
-
-
-def test_a_long_field_is_read_and_the_limit_of_csv_stays_as_it_was(tmp_path):
-    csv.field_size_limit(131072)  # as Python sets it
-    (tmp_path / "a.csv").write_text(f"instruction,output\na,{'x' * 10**6}\n")
-    assert len(read_rows(tmp_path / "a.csv")[0]["output"]) == 10**6 and csv.field_size_limit() == 131072
 
 
 def test_validation_rows_without_anything_to_learn_are_named(files, tokenizer):

@@ -93,7 +93,7 @@ def test_labels_are_learned_saved_and_loaded(head, labelled, tiny, tmp_path, cap
     [
         ([("a", "x"), ("b", "x")], "all rows have the label 'x'; there is nothing to classify"),
         ([("a", "apple"), ("b", "apple river")], "the label 'apple river' begins with 'apple': take --head linear"),
-        ([("a", "x"), ("b",)], "line 3: a row needs text and label"),
+        ([("a", "x"), ("b",)], "1 of 2 rows have text and label; to classify"),
     ],
 )
 def test_labels_that_make_no_sense(pairs, says, tiny, tmp_path, capsys, monkeypatch):
@@ -216,7 +216,7 @@ def test_what_is_longer_than_the_context_is_refused(labelled, tiny):
             "--head linear --data {instructions}",
             "0 of 60 rows have text and label; to classify, as with --head linear, all",
         ),
-        (SCRIPTS["lora"], "--data {empty}", "the label of a row is empty"),
+        (SCRIPTS["lora"], "--data {empty}", "empty.csv: 1 of 2 rows have text and label"),
     ],
 )
 def test_mistakes_end_in_one_line(script, args, says, labelled, tiny, tmp_path, capsys, monkeypatch):

@@ -1,6 +1,7 @@
 """Every mistake ends in one line that names the file or option and what to do, with exit code 2, and nothing is lost.
 docs/mistakes.md shows these lines; run with -s to print them for it."""
 
+import gzip
 import json
 import re
 import shutil
@@ -18,8 +19,12 @@ from lit_model.weights.folder import save_folder, tokenizer_files
 from scripts import convert, merge
 
 
-def broken_json(d: Path) -> None:
-    (d / "rows.jsonl").write_text('{"instruction": "a", "output": "b"}\n{"instruction": "a", \n')
+def broken_lines(d: Path) -> None:
+    (d / "rows.jsonl").write_text('\n{"instruction": "a", \n{"instruction": "b", \n')
+
+
+def half_a_gz(d: Path) -> None:
+    (d / "a.jsonl.gz").write_bytes(gzip.compress(b'{"text": "a"}\n')[:-9])
 
 
 def half_a_checkpoint(d: Path) -> None:
@@ -95,13 +100,17 @@ MISTAKES = [  # what is wrong, what is done before, script and arguments, the li
     ("another shape", lambda d: a_tensor(d, lambda t: t.update({"model.norm.weight": torch.zeros(3)})), GENERATE, "",
      "model.norm.weight is (3,) of float32; the model wants (64,)"),
     ("trained on another base", another_base, GENERATE, "--method_dir run", "run was trained on another base"),
-    ("no data", None, TRAIN, "--data nothing.json", "nothing.json is not there; --data wants a .json, "),
-    ("a broken line", broken_json, TRAIN, "--data rows.jsonl", "rows.jsonl, line 2: not JSON ("),
+    ("no data", None, TRAIN, "--data nothing.json", "nothing.json is not there; --data wants .json, .jsonl, "),
+    ("only broken lines", broken_lines, TRAIN, "--data rows.jsonl", "rows.jsonl, line 2: not JSON ("),
     ("other columns", lambda d: (d / "a.csv").write_text("question,answer\na,b\n"), TRAIN, "--data a.csv",
-     "a.csv, line 2: a row needs instruction and output; it has question, "),
+     "a.csv, line 2: a row needs instruction and output, or messages, or "),
+    ("a quote left open", lambda d: (d / "a.csv").write_text('text\na\n"b\nc\n'), TRAIN, "--data a.csv",
+     "a.csv, line 3: not CSV (a quote is opened and never closed)"),
+    ("half a compressed file", half_a_gz, TRAIN, "--data a.jsonl.gz",
+     "a.jsonl.gz: it is broken or only partly written (EOFError: "),
     ("an empty file", lambda d: (d / "a.json").write_text("[]"), TRAIN, "--data a.json", "a.json holds no row"),
     ("a picture as data", lambda d: (d / "a.json").write_bytes(b"\x89PNG\xff"), TRAIN, "--data a.json",
-     "a.json is not text in UTF-8"),
+     "a.json is not text in UTF-8 or UTF-16"),
     ("only empty answers", lambda d: answers(d, " "), TRAIN, "--data a.jsonl",
      "none of the 38 training rows is left to learn from"),
     ("prompts that fill all", None, TRAIN, "--examples.max_length 5", "none of the 57 training rows is left"),

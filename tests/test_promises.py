@@ -23,8 +23,8 @@ SCRIPTS = files(ROOT, "scripts")
 @pytest.mark.parametrize(
     "what, count, most",
     [
-        # the plan was 6,500; the redesign came from 8,134 with all features but those that its commits name
-        ("lines of lit_model, finetune and generate", lambda: n_lines(LIBRARY), 7300),
+        # the plan was 6,500; the redesign went from 8,134 to 7,300, and reading what people have may add 500
+        ("lines of lit_model, finetune and generate", lambda: n_lines(LIBRARY), 7800),
         ("lines of scripts", lambda: n_lines(SCRIPTS), 1800),
         ("lines of the core list", lambda: n_lines([ROOT / name for name in CORE if (ROOT / name).exists()]), 1350),
         ("lines of model.py", lambda: n_lines([ROOT / "lit_model/model.py"]), 400),
@@ -37,7 +37,7 @@ SCRIPTS = files(ROOT, "scripts")
             20,
         ),
         ("own files behind finetune/lora.py", lambda: budget.own_files(ROOT), 30),
-        ("options of finetune/lora.py", lambda: len(budget.options(ROOT)), 36),
+        ("options of finetune/lora.py", lambda: len(budget.options(ROOT)), 37),
         ("lines of the README", lambda: len((ROOT / "README.md").read_text().splitlines()), 150),
         ("words of the README", lambda: len((ROOT / "README.md").read_text().split()), 1500),
     ],

@@ -1,18 +1,21 @@
-"""Rows: what a file of --data holds. examples.py and labels.py make token examples of them.
+"""Rows: what --data names, each of one kind. formats.py reads the files; examples.py and labels.py make token examples.
 
-A row is one of
-    instruction, input (may be empty or absent), output     an instruction and its answer
-    prompt, completion                                       a text and its continuation, as they stand
-    messages                                                 a conversation: a list of role and content
-    conversations                                            ShareGPT's: a list of from and value, read as messages
-    text, label                                              a text and its class
-    text                                                     a text to learn as it is; a .txt file is many of them
+a row has                                      it is returned with
+instruction, output, perhaps input             instruction, input, output
+prompt, completion: texts                      the same: a text and its continuation, as they stand
+text, label                                    the same: a text and its class
+text                                           the same: to learn as it is; a .txt file is many of them
+messages, perhaps system and tools             messages, which begin with that system, and tools if there are some
+conversations: ShareGPT's from and value       the same
+prompt, completion: TRL's lists of messages    the same; those of the prompt are not learned
+
+null, NaN and missing are the same. A message keeps its other keys: a checkpoint's template decides which it renders. A
+row that cannot be used is left out, and a line says how many are, why, and where the first is.
 """
 
-import csv
-import io
 import json
 import re
+import reprlib
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,163 +23,205 @@ from typing import Any
 
 import numpy as np
 
-from lit_model.files import reading, refuse_pointer
+from lit_model.data.formats import Unusable, files_behind, values_of
+from lit_model.files import reading
 
-KINDS = {  # what a row must have: all that is read of it
-    ("text", "label"): ("text", "label"),
-    ("messages",): ("messages", "system"),
-    ("conversations",): ("conversations", "system"),
+KINDS = {  # what a row must have, the first that fits: what is read of it
     ("instruction", "output"): ("instruction", "input", "output"),
+    ("messages",): ("messages", "system", "tools"),
+    ("conversations",): ("conversations", "system", "tools"),
+    ("text", "label"): ("text", "label"),
     ("prompt", "completion"): ("prompt", "completion"),
     ("text",): ("text",),
 }
-_KNOWN = {key for needed in KINDS for key in needed}
-ROLES = dict(user="user", assistant="assistant", system="system", human="user", gpt="assistant", developer="system")
-PIECE = 2000  # fewest characters of a row of a .txt file
+KEYS = {key for needed in KINDS for key in needed}
+NEEDS = "a row needs instruction and output, or messages, or prompt and completion, or text and label, or text"
+ROLES = {  # in files: as they are returned
+    "user": "user",
+    "human": "user",
+    "assistant": "assistant",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "model": "assistant",
+    "function_call": "assistant",
+    "system": "system",
+    "developer": "system",
+    "tool": "tool",
+    "function": "tool",
+    "observation": "tool",
+}
 
 
-def read_rows(path: Path | str) -> list[dict[str, Any]]:
-    """Rows of a .json (one list), .jsonl (one object a line), .csv or .txt file, all of one kind.
+class Notes:
+    """What is to be said about rows: each reason once, with the number of its rows and the place of the first."""
 
-    Raises FileNotFoundError; ValueError with the file, and where there is one with the line, of what is no such row.
+    def __init__(self) -> None:
+        self.seen = 0  # rows in the files, used or not
+        self.counts: Counter[str] = Counter()
+        self.places: dict[str, str] = {}
+        self.unread: Counter[str] = Counter()  # keys of rows that nobody reads
+
+    def add(self, what: str, place: str = "", n: int = 1) -> None:
+        if n:
+            self.counts[what] += n
+            self.places.setdefault(what, place)
+
+    def add_unread(self, keys: Sequence[str], place: str) -> None:
+        if keys:
+            self.unread.update(keys)
+            self.places.setdefault("not read", place)
+
+    def say(self, of: int, name: str) -> None:
+        """Prints a line for each reason. `of`: number of all rows; `name`: what they are called."""
+        for what, n in self.counts.items():
+            first = f" (first: {self.places[what]})" if self.places[what] else ""
+            print(f"{n} of {of} {name} {what}{first}")
+        if self.unread:
+            keys = ", ".join(f"{key} (of {n} {name})" for key, n in self.unread.items())
+            print(f"not read: {keys}; first: {self.places['not read']}")
+
+
+def read_rows(path: Path | str, notes: Notes | None = None, strict: bool = False) -> list[dict[str, Any]]:
+    """Rows of a file or of a data set on the Hub, in the forms above. A file may mix them.
+
+    Args:
+        path: a .json (one list), .jsonl or .ndjson (one object a line), .csv, .tsv or .txt file, each also compressed
+            as .gz; a .parquet file; or owner/name on the Hub.
+        notes: takes what is to be said; without it, that is printed.
+        strict: raise for the first row that cannot be used, instead of leaving it out.
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: no row can be used. It names the file, and why and where the first cannot.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} is not there; --data wants a .json, .jsonl, .csv or .txt file")
-    refuse_pointer(path)
-    with reading(path):
-        unit, numbered = _parsed(path, _text_of(path))
-    if not numbered:
-        raise ValueError(f"{path} holds no row")
-    needed, rows = _kind(numbered[0][1]), []
-    for number, row in numbered:
-        with reading(f"{path}, {unit} {number}"):
-            rows.append(_validated(row, needed))
-    unread = Counter(key for _, row in numbered for key in row if row[key] and key not in KINDS[needed])
-    if unread:
-        print(f"{path}: not read: {', '.join(f'{key} (of {n} rows)' for key, n in unread.items())}")
+    said, rows, fault = notes or Notes(), [], None
+    for file in files_behind(Path(path)):
+        with reading(file):
+            for where, value in values_of(file):
+                said.seen += 1
+                place = f"{file}, {where}"
+                try:
+                    row, unread = _row(value)
+                except (ValueError, TypeError, RecursionError) as e:
+                    fault = fault or f"{place}: {e}"
+                    if strict:
+                        raise ValueError(fault) from None
+                    said.add(f"left out: {getattr(e, 'why', 'they hold what is no text')}", place)
+                else:
+                    rows.append(row)
+                    said.add_unread(unread, place)
+    if not rows:
+        raise ValueError(fault or f"{path} holds no row")
+    if notes is None:
+        said.say(said.seen, "rows")
     return rows
 
 
-def _text_of(path: Path) -> str:
-    content = path.read_bytes()
-    try:
-        text = content.decode("utf-8-sig")
-        fault = "it holds zero bytes" if "\0" in text else None
-    except UnicodeDecodeError as e:
-        fault = f"{e.reason} at byte {e.start}"
-    if fault:
-        raise ValueError(f"{path} is not text in UTF-8 ({fault})")
-    return text
-
-
-def _parsed(path: Path, text: str) -> tuple[str, list[tuple[int, Any]]]:
-    """(what its numbers count, the numbered rows of a file)."""
-    kind = path.suffix.lower()
-    if kind == ".txt":
-        return "piece", list(enumerate(({"text": piece} for piece in _pieces(text)), 1))
-    if kind == ".csv":
-        return "line", _csv(path, text)
-    if kind == ".jsonl":
-        lines = enumerate(text.split("\n"), 1)
-        return "line", [(number, _json(path, line, number)) for number, line in lines if line.strip()]
-    return "row", list(enumerate(_json(path, text), 1))
-
-
-def _json(path: Path, text: str, line: int | None = None) -> Any:
-    """line: number of the line that `text` is; None: it is the whole file."""
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as e:
-        hint = "; a file of one object a line is a .jsonl file" if line is None and e.msg == "Extra data" else ""
-        place = f"{path}, line {line or e.lineno}"
-        raise ValueError(f"{place}: not JSON ({e.msg} at column {e.colno}{hint})") from None
-
-
-def _csv(path: Path, text: str) -> list[tuple[int, dict[str, str]]]:
-    usual_limit = csv.field_size_limit(2**31 - 1)  # a text may be long
-    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)  # else an open quote takes all the rest
-    try:
-        rows = [(reader.line_num, row) for row in reader]
-    except csv.Error as e:
-        raise ValueError(f"{path}, line {reader.line_num}: not CSV ({e})") from None
-    finally:
-        csv.field_size_limit(usual_limit)
-    return [(number, {key: value for key, value in row.items() if value is not None}) for number, row in rows]
-
-
-def _pieces(text: str) -> list[str]:
-    """Pieces of at least PIECE characters: to the end of a paragraph, of a line, of a word, whichever comes in time."""
-    ends = "|".join(rf".{{{PIECE},{2 * PIECE}}}?{end}" for end in (r"(?:\n\n|\Z)", r"\n", r"\s"))
-    pieces = (piece.strip("\n") for piece in re.findall(rf"{ends}|.{{1,{2 * PIECE}}}", text, re.DOTALL))
-    return [piece for piece in pieces if piece.strip()]
-
-
-def _kind(row: Any) -> tuple[str, ...]:
-    """What rows of the kind of this one must have."""
-    keys = set(row) if isinstance(row, dict) else set()
-    if "label" in keys and "instruction" not in keys:
-        return ("text", "label")
-    for needed in KINDS:
-        alone = needed != ("text",) or len(keys & _KNOWN) == 1
-        if alone and set(needed) <= keys:
-            return needed
-    return ("instruction", "output")
-
-
-def _fault(row: Any, needed: tuple[str, ...]) -> str | None:
-    """What is wrong with the keys of a row."""
-    has = f"it is {json.dumps(row)[:40]}"
-    if isinstance(row, dict):
-        if None in row:
-            return "it has more fields than the first line has names: put quotes around texts with commas"
-        if set(needed) <= row.keys():
-            return None
-        has = f"it has {', '.join(map(str, row)) or 'nothing'}"
-    others = ""
-    if needed == ("instruction", "output"):  # perhaps it is of no kind
-        kinds = "; or ".join(" and ".join(kind) for kind in KINDS if kind != needed and kind != ("conversations",))
-        others = f" (or {kinds}; in small letters, between commas)"
-    return f"a row needs {' and '.join(needed)}; {has}{others}"
-
-
-def _validated(row: Any, needed: tuple[str, ...]) -> dict[str, Any]:
-    """The row with the keys of its kind alone, in their order, and texts as texts."""
-    if fault := _fault(row, needed):
-        raise ValueError(fault)
-    if needed[0] in ("messages", "conversations"):
-        return {"messages": _messages(row.get("system"), row[needed[0]])}
-    texts = {key: _text(key, row.get(key)) for key in KINDS[needed]}
+def _row(value: Any) -> tuple[dict[str, Any], list[str]]:
+    """(the row in its form above, its keys that are not read). Raises Unusable."""
+    if isinstance(value, Unusable):
+        raise value
+    _require(isinstance(value, dict), "a row is an object with names", value)
+    row = _given(value)
+    if not str(row.get("label", "")).strip():
+        row.pop("label", None)
+    if isinstance(row.get("prompt"), list) and isinstance(row.get("completion"), list):
+        prompt, completion = (_objects(key, row.pop(key)) for key in ("prompt", "completion"))
+        row["messages"] = [message | {"weight": 0} for message in prompt] + completion
+    needed = next((keys for keys in KINDS if row.keys() >= {*keys}), None)
+    _require(needed is not None and (needed != ("text",) or row.keys() & KEYS == {"text"}), NEEDS, row)
+    _require(needed != ("prompt", "completion") or "label" not in row, "a completion with a label is not learned", row)
+    unread = [key for key in row if key not in KINDS[needed] and row[key] not in ("", [])]
+    if "tools" in KINDS[needed]:
+        return _conversation(row, row[needed[0]]), unread
+    texts = {key: _text(key, row.get(key, "")) for key in KINDS[needed]}
     if "label" in texts:
         texts["label"] = texts["label"].strip()
-    return texts
+    return texts, unread
+
+
+def _given(values: dict[str, Any]) -> dict[str, Any]:
+    """Without null and NaN, which is unlike itself."""
+    return {key: value for key, value in values.items() if value is not None and value == value}
+
+
+def _require(fits: bool, why: str, value: Any) -> None:
+    if not fits:
+        raise Unusable(why, f"it is {reprlib.repr(value)}")
 
 
 def _text(key: str, value: Any) -> str:
-    if not isinstance(value, str | int | float | None):
-        raise ValueError(f"{key} is no text but {json.dumps(value)[:40]}")
-    text = "" if value is None else str(value)
+    _require(isinstance(value, str | int | float), f"{key} is no text", value)
+    text = str(value)
     text.encode()  # fails for half a character of UTF-16, which JSON can spell
     return text
 
 
-def _messages(system: Any, messages: Any) -> list[dict[str, Any]]:
-    """Messages of role, content and, where one is not to be learned, weight 0."""
-    messages = messages if isinstance(messages, list) else [messages]
-    if system:
-        messages = [{"role": "system", "content": system}, *messages]
-    read = []
-    for message in messages:
-        role, content = message.get("role", message.get("from")), message.get("content", message.get("value"))
-        if isinstance(content, list):  # a list of parts
-            content = "".join(part["text"] for part in content)
-        if role not in ROLES or not isinstance(content, str) or message.get("tool_calls"):
-            needs = f"a message needs a role ({', '.join(ROLES)}) and content that is a text, without tool_calls"
-            raise ValueError(f"{needs}; it is {json.dumps(message)[:80]}")
-        read.append({"role": ROLES[role], "content": _text("content", content)})
-        if message.get("weight") == 0:
-            read[-1]["weight"] = 0
-    return read
+def _conversation(row: dict[str, Any], messages: Any) -> dict[str, Any]:
+    conversation = {"messages": [_message(message) for message in _objects("messages", messages)]}
+    if row.get("system"):
+        system = {"role": "system", "content": _text("system", row["system"])}
+        conversation["messages"].insert(0, system)
+    if tools := _objects("tools", row.get("tools")):
+        conversation["tools"] = tools
+    json.dumps(conversation, ensure_ascii=False).encode()  # fails for what no text can be made of
+    return conversation
+
+
+def _message(message: dict[str, Any]) -> dict[str, Any]:
+    """role, content, all other keys that have a value, and weight 0 if it is not to be learned."""
+    others = {"role": message.get("from"), "content": message.get("value"), **_given(message)}
+    role, content = others.pop("role"), others.pop("content")
+    _require(isinstance(role, str) and role in ROLES, f"a message needs a role ({', '.join(ROLES)})", message)
+    calls = _objects("tool_calls", others.pop("tool_calls", None))
+    if role == "function_call":
+        content, calls = _calls_in(content)
+    content = "" if content is None and calls else _content(content)
+    is_learned = 0 not in [others.pop(key, 1) for key in ("train", "weight", "loss_mask")]
+    others = {key: value for key, value in others.items() if key not in ("from", "value") and value != ""}
+    if calls:
+        others["tool_calls"] = [_with_arguments(call) for call in calls]
+    return {"role": ROLES[role], "content": content} | others | ({} if is_learned else {"weight": 0})
+
+
+def _content(content: Any) -> str:
+    """A text, or the texts of a list of parts."""
+    parts = content if isinstance(content, list) else [{"text": content}]
+    texts = [part.get("text") if isinstance(part, dict) else part for part in parts]
+    _require(all(isinstance(text, str) for text in texts), "a message needs content that is a text", content)
+    return "".join(texts)
+
+
+def _calls_in(content: Any) -> tuple[Any, list[dict[str, Any]]]:
+    """(content, tool calls) of ShareGPT's function_call: the calls are the content, in JSON."""
+    calls = _loaded(content)
+    calls = calls if isinstance(calls, list) else [calls]
+    if all(isinstance(call, dict) and "name" in call for call in calls):
+        return None, [{"type": "function", "function": call} for call in calls]
+    return content, []
+
+
+def _with_arguments(call: dict[str, Any]) -> dict[str, Any]:
+    """The call with its arguments as an object, as templates want them, and not as its JSON text."""
+    function = call.get("function", call)
+    if isinstance(function, dict) and isinstance(arguments := _loaded(function.get("arguments")), dict):
+        function["arguments"] = arguments
+    return call
+
+
+def _objects(key: str, value: Any) -> list[dict[str, Any]]:
+    """A list of objects, which may be given as JSON texts. No value is an empty list."""
+    objects = _loaded(value or []) or []
+    objects = [_loaded(one) for one in objects] if isinstance(objects, list) else [objects]
+    _require(all(isinstance(one, dict) for one in objects), f"{key} is no list of objects", value)
+    return objects
+
+
+def _loaded(value: Any) -> Any:
+    """What a JSON text holds; anything else as it is."""
+    try:
+        return json.loads(value) if isinstance(value, str) else value
+    except (ValueError, RecursionError):
+        return value
 
 
 def files_of(data: Path | str) -> list[tuple[Path, float]]:

@@ -5,9 +5,11 @@ from pathlib import Path
 from typing import Any
 
 from sentencepiece import SentencePieceProcessor
+from tokenizers import AddedToken
 from tokenizers import Tokenizer as HFTokenizer
 
 from lit_model.files import read_json, reading
+from lit_model.weights.folder import tokenizer_files
 
 TURN_ENDS = ("<|im_end|>", "<|eot_id|>", "<end_of_turn>", "<|end|>")  # of ChatML, LLaMA 3, Gemma, Phi
 
@@ -101,6 +103,20 @@ class Tokenizer:
             n = self._sp.get_piece_size()
             return self._sp.decode([i for i in ids if i < n])  # a network may have rows for more
         return self._hf.decode(list(ids), skip_special_tokens=True)
+
+    def add(self, texts: Sequence[str]) -> list[int]:
+        """Makes each text a token, wherever it stands in another one. Returns their ids; one that exists keeps its own.
+
+        Raises ValueError for sentencepiece.
+        """
+        if self._hf is None:
+            raise ValueError(f"{self.folder}: tokens can be added to a tokenizer.json, and this is a tokenizer.model")
+        self._hf.add_tokens([AddedToken(text, normalized=False, special=False) for text in texts])
+        return [self._hf.token_to_id(text) for text in texts]
+
+    def files(self) -> dict[str, bytes]:
+        """The tokenizer's files in its folder, with the tokens that were added."""
+        return tokenizer_files(self.folder) | {"tokenizer.json": self._hf.to_str(pretty=True).encode()}
 
 
 def _fields(path: Path) -> dict[str, Any]:
