@@ -88,7 +88,7 @@ class State:
             return Progress()
         try:
             header = self._header()
-        except SafetensorError as e:
+        except (SafetensorError, TypeError, KeyError) as e:  # or a file of something else
             raise ValueError(f"{self.path} is broken: start anew with --overwrite ({e})") from None
         stored = header["identity"]
         for name in {**stored, **self.identity}:

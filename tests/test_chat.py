@@ -229,3 +229,21 @@ def test_templates_are_rendered_outside_the_main_thread_too(chatty):
     thread.start()
     thread.join()
     assert texts == [chat_text(tokenizer, "chat", CHAT, asks=True)]
+
+
+def test_tools_reach_the_template_and_a_call_is_learned(chatty):
+    template = (
+        "{% for t in tools or [] %}<|im_start|>{{ t.name }}\n{% endfor %}"
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n"
+        "{{ m.content }}{% for c in m.tool_calls or [] %}{{ c.function.name }}{% endfor %}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    call = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "stone", "arguments": {}}}]}
+    row = {"messages": [{"role": "user", "content": "apple"}, call], "tools": [{"name": "river"}]}
+    tokenizer = chatty(template)
+    (e,) = tokenize([row], tokenizer, ExampleOptions(style="chat", max_length=500))
+    text = tokenizer._hf.decode(e.ids.tolist(), skip_special_tokens=False)
+    assert text.removeprefix("<bos>").startswith("<|im_start|>river\n<|im_start|>user\napple")
+    assert tokenizer._hf.decode(e.ids[e.first_target :].tolist(), skip_special_tokens=False) == "stone<|im_end|>"
+    with pytest.raises(ValueError, match="the style chatml has no tools"):
+        tokenize([row], tokenizer, ExampleOptions(style="chatml"))

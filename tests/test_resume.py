@@ -17,7 +17,7 @@ import pytest
 import torch
 from conftest import ROOT, fail
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from finetune import loop, lora, pissa, report, state
 from finetune.lora import Options, main
@@ -392,3 +392,11 @@ def test_a_state_without_tensors_can_be_read_whatever_its_length(tmp_path):
         state.stream_tensors(tmp_path / "x.safetensors", [], {}, dict(state="a" * n))
         with safe_open(tmp_path / "x.safetensors", framework="pt") as file:
             assert file.metadata() == dict(state="a" * n)
+
+
+def test_a_file_of_something_else_in_the_place_of_a_state_is_named(options):
+    save_file({"x": torch.zeros(1)}, options.out_dir.parent / "x.safetensors")
+    options.out_dir.mkdir()
+    shutil.copy(options.out_dir.parent / "x.safetensors", state.state_file(options.out_dir))
+    with pytest.raises(ValueError, match="state.safetensors is broken: start anew with --overwrite"):
+        main(options)

@@ -26,12 +26,15 @@ MAX_PRODUCT = 10**7  # characters, items, or the number itself
 Message = dict[str, Any]  # role and content; weight 0: not learned
 
 
-def chat_text(tokenizer: Tokenizer, style: str, messages: Sequence[Message], asks: bool) -> str:
+def chat_text(
+    tokenizer: Tokenizer, style: str, messages: Sequence[Message], asks: bool, tools: Sequence[dict] | None = None
+) -> str:
     """The conversation as text, without the BOS token that is added where examples are made.
 
     Args:
         style: chat, for the template of the checkpoint, or chatml.
         asks: it ends where the assistant is to answer.
+        tools: JSON schemas of functions that the assistant may call.
     Raises:
         ValueError: the checkpoint has no template, or the template fails or refuses these messages.
     """
@@ -39,11 +42,16 @@ def chat_text(tokenizer: Tokenizer, style: str, messages: Sequence[Message], ask
     if template is None or (style == "chat" and tokenizer.is_sentencepiece):
         needs = "take --examples.style chatml, or put its tokenizer.json beside a tokenizer.model"
         raise ValueError(f"this checkpoint has no chat template that its tokenizer can read: {needs}")
+    if style == "chatml" and (tools or any("tool_calls" in m for m in messages)):
+        raise ValueError(
+            "the style chatml has no tools: take the template of a checkpoint that has, --examples.style chat"
+        )
     bos = tokenizer.bos_token or "" if tokenizer else ""
     try:
         compiled = _compiled(template)
         compiled.environment.steps = 0
-        text = compiled.render(messages=messages, add_generation_prompt=asks, bos_token=bos, eos_token=eos)
+        more = dict(tools=tools, add_generation_prompt=asks, bos_token=bos, eos_token=eos)
+        text = compiled.render(messages=messages, **more)
     except Exception as e:  # a template is a program: it may do anything wrong
         start = json.dumps(messages)[:80]
         raise ValueError(f"the checkpoint's chat template cannot take {start}: {type(e).__name__}: {e}") from None
@@ -53,12 +61,17 @@ def chat_text(tokenizer: Tokenizer, style: str, messages: Sequence[Message], ask
 def is_learned(messages: Sequence[Message]) -> list[bool]:
     """For each message whether it is: what the assistant says, but not to begin with, and not nothing."""
     return [
-        i > 0 and m["role"] == "assistant" and bool(m["content"].strip()) and m.get("weight") != 0
+        i > 0
+        and m["role"] == "assistant"
+        and m.get("weight") != 0
+        and bool(m["content"].strip() or m.get("tool_calls"))
         for i, m in enumerate(messages)
     ]
 
 
-def turns(tokenizer: Tokenizer, style: str, messages: Sequence[Message]) -> list[tuple[str, bool]]:
+def turns(
+    tokenizer: Tokenizer, style: str, messages: Sequence[Message], tools: Sequence[dict] | None = None
+) -> list[tuple[str, bool]]:
     """The conversation up to the assistant's last turn in pieces: (text, whether it is learned). A turn ends with the
     token that ends it, as in generation; what the template writes behind that belongs to the next piece.
 
@@ -68,8 +81,8 @@ def turns(tokenizer: Tokenizer, style: str, messages: Sequence[Message]) -> list
     for i, learned in enumerate(is_learned(messages)):
         if i == 0 or messages[i]["role"] != "assistant":
             continue
-        before = chat_text(tokenizer, style, messages[:i], asks=True)
-        after = chat_text(tokenizer, style, messages[: i + 1], asks=False)
+        before = chat_text(tokenizer, style, messages[:i], asks=True, tools=tools)
+        after = chat_text(tokenizer, style, messages[: i + 1], asks=False, tools=tools)
         if not (before.startswith(done) and after.startswith(before)):
             what = "the checkpoint's chat template rewrites earlier turns, or asks otherwise than it writes answers"
             raise ValueError(f"{what}: take --examples.style chatml, if the tokenizer knows <|im_start|>")

@@ -160,7 +160,8 @@ def _conversations(
 
     style = conversation_style(options.style, tokenizer)
     validate_style(style, tokenizer)
-    chats = [turns(tokenizer, style, row["messages"]) for row in batch if any(is_learned(row["messages"]))]
+    used = [row for row in batch if any(is_learned(row["messages"]))]
+    chats = [turns(tokenizer, style, row["messages"], row.get("tools")) for row in used]
     counts[EMPTY] += len(batch) - len(chats)
     firsts = tokenizer.encode_batch([pieces[0][0] for pieces in chats])
     others = iter(tokenizer.encode_within([text for pieces in chats for text, _ in pieces[1:]]))

@@ -16,6 +16,8 @@ from lit_model.weights.folder import network_shapes
 class RandomFolder:
     """In the place of a checkpoint folder: random weights of this shape, made when they are asked for."""
 
+    path = "random weights"
+
     def __init__(self, config: Config, dtype: torch.dtype, device: torch.device):
         self.config, self.dtype, self.device = config, dtype, device
         self.names = network_shapes(config)  # name -> shape
