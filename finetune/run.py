@@ -84,8 +84,8 @@ class RunOptions:
     """Hugging Face folder of the base network; default: the demo's SmolLM2-135M-Instruct, fetched once"""
     data: str = may_differ(str(demo.DEMO_DATA))
     """file of rows with instruction, input and output, or of another kind (docs/finetune.md): .json, .jsonl, .csv,
-    .tsv or .txt, also as .gz, or .parquet; or owner/name on the Hub; several with weights: a.json,b.json:0.5; default: 999
-    Alpaca rows, fetched once"""
+    .tsv or .txt, also as .gz, or .parquet; or owner/name on the Hub; several with weights: a.json,b.json:0.5; default:
+    999 Alpaca rows, fetched once"""
     val_data: Path | None = may_differ(None)
     """file of the validation rows; null: a share of the others, examples.val_fraction"""
     out_dir: Path = may_differ(Path("out/finetune"))
