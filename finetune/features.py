@@ -58,7 +58,7 @@ class Options:
 
 
 def main(options: Options) -> None:
-    rows = read_rows(options.data)
+    rows = read_rows(options.data, strict=options.examples.strict)
     if not all("label" in row for row in rows):
         raise ValueError(f"{options.data} has rows without text and label")
     if not options.overwrite:

@@ -21,7 +21,7 @@ from finetune.devices import clip, local, sum_gradients, total
 from finetune.report import Ask, Step, Summary, Watch, peak_memory
 from finetune.run import Run, prepare
 from lit_model import GPT, generate
-from lit_model.data.examples import render
+from lit_model.data.examples import prompt_ids, render
 from lit_model.files import copy_file
 from lit_model.load import save_method
 from lit_model.loss import cross_entropy
@@ -134,7 +134,8 @@ def evaluate(run: Run, network: nn.Module, gpt: GPT) -> dict[str, float]:
 def answer_sample(run: Run, gpt: GPT) -> None:
     """Prints the answer to `train.sample`, the likeliest token each time."""
     instruction, tokenizer = run.options.train.sample, run.tokenizer
-    ids = tokenizer.bos + tokenizer.encode(render(run.options.examples.style, instruction, tokenizer=tokenizer))
+    style = run.options.examples.style
+    ids = prompt_ids(tokenizer, style, render(style, instruction, tokenizer=tokenizer))
     stop_ids = () if run.sharded else tokenizer.stop_ids  # each pass is one of all processes: they make the same number
     tokens = list(generate(gpt, ids, max_new_tokens=64, temperature=0, stop_ids=stop_ids))
     tokens = takewhile(lambda token: token not in tokenizer.stop_ids, tokens)

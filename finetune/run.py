@@ -25,10 +25,10 @@ from torch.nn.parallel import DistributedDataParallel
 from finetune import memory
 from finetune.devices import Strategy, launch
 from finetune.report import Step, Watch, n_parameters
-from finetune.state import Progress, State, identity, may_differ, state_file
+from finetune.state import Progress, State, began, identity, may_differ, state_file
 from lit_model import GPT
 from lit_model.data.dataset import read_dataset
-from lit_model.data.examples import ExampleOptions, validate_options
+from lit_model.data.examples import ExampleOptions, marked, parts, validate_options
 from lit_model.data.tokenizer import Tokenizer
 from lit_model.files import reading, refuse_used
 from lit_model.load import empty_network, install_method, is_base, load_base
@@ -50,7 +50,7 @@ class Train:
     epochs: int = 1
     """passes over the training rows, each in a new order"""
     batch_size: int = 16
-    """examples per optimizer step, however many rows and devices they are spread over"""
+    """examples per optimizer step, however many rows and devices they are spread over; a conversation is one"""
     max_steps: int | None = None
     """end after this many optimizer steps"""
     max_time: float | None = may_differ(None)
@@ -153,7 +153,7 @@ class Run:
 
     @property
     def steps_per_epoch(self) -> int:
-        return math.ceil(len(self.train_examples) / self.options.train.batch_size)
+        return math.ceil(sum(not e.follows for e in self.train_examples) / self.options.train.batch_size)
 
     @cached_property
     def n_steps(self) -> int:
@@ -226,6 +226,8 @@ def start(options: RunOptions) -> Run:
     fabric = launch(options.devices, options.strategy)
     fabric.seed_everything(options.train.seed, verbose=False)
     tokenizer = Tokenizer(options.checkpoint_dir)
+    if not options.overwrite:
+        tokenizer.now = began(options.out_dir)
     tokens = add_tokens(tokenizer, options.tokens)
     validate_options(options.examples, tokenizer)
     limit = options.train.max_examples
@@ -245,6 +247,8 @@ def start(options: RunOptions) -> Run:
             limit=limit,
         )
     options = replace(options, examples=replace(options.examples, style=data.style))  # as generation has to ask
+    caption = [("the first example, with ", False), ("what is learned", True), (" of it:\n", False)]
+    print(marked(caption + parts(data.train[0], tokenizer, data.task), limit=300))
     state = State(options.out_dir, identity(options, base.identity, data.train + data.val), fabric.global_rank)
     return Run(
         options=options,
@@ -257,7 +261,7 @@ def start(options: RunOptions) -> Run:
         row_tokens=options.train.row_tokens or (16384 if on_gpu else 4096),
         task=data.task,
         state=state,
-        progress=progress_so_far(options, state),
+        progress=replace(progress_so_far(options, state), began=tokenizer.now.isoformat()),
         tokens=tokens,
     )
 
@@ -361,12 +365,15 @@ def make_optimizer(gpt: GPT, train: Train, lr_scale: Callable[[str], float]) -> 
 
 
 def batches(examples: Sequence[Example], train: Train) -> Iterator[list[Example]]:
-    """Batches of `batch_size` examples for ever: each epoch a new order, each example once in it."""
+    """Batches of `batch_size` examples for ever: each epoch a new order, each example once in it. Those of one
+    conversation count as one, and stay together."""
     rng = np.random.default_rng(train.seed)
+    starts = [i for i, e in enumerate(examples) if not e.follows]
+    ends = [*starts[1:], len(examples)]
     while True:
-        order = rng.permutation(len(examples))
+        order = rng.permutation(len(starts))
         for first in range(0, len(order), train.batch_size):
-            yield [examples[i] for i in order[first : first + train.batch_size]]
+            yield [e for i in order[first : first + train.batch_size] for e in examples[starts[i] : ends[i]]]
 
 
 def learning_rate(step: int, n_steps: int, warmup: int, lr: float) -> float:

@@ -11,6 +11,7 @@ import hashlib
 import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,17 @@ class Progress:
     seconds: float = 0.0
     """of training, without evaluations"""
     is_finished: bool = False
+    began: str = ""
+    """when, as an ISO date and time: a chat template may tell it, also after midnight"""
+
+
+def began(out_dir: Path) -> datetime:
+    """When the run in out_dir began: now, if there is none."""
+    try:
+        with safe_open(state_file(out_dir), framework="pt") as file:
+            return datetime.fromisoformat(json.loads(file.metadata()["state"])["progress"]["began"])
+    except (OSError, SafetensorError, TypeError, KeyError, ValueError):  # what is wrong with it is said later
+        return datetime.now()
 
 
 def may_differ(default: Any) -> Any:

@@ -16,7 +16,7 @@ from typing import Literal
 
 from lit_model import load
 from lit_model.cli import choose_device, choose_dtype, cli
-from lit_model.data.examples import render, validate_style
+from lit_model.data.examples import prompt_ids, render, validate_style
 from lit_model.files import read_yaml, reading
 from lit_model.generate import generate, stream_text
 from lit_model.load import load_tokenizer, method_file
@@ -31,6 +31,8 @@ class Options:
     """instruction, or without a style the text to continue"""
     input: str = ""
     """input of the instruction, if it has one"""
+    system: str = ""
+    """system prompt of a chat, as a run on chats was asked with"""
     checkpoint_dir: Path = demo.DEMO_CHECKPOINT
     """Hugging Face folder of the base network; default: the demo's, fetched once"""
     method_dir: Path | None = None
@@ -46,8 +48,8 @@ class Options:
     """sample from the k likeliest tokens only"""
     top_p: float | None = None
     """sample from the smallest set of tokens that has this probability"""
-    stop: str | None = None
-    """text before which the answer ends, or a list of them: '["###", "Q:"]'"""
+    stop: str = ""
+    """text before which the answer ends, or a list of them: '["###", "\\n\\n"]'; a special token is one, too"""
     seed: int | None = None
     """the same seed gives the same answer"""
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
@@ -72,9 +74,10 @@ def main(options: Options) -> None:
     if options.input and style == "none":
         raise ValueError("--input goes with a --style, such as alpaca")
 
-    text = options.prompt if style == "none" else render(style, options.prompt, options.input, tokenizer)
-    ids = tokenizer.bos + tokenizer.encode(text)
-    sampling = (options.temperature, options.top_k, options.top_p, tokenizer.stop_ids, options.seed)
+    text = render(style, options.prompt, options.input, tokenizer, options.system)
+    ids = prompt_ids(tokenizer, style, text)
+    stop_ids = tokenizer.stop_ids + tokenizer.special_ids(stops)
+    sampling = (options.temperature, options.top_k, options.top_p, stop_ids, options.seed)
     counter = count()  # zip takes a number for each token
     with reading(options.checkpoint_dir):
         gpt.config.check_tokens(max(ids, default=0))
@@ -89,14 +92,14 @@ def main(options: Options) -> None:
     print(f"\n{speed} ({device.type}, {dtype})".replace("torch.", ""), file=sys.stderr)
 
 
-def stop_texts(text: str | None) -> list[str]:
+def stop_texts(text: str) -> list[str]:
     """The texts of --stop, but for an empty one, which would end every answer before it begins."""
     try:
-        listed = json.loads(text or "[]")
+        listed = json.loads(text)
     except json.JSONDecodeError:
         listed = None
     texts = listed if isinstance(listed, list) and all(isinstance(stop, str) for stop in listed) else [text]
-    return [stop for stop in texts if stop]
+    return [stop.replace("\\n", "\n").replace("\\t", "\t") for stop in texts if stop]
 
 
 def prompt_style(options: Options) -> str:

@@ -93,6 +93,9 @@ def cli(main: Callable[[Any], None], options_class: type, description: str, posi
         description: the first lines of --help, usually the script's docstring.
         positional: fields that may be given as leading positional arguments.
     """
+    for stream in sys.stdout, sys.stderr:
+        if hasattr(stream, "reconfigure"):  # a terminal that lacks a character shows another one, and ends nothing
+            stream.reconfigure(errors="replace")
     parser = _Parser(description=description, usage="%(prog)s [options]", formatter_class=_Formatter)
     about = "a YAML file of options, such as a run's hparams.yaml; options on the command line override it"
     parser.add_argument("--config", action="config", help=about)

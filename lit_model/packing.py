@@ -235,10 +235,20 @@ class Example:
     learned: np.ndarray | None = None
     """(n - first_target,) bool: which of the tokens from first_target on are to be predicted, such as an assistant's
     turns; None: all"""
+    follows: bool = False
+    """a later turn of the conversation that the example before it is of: both go into one batch, which computes what
+    they share once"""
 
     @property
     def n_targets(self) -> int:
         return len(self.ids) - self.first_target if self.learned is None else int(self.learned.sum())
+
+    @property
+    def is_learned(self) -> np.ndarray:
+        """(n,) bool."""
+        learned = np.zeros(len(self.ids), dtype=bool)
+        learned[self.first_target :] = True if self.learned is None else self.learned
+        return learned
 
 
 def pack(

@@ -60,7 +60,7 @@ def main(options: Options) -> None:
         raise ValueError("--shots and --shots_from go together: how many demonstrations, and from which rows")
     fetch_if_demo(options.checkpoint_dir)
     tokenizer = load_tokenizer(options.checkpoint_dir, options.method_dir)
-    rows = labelled(options.data)
+    rows = labelled(options.data, options.examples.strict)
     task = method_header(options.method_dir)["task"] if options.method_dir else None
     if options.method_dir and task is None:
         raise ValueError(f"{options.method_dir} was not trained on rows of text and label")
@@ -83,15 +83,15 @@ def main(options: Options) -> None:
 def shots_from(options: Options, rows: list[dict[str, str]]) -> list[dict[str, str]]:
     """Rows to take demonstrations from: none that is judged."""
     judged = {row["text"] for row in rows}
-    all_rows = labelled(options.shots_from)
+    all_rows = labelled(options.shots_from, options.examples.strict)
     others = [row for row in all_rows if row["text"] not in judged]
     if len(others) < len(all_rows):
         print(f"{len(all_rows) - len(others)} rows of {options.shots_from} are judged, too: they are not shown")
     return others
 
 
-def labelled(path: Path) -> list[dict[str, str]]:
-    rows = read_rows(path)
+def labelled(path: Path, strict: bool) -> list[dict[str, str]]:
+    rows = read_rows(path, strict=strict)
     if not all("label" in row for row in rows):
         raise ValueError(f"{path} has rows without text and label")
     return rows
@@ -116,7 +116,7 @@ def demonstration_ids(
     rows: list[dict[str, str]], tokenizer: Tokenizer, options: ExampleOptions, task: labels.Task
 ) -> list[int]:
     """The demonstrations one after the other, an empty line behind each, as a text begins; without any nothing."""
-    (gap,) = tokenizer.encode_within(["\n\n"])
+    gap = tokenizer.encode_after("a", "\n\n")
     ids = [*tokenizer.bos] if rows else []
     for e in labels.examples(rows, tokenizer, options, task, bos=False):
         ids += [*e.ids.tolist(), *gap]

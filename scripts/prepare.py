@@ -43,12 +43,12 @@ class Options:
 
     name: Literal["alpaca", "dolly", "text"]
     """set to fetch"""
-    source: str | None = None
-    """URL, or a file that you have; null: where the set comes from"""
+    source: str = ""
+    """URL, or a file that you have; empty: where the set comes from"""
     out: Path | None = None
     """file to write; null: alpaca.json, dolly.json or text.txt in data/"""
-    sha256: str | None = None
-    """hash that the source must have; null: any"""
+    sha256: str = ""
+    """hash that the source must have; empty: any"""
 
 
 def main(options: Options) -> None:
@@ -76,7 +76,7 @@ def dolly_rows(path: Path) -> list[dict[str, str]]:
     return rows
 
 
-def source_of(source: str, out: Path, sha256: str | None) -> Path:
+def source_of(source: str, out: Path, sha256: str) -> Path:
     """The file that `out` is to be made of: fetched beside it if `source` is a URL. Raises ValueError if `out` is there
     already, FileNotFoundError if `source` is not."""
     if out.exists():
@@ -91,7 +91,7 @@ def source_of(source: str, out: Path, sha256: str | None) -> Path:
     return Path(source)
 
 
-def fetch_url(url: str, path: Path, sha256: str | None = None) -> Path:
+def fetch_url(url: str, path: Path, sha256: str = "") -> Path:
     """Downloads a file, unless it is there, and resumes what was cut off. Raises ValueError if the server does not give
     it, or gives something else than `sha256` says."""
     if not path.is_file():

@@ -15,10 +15,10 @@ from transformers import PreTrainedTokenizerFast
 from finetune import lora
 from generate import base
 from lit_model import model
-from lit_model.data.chat import CHATML, chat_text, turns
+from lit_model.data.chat import CHATML, chat_text, learned_turns
 from lit_model.data.dataset import read_dataset
-from lit_model.data.examples import ExampleOptions, render, tokenize
-from lit_model.data.rows import read_rows
+from lit_model.data.examples import ExampleOptions, prompt_ids, render, tokenize
+from lit_model.data.rows import Notes, Row, read_rows
 from lit_model.data.tokenizer import Tokenizer
 from lit_model.packing import Example, pack
 from lit_model.weights.folder import save_folder, tokenizer_files
@@ -60,14 +60,14 @@ def test_only_the_assistants_turns_are_learned(chatty, template):
     (e,) = tokenize([{"messages": CHAT}], tokenizer, ExampleOptions(max_length=500))
     hf = PreTrainedTokenizerFast(tokenizer_file=None, tokenizer_object=tokenizer._hf, bos_token="<bos>")
     whole = hf.apply_chat_template(CHAT, chat_template=template or CHATML, tokenize=False)
-    text = whole.removeprefix("<bos>")
-    assert tokenizer._hf.decode(e.ids[1:].tolist(), skip_special_tokens=False) == text.rstrip("\n")
-    assert e.ids[0] == tokenizer.bos_id and e.ids.tolist().count(tokenizer.bos_id) == 1
+    first = tokenizer.bos if template is None else []  # a template writes it, or there is none
+    assert e.ids.tolist() == first + hf.encode(whole.rstrip("\n"), add_special_tokens=False)
     learned = e.ids[e.first_target :][e.learned].tolist()
     assert tokenizer._hf.decode(learned, skip_special_tokens=False) == "seven green<|im_end|>quiet above<|im_end|>"
     assert e.n_targets == len(learned)
-    prompt = tokenizer.encode(chat_text(tokenizer, "chat" if template else "chatml", CHAT[:2], asks=True))
-    assert e.ids[1 : e.first_target].tolist() == prompt  # the very ids that generation starts from
+    style = "chat" if template else "chatml"
+    prompt = prompt_ids(tokenizer, style, chat_text(tokenizer, style, CHAT[:2], asks=True))
+    assert e.ids[: e.first_target].tolist() == prompt  # the very ids that generation starts from
     assert set(tokenizer.stop_ids) == {tokenizer.eos_id, tokenizer.encode("<|im_end|>")[0]}
 
 
@@ -75,8 +75,8 @@ def test_instructions_in_the_style_chat_are_a_turn_of_each(chatty):
     tokenizer = chatty("<bos>" + LLAMA_3.removeprefix("{{ bos_token }}"))  # spelt out: still once
     rows = [dict(instruction="apple?", input="stone", output=output) for output in ("seven", " ")]
     (e,) = tokenize(rows, tokenizer, ExampleOptions(style="chat", max_length=500))
-    prompt = tokenizer.encode(render("chat", "apple?", "stone", tokenizer))
-    assert e.ids.tolist()[: e.first_target] == [tokenizer.bos_id, *prompt] and e.ids.tolist().count(0) == 1
+    prompt = prompt_ids(tokenizer, "chat", render("chat", "apple?", "stone", tokenizer))
+    assert e.ids.tolist()[: e.first_target] == prompt and prompt.count(0) == 1
     assert tokenizer._hf.decode(e.ids[e.first_target :], skip_special_tokens=False) == "seven<|im_end|>"
 
 
@@ -122,7 +122,6 @@ def test_holes_in_what_is_learned_cost_the_loss_nothing_else():
         ("{% include '/etc/passwd' %}", "cannot take"),
         ("{{ raise_exception('roles must alternate') }}", "roles must alternate"),
         ("{% for m in messages %}", "cannot take"),
-        ("{{ messages | length }}", "rewrites earlier turns"),
         ("{{ 1 / 0 }}", "cannot take .* division by zero"),
         ("{{ '{a}'.format() }}", "cannot take"),
     ],
@@ -130,16 +129,7 @@ def test_holes_in_what_is_learned_cost_the_loss_nothing_else():
 def test_a_template_can_only_write(chatty, template, says):
     tokenizer = chatty(template)
     with pytest.raises(ValueError, match=says):
-        turns(tokenizer, "chat", CHAT)
-
-
-def test_bos_is_kept_where_only_the_template_writes_it(chatty, tiny):
-    tokenizer = chatty(LLAMA_3)
-    config = tokenizer.folder / "tokenizer_config.json"
-    config.write_text(config.read_text().replace('"add_bos_token": true', '"add_bos_token": false'))
-    without = Tokenizer(tokenizer.folder)
-    both = [tokenize([{"messages": CHAT}], t, ExampleOptions(max_length=500))[0] for t in (tokenizer, without)]
-    assert without.bos == [] and both[0].ids.tolist() == both[1].ids.tolist()
+        learned_turns(tokenizer, "chat", Row(messages=CHAT), Notes())
 
 
 def test_what_the_assistant_begins_with_or_weighs_nothing_is_not_learned(chatty, tmp_path, capsys):
@@ -188,7 +178,7 @@ def test_chats_train_and_the_run_answers_in_the_same_template(chatty, tmp_path, 
     )
     say(base, capsys, monkeypatch, args)
     assert render("chat", "apple", tokenizer=Tokenizer(tmp_path / "model")) == (
-        "<|start|>user<|end_of|>\n\napple<|im_end|><|start|>assistant<|end_of|>\n\n"
+        "<bos><|start|>user<|end_of|>\n\napple<|im_end|><|start|>assistant<|end_of|>\n\n"
     )
 
 
@@ -243,7 +233,7 @@ def test_tools_reach_the_template_and_a_call_is_learned(chatty):
     tokenizer = chatty(template)
     (e,) = tokenize([row], tokenizer, ExampleOptions(style="chat", max_length=500))
     text = tokenizer._hf.decode(e.ids.tolist(), skip_special_tokens=False)
-    assert text.removeprefix("<bos>").startswith("<|im_start|>river\n<|im_start|>user\napple")
+    assert text.startswith("<|im_start|>river\n<|im_start|>user\napple")
     assert tokenizer._hf.decode(e.ids[e.first_target :].tolist(), skip_special_tokens=False) == "stone<|im_end|>"
     with pytest.raises(ValueError, match="the style chatml has no tools"):
-        tokenize([row], tokenizer, ExampleOptions(style="chatml"))
+        tokenize([row], tokenizer, ExampleOptions(style="chatml", strict=True))

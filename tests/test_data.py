@@ -9,7 +9,7 @@ import pytest
 from conftest import ROOT, save_tokenizer
 
 from lit_model.data.dataset import read_dataset
-from lit_model.data.examples import ExampleOptions, render, tokenize, validate_options, validate_style
+from lit_model.data.examples import ExampleOptions, prompt_ids, render, tokenize, validate_options, validate_style
 from lit_model.data.rows import read_rows
 from lit_model.data.tokenizer import Tokenizer
 
@@ -22,21 +22,22 @@ def tokenizer(tiny) -> Tokenizer:
 @pytest.mark.parametrize("style", ["alpaca", "chatml"])
 def test_only_the_response_and_its_end_are_learned(tokenizer, rows, style):
     for row, e in zip(rows, tokenize(rows, tokenizer, ExampleOptions(style=style, max_length=500))):
-        prompt = [tokenizer.bos_id] + tokenizer.encode(render(style, row["instruction"], row["input"]))
+        prompt = prompt_ids(tokenizer, style, render(style, row["instruction"], row["input"]))
         assert e.ids[: e.first_target].tolist() == prompt  # the very ids that generation starts from
         assert tokenizer.decode(e.ids[e.first_target :]) == row["output"]
         assert e.ids[-1] == tokenizer.eos_id
         assert e.ids.tolist().count(tokenizer.bos_id) == 1
 
 
-def test_no_token_spans_the_boundary(tokenizer):
-    """Joined as text, prompt and response may be cut elsewhere: then a mask by length would be off by a token."""
-    row = dict(instruction="a", input="", output="\n\nb")
-    (e,) = tokenize([row], tokenizer, ExampleOptions(max_length=500))
-    assert tokenizer.decode(e.ids[e.first_target :]) == "\n\nb"
-    joined = [tokenizer.bos_id] + tokenizer.encode(render("alpaca", "a") + "\n\nb")
-    prompt = [tokenizer.bos_id] + tokenizer.encode(render("alpaca", "a"))
-    assert e.ids[: len(prompt)].tolist() == prompt and len(joined) <= len(e.ids)
+@pytest.mark.parametrize("prompt, answer", [("### Response:\n", "\n\nb"), ("apple ri", "ver stone"), ("a ", " b")])
+def test_ids_are_those_of_the_whole_text(tokenizer, prompt, answer):
+    """A token that spans the boundary is learned, and no token of the prompt alone is."""
+    (e,) = tokenize([dict(prompt=prompt, completion=answer)], tokenizer, ExampleOptions(max_length=500))
+    assert e.ids.tolist() == [tokenizer.bos_id, *tokenizer.encode(prompt + answer), tokenizer.eos_id]
+    learned = tokenizer.decode(e.ids[e.first_target :])
+    assert learned.endswith(answer) and (prompt + answer).endswith(learned)
+    before = tokenizer.decode(e.ids[: e.first_target + 1])
+    assert len(before) > len(prompt)
 
 
 def test_unmasked_prompts_are_learned_too(tokenizer, rows):

@@ -79,6 +79,7 @@ def test_a_style_of_ones_own_is_taken_as_it_stands():
 
 
 def test_stops_are_a_text_or_a_list():
-    given = {None: [], "###": ["###"], "[INST]": ["[INST]"], '["###", "Q:"]': ["###", "Q:"], "": [], "- a": ["- a"]}
+    given = {"###": ["###"], "[INST]": ["[INST]"], '["###", "Q:"]': ["###", "Q:"], "": [], "- a": ["- a"]}
+    given |= {"[a, b]": ["[a, b]"], r"\n": ["\n"], r'["\n", "日"]': ["\n", "日"], "['#', [": ["['#', ["]}
     given['["###", ""]'] = ["###"]
     assert {text: stop_texts(text) for text in given} == given

@@ -219,8 +219,10 @@ def test_rows_to_classify_are_all_or_none(tmp_path, tiny):
 
 
 def test_a_message_keeps_its_keys(tmp_path):
-    more = dict(reasoning_content="hm", thinking="hm", name="x", tool_call_id="7", custom={"a": [None]})
+    more = dict(reasoning_content="hm", name="x", tool_call_id="7", custom={"a": [None]})
     assert messages(tmp_path, ANSWER | more) == [ANSWER | more]
+    for name in ("thinking", "reasoning"):  # names in use for the same
+        assert messages(tmp_path, ANSWER | {name: "hm"}) == [ANSWER | dict(reasoning_content="hm")]
     parts = [dict(type="text", text="a"), dict(type="text", text="b")]
     assert messages(tmp_path, dict(role="user", content=parts)) == [dict(role="user", content="ab")]
     assert messages(tmp_path, dict(role="developer", content="")) == [dict(role="system", content="")]
@@ -382,8 +384,8 @@ def test_notes_say_each_reason_once(tmp_path, capsys):
         assert len(read(tmp_path, *more, notes=notes)) == 3
     assert capsys.readouterr().out == "" and notes.seen == 10
     assert notes.counts == Counter({"left out: text is no text": 4}) and notes.unread == dict(id=4, source=2)
-    notes.add("left out: nothing", n=0)
-    notes.add("cut", n=3)
+    for _ in range(3):
+        notes.add("cut")
     notes.say(10, "rows")
     assert capsys.readouterr().out.splitlines() == [
         f"4 of 10 rows left out: text is no text (first: {tmp_path}/rows.jsonl, line 3)",

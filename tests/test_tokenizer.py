@@ -6,13 +6,14 @@ import random
 import shutil
 
 import pytest
-from sentencepiece import SentencePieceProcessor
+from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
 from tokenizers import Tokenizer as HFTokenizer
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from lit_model.data.examples import ExampleOptions, tokenize
 from lit_model.data.tokenizer import Tokenizer
 from lit_model.weights import demo as hub
+from lit_model.weights.sentencepiece import read_model
 
 SENTENCEPIECE = hub.Asset(
     "mistral-common==1.13.1",
@@ -62,38 +63,96 @@ def test_what_a_file_says_of_truncation_and_padding_counts_for_nothing(tiny, tmp
     assert Tokenizer(tmp_path / "x").encode_batch(texts) == Tokenizer(tiny / "base").encode_batch(texts)
 
 
-def test_ids_of_sentencepiece_equal_its_own(tmp_path):
-    model = hub.fetch(SENTENCEPIECE, tmp_path)
-    shutil.move(model, tmp_path / "tokenizer.model")
-    ours, theirs = Tokenizer(tmp_path), SentencePieceProcessor(model_file=str(tmp_path / "tokenizer.model"))
-    same = [ours.encode(s) == theirs.encode(s) for s in strings()]
+@pytest.fixture(scope="module")
+def mistral(tmp_path_factory):
+    """A folder with a tokenizer.model of 32,000 pieces."""
+    folder = tmp_path_factory.mktemp("mistral")
+    (folder / "download").mkdir()
+    shutil.move(hub.fetch(SENTENCEPIECE, folder / "download"), folder / "tokenizer.model")
+    return folder
+
+
+def test_ids_of_sentencepiece_equal_its_own(mistral):
+    """Of texts without special tokens, which sentencepiece spells out in characters."""
+    theirs = SentencePieceProcessor(model_file=str(mistral / "tokenizer.model"))
+    ours, *ends = read_model(mistral / "tokenizer.model")
+    texts = [s for s in strings() if not any(token in s for token in ("<s>", "</s>", "<unk>", "<0x0A>"))]
+    same = [ours.encode(s).ids == theirs.encode(s) for s in texts]
     print(f"sentencepiece: {sum(same)} of {len(same)} strings as sentencepiece")
-    assert all(same) and (ours.bos_id, ours.eos_id) == (1, 2)
-    assert ours.decode(ours.encode("Ünïcode 日本 🙂")) == "Ünïcode 日本 🙂"
-    assert ours.turn_ends == ["</s>"]
+    assert all(same) and ends == [1, 2] and len(texts) > 480
+    assert ours.decode(ours.encode("Ünïcode 日本 🙂").ids) == "Ünïcode 日本 🙂"
+
+
+@pytest.mark.parametrize("kind", ["bpe", "unigram"])
+@pytest.mark.parametrize("rule", ["identity", "nmt_nfkc"])
+def test_a_model_of_every_kind_is_read(kind, rule, tmp_path):
+    (tmp_path / "corpus.txt").write_text("\n".join(s for s in strings()[:60] if s.isascii()) * 5)
+    SentencePieceTrainer.train(
+        input=str(tmp_path / "corpus.txt"), model_prefix=str(tmp_path / "tokenizer"), vocab_size=360, minloglevel=2,
+        model_type=kind, byte_fallback=True, hard_vocab_limit=False, remove_extra_whitespaces=False,
+        normalization_rule_name=rule,
+    )  # fmt: skip
+    theirs, (ours, *_) = (
+        SentencePieceProcessor(model_file=str(tmp_path / "tokenizer.model")),
+        read_model(tmp_path / "tokenizer.model"),
+    )
+    for text in ("the lazy dog", "x ** 2", " jumps over", "ﬁ ½ é 日本 🙂"):
+        assert ours.encode(text).ids == theirs.encode(text), text
+
+
+@pytest.mark.parametrize("stated", [
+    {}, dict(add_bos_token=True), dict(legacy=True), dict(legacy=False), dict(add_prefix_space=False),
+    dict(eos_token="<b>", added_tokens_decoder={"32000": dict(content="<a>", lstrip=True, special=False),
+                                                "32001": dict(content="<b>", rstrip=True, special=True)}),
+])  # fmt: skip
+def test_ids_of_a_tokenizer_model_equal_transformers(stated, mistral, tmp_path):
+    """With the tokens that were added to it, in the two files that may name them."""
+    shutil.copy(mistral / "tokenizer.model", tmp_path)
+    stated = dict(tokenizer_class="LlamaTokenizer", bos_token="<s>") | dict(eos_token="</s>") | stated
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(stated))
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    if "legacy" in stated:
+        (tmp_path / "added_tokens.json").write_text('{"<|im_start|>": 32000, "[INST]": 32001}')
+    theirs, ours = AutoTokenizer.from_pretrained(tmp_path), Tokenizer(tmp_path)
+    plain = [
+        s for s in strings() if "  " not in s
+    ]  # transformers 5 merges runs of spaces by id, sentencepiece by score
     texts = [
-        "Apple",
-        " apple",
-        "\nLabel",
-        "\n\n",
-        "",
-        "日本",
-    ]  # what begins gets a space in front, what follows does not
-    assert ours.encode_within([" apple"]) == [theirs.encode("apple")]
-    for before in ("Say it:\n", "[/INST]"):
-        whole = [theirs.encode(before + text) for text in texts]
-        assert [theirs.encode(before) + ids for ids in ours.encode_within(texts)] == whole
-    rows = [dict(instruction="a", input="", output="Apple"), dict(prompt="Paris is", completion=" big")]
-    ends = [[*theirs.encode("\nApple")[2:], 2], [*theirs.encode("big"), 2]]
-    for row, end in zip(rows, ends):
-        (e,) = tokenize([row], ours, ExampleOptions())
-        assert e.ids[e.first_target :].tolist() == end
+        *plain,
+        *(f"{a}{token} {b}" for token in ("<a>", "<b>", "</s>", "[INST]") for a, b in ("ab", ("", "c"))),
+    ]
+    same = [ours.encode(s) == theirs.encode(s, add_special_tokens=False) for s in texts]
+    print(f"{stated}: {sum(same)} of {len(same)} strings as transformers")
+    assert all(same) and ours.eos_id == theirs.eos_token_id and ours.bos + ours.encode("a") == theirs.encode("a")
+    assert [ours.decode(ours.encode(s)) for s in texts] == [
+        theirs.decode(theirs.encode(s, add_special_tokens=False), skip_special_tokens=True) for s in texts
+    ]
+    reopened = tmp_path / "again"
+    reopened.mkdir()
+    for name, content in ours.files().items():
+        (reopened / name).write_bytes(content)
+    again = Tokenizer(reopened)
+    assert (again.bos, again.eos_id) == (ours.bos, ours.eos_id) and all(
+        again.encode(s) == ours.encode(s) for s in texts
+    )
 
 
-def test_tokens_stand_behind_others_as_in_one_text(tiny):
-    tokenizer = Tokenizer(tiny / "base")
-    texts = ["apple", " river", "\n\nstone", "\n", ""]
-    assert tokenizer.encode_within(texts) == [tokenizer.encode(text) for text in texts]
+def test_an_added_token_that_cannot_have_its_id_is_named(mistral, tmp_path):
+    shutil.copy(mistral / "tokenizer.model", tmp_path)
+    (tmp_path / "added_tokens.json").write_text('{"<a>": 32007}')
+    with pytest.raises(ValueError, match="the added token '<a>' cannot have the id 32007"):
+        Tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize("before, text, pieces", [("Say it:\n", "Apple", "Apple"), ("[/INST]", " apple", "▁apple")])
+def test_what_stands_behind_a_text_is_tokenized_as_in_one(mistral, before, text, pieces):
+    tokenizer = Tokenizer(mistral)
+    ids = tokenizer.encode_after(before, text)
+    assert tokenizer.encode(before + text)[-len(ids) :] == ids
+    assert "".join(map(tokenizer._hf.id_to_token, ids)) == pieces
+    row = dict(prompt=before, completion=text)
+    (e,) = tokenize([row], tokenizer, ExampleOptions())
+    assert e.ids[e.first_target :].tolist() == [*ids, 2] and e.ids[0] == tokenizer.bos_id
 
 
 def test_a_run_of_tokens_ends_where_generation_config_says(tiny, tmp_path):
@@ -141,7 +200,8 @@ def test_the_end_of_text_may_be_named_by_its_number_only(tiny, tmp_path, files):
     for ends in (1, [1, 7]):
         (tmp_path / "x/config.json").write_text(json.dumps({"eos_token_id": ends, "bos_token_id": 0}))
         ours = Tokenizer(tmp_path / "x")
-        assert (ours.eos_id, ours.eos_token, ours.bos, ours.stop_ids) == (1, "<eos>", [], [1])
+        assert (ours.eos_id, ours.eos_token, ours.bos) == (1, "<eos>", [])
+        assert ours.stop_ids == ([1, 7] if ends == [1, 7] else [1])
     for config in ({"eos_token_id": 9999}, {"eos_token_id": "<eos>"}, {}):
         (tmp_path / "x/config.json").write_text(json.dumps(config))
         with pytest.raises(ValueError, match="tokenizer_config.json: "):

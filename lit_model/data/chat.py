@@ -6,15 +6,18 @@ than MAX_STEPS turns of loops and calls of macros. Memory is not limited: a temp
 """
 
 import json
+import reprlib
 from collections.abc import Sequence
-from datetime import datetime
 from functools import cache
+from os.path import commonprefix
 from typing import Any, NoReturn
 
+import numpy as np
 from jinja2 import Template, TemplateError, nodes
 from jinja2.ext import Extension
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from lit_model.data.rows import Notes, Row, place
 from lit_model.data.tokenizer import Tokenizer
 
 CHATML = (
@@ -27,9 +30,13 @@ Message = dict[str, Any]  # role and content; weight 0: not learned
 
 
 def chat_text(
-    tokenizer: Tokenizer, style: str, messages: Sequence[Message], asks: bool, tools: Sequence[dict] | None = None
+    tokenizer: Tokenizer | None,
+    style: str,
+    messages: Sequence[Message],
+    asks: bool,
+    tools: Sequence[dict] | None = None,
 ) -> str:
-    """The conversation as text, without the BOS token that is added where examples are made.
+    """The conversation as text, as transformers renders it.
 
     Args:
         style: chat, for the template of the checkpoint, or chatml.
@@ -38,24 +45,24 @@ def chat_text(
     Raises:
         ValueError: the checkpoint has no template, or the template fails or refuses these messages.
     """
-    template, eos = (CHATML, None) if style == "chatml" else (tokenizer.chat_template, tokenizer.eos_token)
-    if template is None or (style == "chat" and tokenizer.is_sentencepiece):
-        needs = "take --examples.style chatml, or put its tokenizer.json beside a tokenizer.model"
-        raise ValueError(f"this checkpoint has no chat template that its tokenizer can read: {needs}")
+    template = CHATML if style == "chatml" else tokenizer.chat_template
+    if template is None:
+        raise ValueError("this checkpoint has no chat template: take --examples.style chatml")
     if style == "chatml" and (tools or any("tool_calls" in m for m in messages)):
         raise ValueError(
             "the style chatml has no tools: take the template of a checkpoint that has, --examples.style chat"
         )
-    bos = tokenizer.bos_token or "" if tokenizer else ""
+    values = dict(messages=messages, tools=tools, add_generation_prompt=asks)
+    if style == "chat":
+        values |= dict(bos_token=tokenizer.bos_token or "", eos_token=tokenizer.eos_token)
+        values |= dict(strftime_now=tokenizer.now.strftime)
     try:
         compiled = _compiled(template)
         compiled.environment.steps = 0
-        more = dict(tools=tools, add_generation_prompt=asks, bos_token=bos, eos_token=eos)
-        text = compiled.render(messages=messages, **more)
+        return compiled.render(values)
     except Exception as e:  # a template is a program: it may do anything wrong
         start = json.dumps(messages)[:80]
         raise ValueError(f"the checkpoint's chat template cannot take {start}: {type(e).__name__}: {e}") from None
-    return text.removeprefix(bos) if tokenizer and tokenizer.bos else text
 
 
 def is_learned(messages: Sequence[Message]) -> list[bool]:
@@ -69,29 +76,59 @@ def is_learned(messages: Sequence[Message]) -> list[bool]:
     ]
 
 
-def turns(
-    tokenizer: Tokenizer, style: str, messages: Sequence[Message], tools: Sequence[dict] | None = None
-) -> list[tuple[str, bool]]:
-    """The conversation up to the assistant's last turn in pieces: (text, whether it is learned). A turn ends with the
-    token that ends it, as in generation; what the template writes behind that belongs to the next piece.
+def learned_turns(tokenizer: Tokenizer, style: str, row: Row, notes: Notes) -> list[tuple[str, list[tuple[int, int]]]]:
+    """The conversation of a row as texts in which every turn that is learned stands as it will be asked: behind what
+    the template makes of the messages before it. Most templates add to that what follows: then one text holds several
+    turns. One that changes earlier turns, such as Qwen 3's, which drops their thinking, needs a text for each turn.
 
-    Raises ValueError if the template writes earlier turns in another way than the last.
+    Returns:
+        For each text where the turns in it begin and end, in characters: with the token that ends a turn, as in
+        generation. What the template writes behind the last of them is left out.
     """
-    pieces, done = [], ""
-    for i, learned in enumerate(is_learned(messages)):
-        if i == 0 or messages[i]["role"] != "assistant":
-            continue
-        before = chat_text(tokenizer, style, messages[:i], asks=True, tools=tools)
-        after = chat_text(tokenizer, style, messages[: i + 1], asks=False, tools=tools)
-        if not (before.startswith(done) and after.startswith(before)):
-            what = "the checkpoint's chat template rewrites earlier turns, or asks otherwise than it writes answers"
-            raise ValueError(f"{what}: take --examples.style chatml, if the tokenizer knows <|im_start|>")
-        answer = after[len(before) :]
-        ends = [answer.rfind(token) + len(token) for token in tokenizer.turn_ends if token in answer]
-        end = max(ends, default=len(answer))
-        pieces += [(before[len(done) :], False), (answer[:end], learned)]
-        done = before + answer[:end]
-    return pieces
+    messages, tools = [Watched(message) for message in row["messages"]], row.get("tools")
+    found: list[tuple[str, list[tuple[int, int]]]] = []
+    for i in np.flatnonzero(is_learned(row["messages"])):
+        asked = chat_text(tokenizer, style, messages[:i], asks=True, tools=tools)
+        text = chat_text(tokenizer, style, messages[: i + 1], asks=False, tools=tools)
+        start = len(commonprefix((asked, text)))
+        if start < len(asked):
+            asks = reprlib.repr(asked[start:])
+            notes.add(f"with a turn that the template asks for with {asks}, and writes without it", place(row))
+        ends = [text.rfind(token, start) + len(token) for token in tokenizer.turn_ends if token in text[start:]]
+        if not ends:
+            notes.add("with a turn that no end token ends: answers may go on for ever", place(row))
+        text = text[: max(ends, default=len(text))]
+        grows = found and text.startswith(found[-1][0])
+        turns = found.pop()[1] if grows else []
+        found.append((text, [*turns, (start, len(text))]))
+    unread = {key for message in messages for key in message.unread()}
+    if tools and "tools" not in (tokenizer.chat_template or ""):
+        unread.add("tools")
+    notes.add_unread(sorted(unread), place(row))
+    return found
+
+
+class Watched(dict):
+    """A message that knows which of its keys a template has read. It has its thinking under both names in use."""
+
+    def __init__(self, message: Message):
+        thinking = {"thinking": message["reasoning_content"]} if "reasoning_content" in message else {}
+        super().__init__({key: value for key, value in message.items() if key != "weight"} | thinking)
+        self._read: set[str] = set()
+
+    def __getitem__(self, key: str) -> Any:
+        self._read.add("reasoning_content" if key == "thinking" else key)
+        return super().__getitem__(key)
+
+    def get(self, key: str, default: Any = None) -> Any:
+        return self[key] if key in self else default
+
+    def items(self) -> Any:
+        self._read.update(self)
+        return super().items()
+
+    def unread(self) -> set[str]:
+        return self.keys() - self._read - {"thinking"}
 
 
 class _Sandbox(ImmutableSandboxedEnvironment):
@@ -132,7 +169,7 @@ def _compiled(template: str) -> Template:
     options = dict(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", _Generation])
     environment = _Sandbox(**options)
     environment.filters["tojson"] = lambda value, **options: json.dumps(value, **{"ensure_ascii": False, **options})
-    environment.globals |= dict(raise_exception=_refuse, strftime_now=lambda form: datetime.now().strftime(form))
+    environment.globals |= {"raise_exception": _refuse}
     tree = environment.parse(template)
     for node in tree.find_all((nodes.For, nodes.Macro)):
         step = nodes.Call(nodes.EnvironmentAttribute("step"), [], [], None, None)

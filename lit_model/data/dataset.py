@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from lit_model.data.examples import ExampleOptions, conversation_style, tokenize
-from lit_model.data.rows import files_of, read_rows, row_key, split_rows, weighted
+from lit_model.data.examples import ExampleOptions, conversation_style, tokenize, validate_style
+from lit_model.data.rows import Notes, Row, files_of, read_rows, row_key, split_rows, weighted
 from lit_model.data.tokenizer import Tokenizer
 from lit_model.files import reading
 from lit_model.packing import Example
@@ -48,30 +48,61 @@ def read_dataset(
     Raises:
         FileNotFoundError or ValueError: a file that is not there, or no such data.
     """
-    files, val = files_of(data), read_rows(val_data) if val_data else []
-    parts = [read_rows(path) for path, _ in files]
-    rows, names = [row for part in parts for row in part], ", ".join(str(path) for path, _ in files)
-    n_labelled = sum("label" in row for row in [*rows, *val])
-    if n_labelled < len(rows) + len(val) and (n_labelled or head == "linear"):
-        have = f"{n_labelled} of {len(rows) + len(val)} rows have text and label"
-        raise ValueError(f"{names}: {have}; to classify, as with --head linear, all rows need both")
+    notes, files = Notes(options.strict), files_of(data)
+    val = read_rows(val_data, notes=notes) if val_data else []
+    parts = [read_rows(path, notes=notes) for path, _ in files]
+    notes.say(notes.seen, "rows")
+    names = ", ".join(str(path) for path, _ in files)
+    style, task = style_of([*val, *(row for part in parts for row in part)], tokenizer, options, head, names)
     train, val = _split(parts, [weight for _, weight in files], val, options.val_fraction, seed)
+    options, both = replace(options, style=style), []
+    for part, name in ((train[:limit], "training rows"), (val, "validation rows")):
+        notes = Notes(options.strict)
+        made = examples_of(part, tokenizer, options, task, name, notes)
+        notes.say(len(part), name)
+        if not made and (part or name == "training rows"):
+            first = f", the first because of {notes.fault}" if notes.fault else ""
+            raise ValueError(f"{names}: none of the {len(part)} {name} is left to learn from{first}")
+        both.append(made)
+    return Dataset(*both, task, style)
+
+
+def examples_of(
+    rows: Sequence[Row], tokenizer: Tokenizer, options: ExampleOptions, task: "Task | None", name: str, notes: Notes
+) -> list[Example]:
+    """Examples of rows, in order, in the style and for the task that `style_of` has found."""
+    if task is None:
+        return tokenize(rows, tokenizer, options, name, notes)
+    from lit_model.data.labels import examples
+
+    return examples(rows, tokenizer, options, task, notes=notes)
+
+
+def style_of(
+    rows: Sequence[Row], tokenizer: Tokenizer, options: ExampleOptions, head: str, names: str
+) -> "tuple[str, Task | None]":
+    """The one style of all rows, and the task of rows with text and label.
+
+    Raises ValueError if only some rows have labels, or the style leaves out the input of one.
+    """
+    n_labelled = sum("label" in row for row in rows)
+    if n_labelled < len(rows) and (n_labelled or head == "linear"):
+        have = f"{n_labelled} of {len(rows)} rows have text and label"
+        raise ValueError(f"{names}: {have}; to classify, as with --head linear, all rows need both")
     if n_labelled:
-        from lit_model.data.labels import examples, task_of
+        from lit_model.data.labels import task_of
 
         with reading(names):
             task = task_of(rows, head, options.style)
-        style = task.style
-    else:
-        task, style = None, _style([*rows, *val], tokenizer, options.style)
-        options = replace(options, style=style)
-    both = []
-    for part, name in ((train[:limit], "training rows"), (val, "validation rows")):
-        made = examples(part, tokenizer, options, task) if task else tokenize(part, tokenizer, options, name)
-        if not made and (part or name == "training rows"):
-            raise ValueError(f"{names}: none of the {len(part)} {name} is left to learn from")
-        both.append(made)
-    return Dataset(*both, task, style)
+        return task.style, task
+    instructions = any("instruction" in row for row in rows)
+    if not any("messages" in row for row in rows):  # bare texts take none
+        return options.style if instructions else "none", None
+    of_messages = conversation_style(options.style, tokenizer)
+    validate_style(of_messages, tokenizer)
+    if instructions and of_messages != options.style:
+        print(f"instructions become turns, too, in the style {of_messages}, as they go with messages")
+    return of_messages, None
 
 
 def _split(
@@ -91,14 +122,3 @@ def _split(
     if len(parts) > 1:
         train = [train[i] for i in np.random.default_rng(seed).permutation(len(train))]
     return train, val
-
-
-def _style(rows: Sequence[dict], tokenizer: Tokenizer, style: str) -> str:
-    """The one style of all rows: that of the messages where there are some; bare texts take none."""
-    instructions = any("instruction" in row for row in rows)
-    if not any("messages" in row for row in rows):
-        return style if instructions else "none"
-    of_messages = conversation_style(style, tokenizer)
-    if instructions and of_messages != style:
-        print(f"instructions become turns, too, in the style {of_messages}, as they go with messages")
-    return of_messages

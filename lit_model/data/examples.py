@@ -1,25 +1,31 @@
 """Rows into token examples.
 
-Prompt and response are tokenized apart and joined as ids, so that no token spans the boundary and a prompt has the same
-ids in training and in generation. Only the response and the end-of-text token after it are learned; of a conversation
-the assistant's turns (chat.py).
+A row becomes a text, or several, and a text is tokenized once, as a whole: where in it a part begins is found by the
+offsets of its tokens, so that the ids are those of the text and of no seam. A token that spans the boundary between
+prompt and response is learned. Only the response and the token that ends it are learned; of a conversation what the
+assistant says (chat.py).
 """
 
 import re
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+import sys
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
+from typing import TYPE_CHECKING
 
 import numpy as np
 from tqdm import tqdm
 
+from lit_model.data.rows import Notes, Row, place
 from lit_model.data.tokenizer import Tokenizer
 from lit_model.packing import Example
 
+if TYPE_CHECKING:
+    from lit_model.data.labels import Task
+
 BATCH = 256  # rows that are tokenized at a time
-EMPTY, CUT = "left out: they have nothing to learn", "cut to examples.max_length"
-LONG = "left out: their prompt alone fills examples.max_length"
+EMPTY, CUT = "they have nothing to learn", "cut to examples.max_length"
+LONG = "their prompt alone fills examples.max_length"
+NAMES = {"{instruction}", "{input}", "{text}"}  # that a style of one's own may have in it
 ALPACA = (  # the texts of https://github.com/tatsu-lab/stanford_alpaca
     "Below is an instruction that describes a task. "
     "Write a response that appropriately completes the request.\n\n"
@@ -47,6 +53,8 @@ class ExampleOptions:
     conversation is cut where it is"""
     val_fraction: float = 0.05
     """share of the rows that is kept for validation and never trained on"""
+    strict: bool = False
+    """refuse data with a row that cannot be used; otherwise such rows are left out and counted"""
 
 
 def validate_options(options: ExampleOptions, tokenizer: Tokenizer) -> None:
@@ -62,27 +70,48 @@ def validate_style(style: str, tokenizer: Tokenizer) -> None:
     if style == "chat":
         render(style, "a", tokenizer=tokenizer)
         return
-    fits = style in ("alpaca", "none") or "{instruction}" in style or "{text}" in style
+    names = set(re.findall(r"\{\w+\}", style))
+    fits = style in ("alpaca", "none") or (names & {"{instruction}", "{text}"} and names <= NAMES)
     if style == "chatml":
         fits = all(len(tokenizer.encode(token)) == 1 for token in ("<|im_start|>", "<|im_end|>"))
     if not fits:
         known = "alpaca, chat, chatml (if the tokenizer knows <|im_start|>) and texts with {instruction} in them"
-        raise ValueError(f"the style {style!r} cannot be taken: known are {known}")
+        strange = f"; it names {min(names - NAMES)}, and can name {', '.join(sorted(NAMES))}" if names - NAMES else ""
+        raise ValueError(f"the style {style!r} cannot be taken: known are {known}{strange}")
 
 
-def render(style: str, instruction: str, input: str = "", tokenizer: Tokenizer | None = None) -> str:
-    """The prompt that a response follows. The style chat needs the tokenizer, which has the template."""
-    if style == "none":
-        return instruction
+def render(style: str, instruction: str, input: str = "", tokenizer: Tokenizer | None = None, system: str = "") -> str:
+    """The prompt that a response follows. The style chat needs the tokenizer, which has the template.
+
+    Raises ValueError for an input that the style has no place for, or a system prompt in a style that is no chat.
+    """
     if style in ("chat", "chatml"):
         from lit_model.data.chat import chat_text
 
-        question = f"{instruction}\n\n{input}" if input else instruction
-        return chat_text(tokenizer, style, [{"role": "user", "content": question}], asks=True)
+        question = {"role": "user", "content": f"{instruction}\n\n{input}" if input else instruction}
+        messages = [{"role": "system", "content": system}] if system else []
+        return chat_text(tokenizer, style, [*messages, question], asks=True)
+    if system:
+        raise ValueError("a system prompt goes with the styles chat and chatml")
+    if style == "none":
+        return instruction
     if style == "alpaca":
         style = ALPACA_INPUT if input else ALPACA
+    if input and "{input}" not in style:
+        raise ValueError(f"the style {style!r} has no {{input}} in it: the input {input[:40]!r} would be left out")
     values = {"{instruction}": instruction, "{text}": instruction, "{input}": input}
     return re.sub("|".join(values), lambda match: values[match[0]], style.replace("\\n", "\n"))
+
+
+def prompt_ids(tokenizer: Tokenizer, style: str, prompt: str) -> list[int]:
+    """The ids that generation starts from. prompt: as `render` makes it."""
+    return first_ids(tokenizer, style, prompt) + tokenizer.encode(prompt)
+
+
+def first_ids(tokenizer: Tokenizer, style: str, text: str) -> list[int]:
+    """The BOS token, unless the family has none, the text begins with it, or writing it is up to a chat template."""
+    written = style == "chat" or (tokenizer.bos and text.startswith(tokenizer.bos_token))
+    return [] if written else tokenizer.bos
 
 
 def conversation_style(style: str, tokenizer: Tokenizer) -> str:
@@ -90,92 +119,127 @@ def conversation_style(style: str, tokenizer: Tokenizer) -> str:
     return "chatml" if style == "chatml" or tokenizer.chat_template is None else "chat"
 
 
-def tokenize(rows: Sequence[dict], tokenizer: Tokenizer, options: ExampleOptions, name: str = "rows") -> list[Example]:
-    """Token examples of `rows`, in order, one kind of row after the other. Rows with an empty response, and those whose
-    prompt leaves no room for a response within `max_length`, are left out, and a line says how many."""
-    kinds: dict[Callable, list[dict]] = {}
-    for row in rows:
-        if options.style == "chat" and "instruction" in row:
-            row = _as_chat(row)
-        make = _conversations if "messages" in row else _texts if "text" in row else _responses
-        kinds.setdefault(make, []).append(row)
-    examples, counts = [], Counter()
+@dataclass
+class Text:
+    """What is tokenized."""
+
+    text: str
+    learned: list[tuple[int, int]]  # where what is learned begins and ends, in characters
+    row: Row
+    style: str
+    follows: bool = False  # a later turn of the same conversation, see Example
+
+
+def tokenize(
+    rows: Sequence[Row], tokenizer: Tokenizer, options: ExampleOptions, name: str = "rows", notes: Notes | None = None
+) -> list[Example]:
+    """Token examples of `rows`, in order. Rows with an empty response, those whose prompt leaves no room for a response
+    within `max_length`, and those that the checkpoint's template refuses are left out. `notes` takes what is to be
+    said of them; without it, that is printed."""
+    said, examples, before = notes or Notes(options.strict), [], None
     with tqdm(total=len(rows), desc=f"tokenizing {len(rows)} {name}", leave=False) as bar:
-        for make, of_kind in kinds.items():
-            for start in range(0, len(of_kind), BATCH):
-                batch = of_kind[start : start + BATCH]
-                examples += make(batch, tokenizer, options, counts)
-                bar.update(len(batch))
-    for what in +counts:  # those above 0
-        print(f"{counts[what]} of {len(rows)} {name} {what}")
+        for start in range(0, len(rows), BATCH):
+            batch = rows[start : start + BATCH]
+            texts = [text for row in batch for text in _texts(row, tokenizer, options, said)]
+            encoded = tokenizer.encode_with_places([text.text for text in texts])
+            for text, (ids, places) in zip(texts, encoded, strict=True):
+                for e in _examples(text, ids, places, tokenizer, options, said):
+                    e.follows = text.follows and before is text.row
+                    examples.append(e)
+                    before = text.row
+            bar.update(len(batch))
+    if notes is None:
+        said.say(len(rows), name)
     return examples
 
 
-def _as_chat(row: dict) -> dict:
+def _texts(row: Row, tokenizer: Tokenizer, options: ExampleOptions, notes: Notes) -> Iterator[Text]:
+    """The texts of a row that is not left out."""
+    if options.style == "chat" and "instruction" in row:
+        row = _as_chat(row)
+    if "messages" in row:
+        from lit_model.data.chat import learned_turns
+
+        style = conversation_style(options.style, tokenizer)
+        try:
+            turns = learned_turns(tokenizer, style, row, notes)
+        except ValueError as e:
+            notes.leave_out("their conversation cannot be rendered", place(row), e)
+            return
+        for i, (text, learned) in enumerate(turns):
+            yield Text(text, learned, row, style, follows=i > 0)
+        is_empty = not turns
+    elif "text" in row:
+        is_empty = not row["text"].strip()
+        if not is_empty:
+            yield Text(row["text"], [(0, len(row["text"]))], row, "none")
+    else:
+        prompt, answer = row.get("prompt"), row["completion"] if "completion" in row else row["output"]
+        style = options.style if prompt is None else "none"
+        prompt = render(style, row["instruction"], row["input"], tokenizer) if prompt is None else prompt
+        is_empty = not answer.strip()
+        if not is_empty:
+            yield Text(prompt + answer, [(len(prompt), len(prompt + answer))], row, style)
+    if is_empty:
+        notes.leave_out(EMPTY, place(row))
+
+
+def _as_chat(row: Row) -> Row:
     """An instruction and its answer as a turn of each."""
     question = f"{row['instruction']}\n\n{row['input']}" if row["input"] else row["instruction"]
-    return {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": row["output"]}]}
+    chat = Row(messages=[dict(role="user", content=question), dict(role="assistant", content=row["output"])])
+    chat.place = place(row)
+    return chat
 
 
-def _responses(
-    batch: Sequence[dict], tokenizer: Tokenizer, options: ExampleOptions, counts: Counter
+def _examples(
+    text: Text, ids: np.ndarray, places: np.ndarray, tokenizer: Tokenizer, options: ExampleOptions, notes: Notes
 ) -> Iterator[Example]:
-    """Examples of rows of instruction, input and output, or of prompt and completion."""
-    texts = [
-        row["prompt"] if "prompt" in row else render(options.style, row["instruction"], row["input"], tokenizer)
-        for row in batch
-    ]
-    answers = [row["completion"] if "completion" in row else row["output"] for row in batch]
-    prompts, responses = tokenizer.encode_batch(texts), tokenizer.encode_within(answers)
-    for answer, prompt, response in zip(answers, prompts, responses, strict=True):
-        if not prompt:  # then the response begins the text
-            response = tokenizer.encode(answer)
-        prompt = tokenizer.bos + prompt
-        room = options.max_length - len(prompt) - 1
-        if not answer.strip():
-            counts[EMPTY] += 1
-        elif room < 1:
-            counts[LONG] += 1
-        else:
-            counts[CUT] += len(response) > room
-            ids = np.array(prompt + response[:room] + [tokenizer.eos_id], dtype=np.int32)
-            yield Example(ids, max(1, len(prompt)) if options.mask else 1)
+    """The example of a text; of one that is learned as it is, in pieces of max_length tokens."""
+    first, length = first_ids(tokenizer, text.style, text.text), options.max_length
+    is_chat = "messages" in text.row
+    is_ended = is_chat or text.text.rstrip().endswith(tuple(tokenizer.turn_ends))
+    last = [] if is_ended else [tokenizer.eos_id]
+    ids = np.array([*first, *ids, *last], dtype=np.int32)
+    if "text" in text.row:
+        for start in range(0, len(ids) - 1, length - 1):  # neighbours share a token, learned by the first
+            yield Example(ids[start : start + length], 1)
+        return
+    said = [(begin <= places) & (places < end) for begin, end in text.learned]
+    learned = np.array([False] * len(first) + np.any(said, axis=0).tolist() + [True] * len(last))
+    if len(ids) > length:
+        notes.add(CUT, place(text.row))
+        if not is_chat:  # a response still ends
+            ids = np.append(ids[: length - 1], ids[-1])
+        ids, learned = ids[:length], learned[:length]
+    if not learned[: length - (not is_chat)].any():
+        notes.leave_out(LONG, place(text.row))
+        return
+    if not options.mask:
+        learned[(learned.argmax() if text.follows else 0) :] = True
+    targets = np.flatnonzero(learned[1:]) + 1
+    begin, end = int(targets[0]), int(targets[-1]) + 1
+    flags = learned[begin:end]
+    yield Example(ids[:end], begin, None if flags.all() else flags)
 
 
-def _texts(batch: Sequence[dict], tokenizer: Tokenizer, options: ExampleOptions, counts: Counter) -> Iterator[Example]:
-    """Examples of texts to learn as they are, in pieces of max_length tokens."""
-    texts = [row["text"] for row in batch if row["text"].strip()]
-    counts[EMPTY] += len(batch) - len(texts)
-    for ids in tokenizer.encode_batch(texts):
-        ids = np.array([*tokenizer.bos, *ids, tokenizer.eos_id], dtype=np.int32)
-        for start in range(0, len(ids) - 1, options.max_length - 1):  # neighbours share a token, learned by the first
-            yield Example(ids[start : start + options.max_length], 1)
+def parts(example: Example, tokenizer: Tokenizer, task: "Task | None" = None) -> list[tuple[str, bool]]:
+    """The text of an example in pieces, and whether each is learned. The class that a linear head learns is one."""
+    ids, learned = example.ids.tolist(), example.is_learned
+    if task and task.head == "linear":
+        return [(tokenizer.decode(ids[:-1], special=True), False), (task.classes[ids[-1]], True)]
+    ends = [*(np.flatnonzero(np.diff(learned)) + 1).tolist(), len(ids)]
+    texts = ["", *(tokenizer.decode(ids[:end], special=True) for end in ends)]
+    return [(b[len(a) :], bool(learned[end - 1])) for a, b, end in zip(texts, texts[1:], ends)]
 
 
-def _conversations(
-    batch: Sequence[dict], tokenizer: Tokenizer, options: ExampleOptions, counts: Counter
-) -> Iterator[Example]:
-    """Examples of rows of messages."""
-    from lit_model.data.chat import is_learned, turns
-
-    style = conversation_style(options.style, tokenizer)
-    validate_style(style, tokenizer)
-    used = [row for row in batch if any(is_learned(row["messages"]))]
-    chats = [turns(tokenizer, style, row["messages"], row.get("tools")) for row in used]
-    counts[EMPTY] += len(batch) - len(chats)
-    firsts = tokenizer.encode_batch([pieces[0][0] for pieces in chats])
-    others = iter(tokenizer.encode_within([text for pieces in chats for text, _ in pieces[1:]]))
-    for pieces, first in zip(chats, firsts, strict=True):
-        ids, learned = [*tokenizer.bos], [False] * len(tokenizer.bos)
-        for (_, is_said), piece in zip(pieces, [first, *islice(others, len(pieces) - 1)], strict=True):
-            ids += piece
-            learned += [is_said or not options.mask] * len(piece)
-        counts[CUT] += len(ids) > options.max_length
-        ids, learned = ids[: options.max_length], learned[: options.max_length]
-        targets = np.flatnonzero(learned[1:]) + 1
-        if not len(targets):
-            counts[LONG] += 1
-            continue
-        first_target, end = int(targets[0]), int(targets[-1]) + 1
-        flags = np.array(learned[first_target:end])
-        yield Example(np.array(ids[:end], dtype=np.int32), first_target, learned=None if flags.all() else flags)
+def marked(parts: Sequence[tuple[str, bool]], limit: int | None = None) -> str:
+    """A text whose learned pieces are marked: green on a terminal, elsewhere in brackets. A piece of more than `limit`
+    characters is shortened."""
+    left, right = ("\x1b[32m", "\x1b[0m") if sys.stdout.isatty() else ("[[", "]]")
+    text = ""
+    for piece, is_learned in parts:
+        if limit and len(piece) > limit:
+            piece = f"{piece[: limit // 2]} ... {piece[-limit // 2 :]}"
+        text += f"{left}{piece}{right}" if is_learned else piece
+    return text

@@ -15,7 +15,8 @@ from typing import Literal
 import numpy as np
 import torch
 
-from lit_model.data.examples import ExampleOptions
+from lit_model.data.examples import CUT, ExampleOptions
+from lit_model.data.rows import Notes, Row, place
 from lit_model.data.tokenizer import Tokenizer
 from lit_model.model import GPT, Linear
 from lit_model.packing import Example
@@ -68,7 +69,8 @@ def label_ids(task: Task, tokenizer: Tokenizer) -> list[list[int]]:
     """
     if task.head == "linear":
         return [[i] for i in range(len(task.classes))]
-    ids = tokenizer.encode_within([f" {name}" for name in task.classes])
+    prompt = task.style.replace("\\n", "\n").replace("{text}", "text")
+    ids = [tokenizer.encode_after(prompt, f" {name}") for name in task.classes]
     for short, a in zip(task.classes, ids):
         for long, b in zip(task.classes, ids):
             if long != short and a == b[: len(a)]:
@@ -77,32 +79,41 @@ def label_ids(task: Task, tokenizer: Tokenizer) -> list[list[int]]:
 
 
 def examples(
-    rows: Sequence[dict[str, str]], tokenizer: Tokenizer, options: ExampleOptions, task: Task, bos: bool = True
+    rows: Sequence[Row],
+    tokenizer: Tokenizer,
+    options: ExampleOptions,
+    task: Task,
+    bos: bool = True,
+    notes: Notes | None = None,
 ) -> list[Example]:
     """Token examples of rows with text and label, in order. A text that is too long loses its end. With `bos` each
-    begins with the token that texts of this family begin with.
+    begins with the token that texts of this family begin with. `notes` takes how many are cut; without it, that is
+    printed.
 
     Raises ValueError for a label that is not in `task`, or if `options.max_length` leaves no room for a text.
     """
     before, _, after = task.style.replace("\\n", "\n").partition("{text}")
-    begin = tokenizer.bos if bos else []
-    (end,), labels = tokenizer.encode_within([after]), label_ids(task, tokenizer)
-    room = options.max_length - len(begin) - len(end) - max(map(len, labels))
-    if room <= len(tokenizer.encode(before)):
-        raise ValueError(f"examples.max_length {options.max_length} leaves no room for a text beside {task.style!r}")
+    first, labels = tokenizer.bos if bos else [], label_ids(task, tokenizer)
     number = {name: i for i, name in enumerate(task.classes)}
-    examples, n_cut = [], 0
+    said, examples = notes or Notes(), []
     for start in range(0, len(rows), BATCH):
         batch = rows[start : start + BATCH]
-        texts = tokenizer.encode_batch([before + row["text"].strip() for row in batch])
-        for row, text in zip(batch, texts, strict=True):
+        texts = [before + row["text"].strip() for row in batch]
+        encoded = tokenizer.encode_with_places([text + after for text in texts])
+        for row, text, (ids, places) in zip(batch, texts, encoded, strict=True):
             if row["label"] not in number:
                 raise ValueError(f"the label {row['label']!r} was never seen; there are {', '.join(task.classes)}")
-            n_cut += len(text) > room
-            prompt = begin + text[:room] + end
+            n = int((places < len(text)).sum())
+            room = options.max_length - len(first) - (len(ids) - n) - max(map(len, labels))
+            if room <= (places < len(before)).sum():
+                what = f"examples.max_length {options.max_length} leaves no room for a text beside {task.style!r}"
+                raise ValueError(what)
+            if n > room:
+                said.add(CUT, place(row))
+            prompt = [*first, *ids[: min(n, room)], *ids[n:]]
             examples.append(Example(np.array(prompt + labels[number[row["label"]]], dtype=np.int32), len(prompt)))
-    if n_cut:
-        print(f"{n_cut} of {len(rows)} texts cut to examples.max_length {options.max_length}")
+    if notes is None:
+        said.say(len(rows), "rows")
     return examples
 
 

@@ -52,19 +52,40 @@ ROLES = {  # in files: as they are returned
 }
 
 
-class Notes:
-    """What is to be said about rows: each reason once, with the number of its rows and the place of the first."""
+class Row(dict):
+    """What is read of a row, in one of the forms above."""
 
-    def __init__(self) -> None:
+    place = ""
+
+
+def place(row: dict) -> str:
+    """The file of a row, and where in it; nothing for one that was not read from a file."""
+    return getattr(row, "place", "")
+
+
+class Notes:
+    """What is to be said about rows: each reason once, with the number of its rows and the place of the first.
+
+    strict: a row that cannot be used raises ValueError, instead of being left out and counted.
+    """
+
+    def __init__(self, strict: bool = False) -> None:
+        self.strict = strict
         self.seen = 0  # rows in the files, used or not
+        self.fault = ""  # why the first row that was left out cannot be used, and where it is
         self.counts: Counter[str] = Counter()
         self.places: dict[str, str] = {}
-        self.unread: Counter[str] = Counter()  # keys of rows that nobody reads
+        self.unread: Counter[str] = Counter()  # keys of rows and messages that nobody reads
 
-    def add(self, what: str, place: str = "", n: int = 1) -> None:
-        if n:
-            self.counts[what] += n
-            self.places.setdefault(what, place)
+    def add(self, what: str, place: str = "") -> None:
+        self.counts[what] += 1
+        self.places.setdefault(what, place)
+
+    def leave_out(self, why: str, place: str, details: object = "") -> None:
+        self.fault = self.fault or f"{place}: {details or why}"
+        if self.strict:
+            raise ValueError(self.fault)
+        self.add(f"left out: {why}", place)
 
     def add_unread(self, keys: Sequence[str], place: str) -> None:
         if keys:
@@ -81,36 +102,34 @@ class Notes:
             print(f"not read: {keys}; first: {self.places['not read']}")
 
 
-def read_rows(path: Path | str, notes: Notes | None = None, strict: bool = False) -> list[dict[str, Any]]:
+def read_rows(path: Path | str, notes: Notes | None = None, strict: bool = False) -> list[Row]:
     """Rows of a file or of a data set on the Hub, in the forms above. A file may mix them.
 
     Args:
         path: a .json (one list), .jsonl or .ndjson (one object a line), .csv, .tsv or .txt file, each also compressed
             as .gz; a .parquet file; or owner/name on the Hub.
-        notes: takes what is to be said; without it, that is printed.
-        strict: raise for the first row that cannot be used, instead of leaving it out.
+        notes: takes what is to be said, and says itself whether to be strict; without it, that is printed.
+        strict: refuse a file with a row that cannot be used.
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: no row can be used. It names the file, and why and where the first cannot.
     """
-    said, rows, fault = notes or Notes(), [], None
+    said, rows = notes or Notes(strict), []
     for file in files_behind(Path(path)):
         with reading(file):
             for where, value in values_of(file):
                 said.seen += 1
-                place = f"{file}, {where}"
+                at = f"{file}, {where}"
                 try:
                     row, unread = _row(value)
                 except (ValueError, TypeError, RecursionError) as e:
-                    fault = fault or f"{place}: {e}"
-                    if strict:
-                        raise ValueError(fault) from None
-                    said.add(f"left out: {getattr(e, 'why', 'they hold what is no text')}", place)
+                    said.leave_out(getattr(e, "why", "they hold what is no text"), at, e)
                 else:
-                    rows.append(row)
-                    said.add_unread(unread, place)
+                    rows.append(Row(row))
+                    rows[-1].place = at
+                    said.add_unread(unread, at)
     if not rows:
-        raise ValueError(fault or f"{path} holds no row")
+        raise ValueError(said.fault or f"{path} holds no row")
     if notes is None:
         said.say(said.seen, "rows")
     return rows
@@ -178,6 +197,8 @@ def _message(message: dict[str, Any]) -> dict[str, Any]:
     content = "" if content is None and calls else _content(content)
     is_learned = 0 not in [others.pop(key, 1) for key in ("train", "weight", "loss_mask")]
     others = {key: value for key, value in others.items() if key not in ("from", "value") and value != ""}
+    thinking = [others.pop(key) for key in ("reasoning", "thinking", "reasoning_content") if key in others]
+    others |= {"reasoning_content": thinking[-1]} if thinking else {}
     if calls:
         others["tool_calls"] = [_with_arguments(call) for call in calls]
     return {"role": ROLES[role], "content": content} | others | ({} if is_learned else {"weight": 0})

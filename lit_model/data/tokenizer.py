@@ -1,10 +1,11 @@
-"""Text to token ids and back: Hugging Face tokenizers (tokenizer.json) or sentencepiece (tokenizer.model), one face."""
+"""Text to token ids and back: a checkpoint folder's tokenizer.json, or sentencepiece's tokenizer.model."""
 
 from collections.abc import Sequence
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from sentencepiece import SentencePieceProcessor
+import numpy as np
 from tokenizers import AddedToken
 from tokenizers import Tokenizer as HFTokenizer
 
@@ -12,6 +13,7 @@ from lit_model.files import read_json, reading
 from lit_model.weights.folder import tokenizer_files
 
 TURN_ENDS = ("<|im_end|>", "<|eot_id|>", "<end_of_turn>", "<|end|>")  # of ChatML, LLaMA 3, Gemma, Phi
+ENDS_STATED_IN = ("generation_config.json", "config.json")
 
 
 class Tokenizer:
@@ -19,15 +21,17 @@ class Tokenizer:
 
     bos_id is the token that every text of this family begins with, or None if there is none; bos is a list of it.
     `encode` never adds it, nor any other special token: whoever puts an example together does that, once.
-    eos_id ends a response; turn_ends are the texts of it and of the tokens that end a turn of a chat; stop_ids are all
-    of these and those at which generation_config.json ends. bos_token is what a chat template writes for BOS.
+    eos_id ends a response. stop_ids are the tokens that end a text or a turn of a chat: EOS, those that are known to,
+    and those at which generation_config.json and config.json end; turn_ends are their texts. A chat template is given
+    bos_token, eos_token and now, the time that it may tell.
 
     Raises FileNotFoundError if the folder has no tokenizer, ValueError if it does not say which token ends a text.
     """
 
     def __init__(self, folder: Path | str):
         self.folder = folder = Path(folder)
-        self._hf = self._sp = None
+        self.now = datetime.now()
+        config = _fields(folder / "special_tokens_map.json") | _fields(folder / "tokenizer_config.json")
         if (folder / "tokenizer.json").is_file():
             with reading(folder / "tokenizer.json"):
                 self._hf = HFTokenizer.from_file(str(folder / "tokenizer.json"))
@@ -35,88 +39,101 @@ class Tokenizer:
                 self._hf.no_padding()
         elif (folder / "tokenizer.model").is_file():
             with reading(folder / "tokenizer.model"):
-                self._sp = SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
+                self._hf = _of_sentencepiece(folder, config)
         else:
             raise FileNotFoundError(f"{folder} has neither tokenizer.json nor tokenizer.model")
-        self.is_sentencepiece = self._sp is not None
-        config = _fields(folder / "special_tokens_map.json") | _fields(folder / "tokenizer_config.json")
+        ends = {name: _listed(_fields(folder / name).get("eos_token_id")) for name in ENDS_STATED_IN}
         with reading(folder / "tokenizer_config.json"):
             self.chat_template = _chat_template(folder, config)
-            bos, eos = self._bos_and_eos(config)
-            adds_bos = config.get("add_bos_token", self.is_sentencepiece or self._hf.encode("").ids[:1] == [bos])
-            token_of = self._sp.id_to_piece if self.is_sentencepiece else self._hf.id_to_token
-            if eos is None or token_of(eos) is None:
+            bos, eos = (self._id(config.get(f"{kind}_token")) for kind in ("bos", "eos"))
+            if "eos_token" not in config:  # GPT-2's own repository has only its number
+                eos = next(iter(ends["config.json"]), None)
+            if eos is None or self._hf.id_to_token(eos) is None:
                 raise ValueError("it must name the eos_token, the token that ends a text")
-            self.eos_id, self.eos_token = eos, token_of(eos)
-            self.bos_token = None if bos is None else token_of(bos)
-            self.bos = [bos] if adds_bos and bos is not None else []
+            self.eos_id, self.eos_token = eos, self._hf.id_to_token(eos)
+            self.bos_token = None if bos is None else self._hf.id_to_token(bos)
+            self.bos = [bos] if bos is not None and self._hf.encode("").ids[:1] == [bos] else []
             self.bos_id = bos if self.bos else None
-            self.turn_ends = [self.eos_token, *(token for token in TURN_ENDS if self._id(token) not in (None, eos))]
-        with reading(folder / "generation_config.json"):
-            ends = _listed(_fields(folder / "generation_config.json").get("eos_token_id"))
-            ends = [self._id(token) for token in self.turn_ends] + [int(i) for i in ends]
-            self.stop_ids: list[int] = list(dict.fromkeys(ends))
-
-    def _bos_and_eos(self, config: dict[str, Any]) -> tuple[int | None, int | None]:
-        if self._sp is not None:
-            bos, eos = (None if i < 0 else i for i in (self._sp.bos_id(), self._sp.eos_id()))
-            return bos, eos
-        bos, eos = (self._id(config.get(f"{kind}_token")) for kind in ("bos", "eos"))
-        if "eos_token" not in config:  # GPT-2's own repository has only its number
-            eos = next(iter(_listed(_fields(self.folder / "config.json").get("eos_token_id"))), None)
-        return bos, eos
+        self.stop_ids = [eos, *(i for token in TURN_ENDS if (i := self._id(token)) is not None)]
+        for name, ids in ends.items():
+            with reading(folder / name):
+                self.stop_ids += [int(i) for i in ids]
+        self.stop_ids = list(dict.fromkeys(self.stop_ids))
+        self.turn_ends = [
+            self._hf.id_to_token(i) for i in self.stop_ids if i == eos or i in self._hf.get_added_tokens_decoder()
+        ]
 
     def _id(self, token: str | dict | None) -> int | None:
-        if isinstance(token, dict):  # an AddedToken, written out
-            token = token["content"]
-        if token is None or self._hf is not None:
-            return None if token is None else self._hf.token_to_id(token)
-        i = self._sp.piece_to_id(token)
-        return None if i == self._sp.unk_id() else i
+        token = token["content"] if isinstance(token, dict) else token  # an AddedToken, written out
+        return None if token is None else self._hf.token_to_id(token)
 
     def encode(self, text: str) -> list[int]:
         return self.encode_batch([text])[0]
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         with reading(self.folder):  # its expressions may fail on a text
-            if self._sp is not None:
-                return self._sp.encode(list(texts))
             return [e.ids for e in self._hf.encode_batch_fast(list(texts), add_special_tokens=False)]
 
-    def encode_within(self, texts: Sequence[str]) -> list[list[int]]:
-        """Ids of texts as each stands behind another one: LLaMA's tokenizers put a space in front of what begins."""
-        within = self._behind("\n", texts)
-        if None in within:  # two line ends may be one token, and so may letters
-            ways = zip(within, self._behind("a", texts), self.encode_batch(texts))
-            within = [next(ids for ids in of_text if ids is not None) for of_text in ways]
-        return within
+    def encode_with_places(self, texts: Sequence[str]) -> list[tuple[np.ndarray, np.ndarray]]:
+        """For each text its ids (n,), and where in it each token stands (n,): at its last character, or, if it is an
+        added token, which may have swallowed the spaces behind it, at its first."""
+        with reading(self.folder):
+            found = self._hf.encode_batch(list(texts), add_special_tokens=False)
+        added = np.array([*self._hf.get_added_tokens_decoder()], dtype=int)
+        encoded = []
+        for e in found:
+            ids, (starts, ends) = np.array(e.ids, dtype=int), np.array(e.offsets, dtype=int).reshape(-1, 2).T
+            encoded.append((ids, np.where(np.isin(ids, added), starts, ends - 1)))
+        return encoded
 
-    def _behind(self, before: str, texts: Sequence[str]) -> list[list[int] | None]:
-        """None where a token spans the boundary."""
-        first, *whole = self.encode_batch([before, *(before + text for text in texts)])
-        n = len(first)
-        return [ids[n:] if ids[:n] == first else None for ids in whole]
+    def encode_after(self, before: str, text: str) -> list[int]:
+        """Ids of what stands behind `before` in one text: LLaMA's tokenizers put a space in front of what begins."""
+        ((ids, places),) = self.encode_with_places([before + text])
+        return ids[places >= len(before)].tolist()
 
-    def decode(self, ids: Sequence[int]) -> str:
-        """Text of the ids; special tokens are left out."""
-        if self._sp is not None:
-            n = self._sp.get_piece_size()
-            return self._sp.decode([i for i in ids if i < n])  # a network may have rows for more
-        return self._hf.decode(list(ids), skip_special_tokens=True)
+    def special_ids(self, texts: Sequence[str]) -> list[int]:
+        """Ids of those texts that are special tokens, which no decoded text holds."""
+        special = {token.content: i for i, token in self._hf.get_added_tokens_decoder().items() if token.special}
+        return [special[text] for text in texts if text in special]
+
+    def decode(self, ids: Sequence[int], special: bool = False) -> str:
+        """Text of the ids, without special tokens unless these are wanted."""
+        return self._hf.decode(list(ids), skip_special_tokens=not special)
 
     def add(self, texts: Sequence[str]) -> list[int]:
-        """Makes each text a token, wherever it stands in another one. Returns their ids; one that exists keeps its own.
-
-        Raises ValueError for sentencepiece.
-        """
-        if self._hf is None:
-            raise ValueError(f"{self.folder}: tokens can be added to a tokenizer.json, and this is a tokenizer.model")
+        """Makes each text a token, wherever it stands in another one. Returns their ids; one that exists keeps its
+        own."""
         self._hf.add_tokens([AddedToken(text, normalized=False, special=False) for text in texts])
         return [self._hf.token_to_id(text) for text in texts]
 
     def files(self) -> dict[str, bytes]:
         """The tokenizer's files in its folder, with the tokens that were added."""
-        return tokenizer_files(self.folder) | {"tokenizer.json": self._hf.to_str(pretty=True).encode()}
+        files = tokenizer_files(self.folder) | {"tokenizer.json": self._hf.to_str(pretty=True).encode()}
+        return {name: content for name, content in files.items() if name != "tokenizer.model"}  # which lacks these
+
+
+def _of_sentencepiece(folder: Path, config: dict[str, Any]) -> HFTokenizer:
+    """As transformers' LlamaTokenizer reads tokenizer.model, with the tokens that were added to it. Puts into `config`
+    what only the model says."""
+    from lit_model.weights.sentencepiece import begin_with, read_model
+
+    spaces = "always" if config.get("legacy") else "first" if config.get("add_prefix_space", True) else "never"
+    tokenizer, bos, eos = read_model(folder / "tokenizer.model", spaces)
+    adds_bos = config.get("add_bos_token", not config)  # LLaMA's first folders state nothing
+    for name, i in ("bos_token", bos), ("eos_token", eos):
+        config.setdefault(name, tokenizer.id_to_token(i) if i >= 0 else None)
+    added = {int(i): {"content": text} for text, i in _fields(folder / "added_tokens.json").items()}
+    added |= {int(i): token for i, token in config.get("added_tokens_decoder", {}).items()}
+    for i, token in sorted(added.items()):
+        flags = {
+            key: token[key] for key in ("single_word", "lstrip", "rstrip", "normalized", "special") if key in token
+        }
+        tokenizer.add_tokens([AddedToken(token["content"], **flags)])
+        if tokenizer.token_to_id(token["content"]) != i:
+            raise ValueError(f"the added token {token['content']!r} cannot have the id {i}")
+    if adds_bos and config["bos_token"]:
+        begin_with(tokenizer, config["bos_token"])
+    return tokenizer
 
 
 def _fields(path: Path) -> dict[str, Any]:

@@ -15,13 +15,14 @@ from typing import Any
 import numpy as np
 import torch
 from gguf import GGMLQuantizationType, dequantize, quant_shape_to_byte_shape
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from torch import Tensor
 
 from lit_model.files import reading, refuse_pointer, refuse_used
 from lit_model.model import Config
 from lit_model.rope import RopeScaling, rope_frequencies
 from lit_model.weights.folder import save_folder
+from lit_model.weights.sentencepiece import begin_with, tokenizer_of, with_added_tokens
 
 NAMES = {  # GGUF's modules -> ours
     "token_embd": "wte", "position_embd": "wpe", "output_norm": "norm_f", "output": "lm_head",
@@ -31,7 +32,6 @@ NAMES = {  # GGUF's modules -> ours
 }  # fmt: skip
 NUMBERS = dict(enumerate(("<u1", "<i1", "<u2", "<i2", "<u4", "<i4", "<f4", "?"))) | {10: "<u8", 11: "<i8", 12: "<f8"}
 STRING, ARRAY = 8, 9
-NORMAL, UNKNOWN, CONTROL, USER_DEFINED = 1, 2, 3, 4  # kinds of tokens, as sentencepiece numbers them
 
 
 def convert_gguf(src: Path, out_dir: Path, dtype: torch.dtype = torch.bfloat16) -> None:
@@ -164,7 +164,8 @@ def _tokenizer_files(fields: dict[str, Any], arch: str) -> dict[str, bytes]:
     tokens, kinds, model = fields["tokens"], fields["token_type"], fields["model"]
     rule = fields.get("pre", "gpt-2" if arch == "gpt2" else None)  # GPT-2's files are older than this field
     if model == "llama":
-        tokenizer = sentencepiece_bpe(tokens, fields["scores"], kinds, fields.get("add_space_prefix", True))
+        spaces = "prepend" if fields.get("add_space_prefix", True) else "never"
+        tokenizer = tokenizer_of(tokens, fields["scores"], kinds, spaces)
     elif model == "gpt2" and rule in _SPLITS:
         tokenizer = _byte_level_bpe(tokens, fields["merges"], kinds, rule)
     else:
@@ -180,9 +181,7 @@ def files_of(
     """The tokenizer's files of a Hugging Face folder: name -> content. ends: ids that end an answer, EOS first."""
     token_of = {i: token for token, i in tokenizer.get_vocab().items()} | {None: None}
     if adds_bos and bos is not None:
-        first = token_of[bos]
-        texts = f"{first} $A", f"{first} $A {first} $B"  # of one text and of two
-        tokenizer.post_processor = processors.TemplateProcessing(*texts, [(first, bos)])
+        begin_with(tokenizer, token_of[bos])
     special = dict(bos_token=token_of[bos], eos_token=token_of[ends[0]])
     config = dict(tokenizer_class="PreTrainedTokenizerFast", **special, chat_template=chat_template)
     generation = dict(bos_token_id=bos, eos_token_id=[i for i in dict.fromkeys(ends) if i is not None])
@@ -217,34 +216,4 @@ def _byte_level_bpe(tokens: Sequence[str], merges: Sequence[str], kinds: Sequenc
     if rule == "qwen2":
         tokenizer.normalizer = normalizers.NFC()
     tokenizer.decoder = decoders.ByteLevel()
-    return _with_added_tokens(tokenizer, tokens, kinds)
-
-
-def sentencepiece_bpe(
-    tokens: Sequence[str], scores: Sequence[float], kinds: Sequence[int], adds_space: bool
-) -> Tokenizer:
-    """A tokenizer.json of a sentencepiece model: pairs merge in the order of the scores of what they make; of pairs
-    that make the same piece the one with the longer left part is first, which gives sentencepiece's own ids."""
-    typed = zip(tokens, scores, kinds, strict=True)
-    plain = {token: score for token, score, kind in typed if kind == NORMAL and len(token) < 256}  # none is longer
-    merges = [
-        (-score, -i, token[:i], token[i:])
-        for token, score in plain.items() for i in range(1, len(token)) if token[:i] in plain and token[i:] in plain
-    ]  # fmt: skip
-    pairs = [(left, right) for *_, left, right in sorted(merges)]
-    unknown = next((token for token, kind in zip(tokens, kinds) if kind == UNKNOWN), None)
-    vocabulary = {t: i for i, t in enumerate(tokens)}
-    tokenizer = Tokenizer(models.BPE(vocabulary, pairs, unk_token=unknown, fuse_unk=True, byte_fallback=True))
-    space = [normalizers.Prepend("▁")] if adds_space else []
-    tokenizer.normalizer = normalizers.Sequence([*space, normalizers.Replace(" ", "▁")])
-    strip = [decoders.Strip(" ", 1, 0)] if adds_space else []
-    parts = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), *strip]
-    tokenizer.decoder = decoders.Sequence(parts)
-    return _with_added_tokens(tokenizer, tokens, kinds)
-
-
-def _with_added_tokens(tokenizer: Tokenizer, tokens: Sequence[str], kinds: Sequence[int]) -> Tokenizer:
-    """Tokens that are found in a text before anything merges; special ones are left out of decoded text."""
-    kind_of = [(t, kind) for t, kind in zip(tokens, kinds, strict=True) if kind in (UNKNOWN, CONTROL, USER_DEFINED)]
-    tokenizer.add_tokens([AddedToken(t, normalized=False, special=kind != USER_DEFINED) for t, kind in kind_of])
-    return tokenizer
+    return with_added_tokens(tokenizer, tokens, kinds)

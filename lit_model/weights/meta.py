@@ -18,7 +18,8 @@ from lit_model.files import read_json, reading, refuse_used
 from lit_model.model import Config
 from lit_model.rope import RopeScaling
 from lit_model.weights.folder import save_folder, tokenizer_files, unpickled
-from lit_model.weights.gguf import files_of, half_split, our_name, sentencepiece_bpe
+from lit_model.weights.gguf import files_of, half_split, our_name
+from lit_model.weights.sentencepiece import read_model
 
 NAMES = {  # Meta's modules -> ours
     "tok_embeddings": "wte", "norm": "norm_f", "output": "lm_head", "attention_norm": "norm_1", "ffn_norm": "norm_2",
@@ -85,14 +86,6 @@ def _tokenizer_files(src_dir: Path) -> dict[str, bytes]:
     files = tokenizer_files(src_dir)
     if "tokenizer.json" in files or "tokenizer.model" not in files:
         return files
-    from sentencepiece import sentencepiece_model_pb2
-
-    content = files["tokenizer.model"]
     with reading(src_dir / "tokenizer.model"):
-        if content.split(b"\n", 1)[0].split(b" ")[-1].isdigit():  # lines of base64 and a rank
-            more = "tokenizer.json and tokenizer_config.json of the same network on the Hub"
-            raise ValueError(f"it is of tiktoken's kind: put {more} beside it")
-        model = sentencepiece_model_pb2.ModelProto.FromString(content)
-        tokens, scores, kinds = zip(*((p.piece, p.score, p.type) for p in model.pieces))
-        tokenizer = sentencepiece_bpe(tokens, scores, kinds, model.normalizer_spec.add_dummy_prefix)
-        return files_of(tokenizer, tokens.index("<s>"), [tokens.index("</s>")], adds_bos=True)
+        tokenizer, bos, eos = read_model(src_dir / "tokenizer.model")
+        return files_of(tokenizer, bos, [eos], adds_bos=True)

@@ -1,0 +1,74 @@
+"""What is trained? Prints examples of a file as text, with what is learned marked: green on a terminal, else [[so]].
+
+    python scripts/show_data.py --data data/alpaca_en_demo.json --n 3
+    python scripts/show_data.py --checkpoint_dir CHECKPOINT --data chats.jsonl --format jsonl > examples.jsonl
+
+Rows stand in the order of the file. A summary follows: which rows are left out, and why, and how many tokens there are.
+"""
+
+import json
+import sys
+from contextlib import redirect_stdout
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Literal
+
+from lit_model.cli import cli
+from lit_model.data.dataset import examples_of, style_of
+from lit_model.data.examples import CUT, ExampleOptions, marked, parts, validate_options
+from lit_model.data.rows import Notes, files_of, read_rows
+from lit_model.load import load_tokenizer
+from lit_model.weights import demo
+
+
+@dataclass
+class Options:
+    """Options."""
+
+    data: str = str(demo.DEMO_DATA)
+    """file of rows, or owner/name on the Hub, or several files: a.json,b.json; default: the demo's 999 Alpaca rows"""
+    checkpoint_dir: Path = demo.DEMO_CHECKPOINT
+    """Hugging Face folder whose tokenizer and chat template are taken; default: the demo's, fetched once"""
+    method_dir: Path | None = None
+    """out_dir of a finetuning run, for the tokens that it adds"""
+    examples: ExampleOptions = field(default_factory=ExampleOptions)
+    head: Literal["labels", "linear"] = "labels"
+    """for rows of text and label, as in the run"""
+    n: int = 3
+    """number of examples to print, the first"""
+    format: Literal["text", "jsonl"] = "text"
+    """jsonl: an object for each example, {"ids": [...], "learned": [true, ...], "text": "..."}; the summary goes to
+    stderr"""
+
+
+def main(options: Options) -> None:
+    as_text = options.format == "text"
+    with redirect_stdout(sys.stdout if as_text else sys.stderr):
+        demo.fetch_if_demo(options.checkpoint_dir)
+        if Path(options.data).absolute() == demo.DEMO_DATA:
+            demo.fetch_demo_data()
+        tokenizer = load_tokenizer(options.checkpoint_dir, options.method_dir)
+        validate_options(options.examples, tokenizer)
+        notes = Notes(options.examples.strict)
+        rows = [row for path, _ in files_of(options.data) for row in read_rows(path, notes=notes)]
+        style, task = style_of(rows, tokenizer, options.examples, options.head, options.data)
+        examples = examples_of(rows, tokenizer, replace(options.examples, style=style), task, "rows", notes)
+    for i, e in enumerate(examples[: options.n], 1):
+        pieces = parts(e, tokenizer, task)
+        if as_text:
+            print(f"--- example {i}: {len(e.ids)} tokens, {e.n_targets} learned\n{marked(pieces)}\n")
+        else:
+            example = dict(ids=e.ids.tolist(), learned=e.is_learned.tolist(), text="".join(text for text, _ in pieces))
+            print(json.dumps(example, ensure_ascii=False))
+    with redirect_stdout(sys.stdout if as_text else sys.stderr):
+        lengths = [len(e.ids) for e in examples]
+        longest = f"the longest has {max(lengths, default=0)}; {notes.counts[CUT]} rows {CUT}"
+        print(
+            f"{notes.seen} rows read, {len(examples)} examples in the style {style!r}: {sum(lengths):,} tokens, "
+            f"{sum(e.n_targets for e in examples):,} of them learned; {longest}"
+        )
+        notes.say(notes.seen, "rows")
+
+
+if __name__ == "__main__":
+    cli(main, Options, __doc__)
