@@ -92,6 +92,7 @@ def learned_turns(tokenizer: Tokenizer, style: str, row: Row, notes: Notes) -> l
         text = chat_text(tokenizer, style, messages[: i + 1], asks=False, tools=tools)
         start = len(commonprefix((asked, text)))
         if start < len(asked):
+            start = tokenizer.token_start(text, start)
             asks = reprlib.repr(asked[start:])
             notes.add(f"with a turn that the template asks for with {asks}, and writes without it", place(row))
         ends = [text.rfind(token, start) + len(token) for token in tokenizer.turn_ends if token in text[start:]]

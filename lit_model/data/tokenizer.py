@@ -86,6 +86,12 @@ class Tokenizer:
             encoded.append((ids, np.where(np.isin(ids, added), starts, ends - 1)))
         return encoded
 
+    def token_start(self, text: str, i: int) -> int:
+        """Where the token begins that the character i of a text lies in."""
+        encoding = self._hf.encode(text, add_special_tokens=False)
+        token = encoding.char_to_token(i)
+        return i if token is None else encoding.token_to_chars(token)[0]
+
     def encode_after(self, before: str, text: str) -> list[int]:
         """Ids of what stands behind `before` in one text: LLaMA's tokenizers put a space in front of what begins."""
         ((ids, places),) = self.encode_with_places([before + text])
