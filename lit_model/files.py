@@ -153,6 +153,15 @@ def stream_tensors(
         file.write(room.to_bytes(8, "little") + json.dumps(header, separators=(",", ":")).encode().ljust(room))
 
 
+def cast(name: str, t: Tensor, dtype: torch.dtype) -> Tensor:
+    """A tensor in the dtype that it is to be stored in. Raises ValueError if that cannot hold one of its numbers."""
+    stored = t.to(dtype)
+    if not stored.isfinite().all() and t.isfinite().all():
+        largest, kind = t.abs().max().item(), str(dtype).removeprefix("torch.")
+        raise ValueError(f"{name} holds {largest:.4g}, more than a {kind} can: store it with --dtype float32")
+    return stored
+
+
 def _aligned(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
     """In the order in which each lies at a multiple of its numbers' size: small ones of odd sizes come last."""
     uneven = []

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lit_model.families import write_config
-from lit_model.files import refuse_used
+from lit_model.files import cast, refuse_used
 from lit_model.load import (
     empty_network,
     install_method,
@@ -49,7 +49,7 @@ def merge(
     biases = take_biases(gpt, base)
     exact = {key: t for key, t in gpt.state_dict().items() if is_base(key)}
     before = {key: _base_tensor(base, key, len(t)) for key, t in exact.items()}
-    stored = {key: t.to(dtype or before[key].dtype) for key, t in exact.items()}
+    stored = {key: cast(key, t, dtype or before[key].dtype) for key, t in exact.items()}
     has_tokens = bool(header["tokens"])
     files = load_tokenizer(checkpoint_dir, method_dir).files() if has_tokens else tokenizer_files(base.path)
     save_folder(out_dir, gpt.config, stored, files, base.hf)

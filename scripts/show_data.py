@@ -1,7 +1,7 @@
 """What is trained? Prints examples of a file as text, with what is learned marked: green on a terminal, else [[so]].
 
     python scripts/show_data.py --data data/alpaca_en_demo.json --n 3
-    python scripts/show_data.py --checkpoint_dir CHECKPOINT --data chats.jsonl --format jsonl > examples.jsonl
+    python scripts/show_data.py --checkpoint_dir CHECKPOINT --data chats.jsonl --format jsonl
 
 Rows stand in the order of the file. A summary follows: which rows are left out, and why, and how many tokens there are.
 """

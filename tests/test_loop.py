@@ -4,6 +4,7 @@ import csv
 import sys
 from dataclasses import fields, replace
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -20,7 +21,7 @@ from lit_model.cli import cli
 from lit_model.files import copy_file, write_text
 from lit_model.methods.lora import LoRA
 from lit_model.methods.pissa import PiSSA
-from lit_model.packing import Packed
+from lit_model.packing import Example, Packed
 
 
 @pytest.fixture
@@ -143,11 +144,16 @@ def test_a_step_never_waits_for_the_gpu_and_computes_logits_at_targets_only(opti
 
 
 def test_an_epoch_takes_each_row_once_in_a_new_order():
-    batches = run.batches(list(range(10)), Train(batch_size=4))
-    epochs = [[next(batches) for _ in range(3)] for _ in range(2)]
-    assert [len(batch) for batch in epochs[0]] == [4, 4, 2]
+    """The later turns of a conversation go with its first one."""
+    examples = [Example(np.array([i, 0]), 1, follows=i in (3, 8, 9)) for i in range(10)]
+    batches = run.batches(examples, Train(batch_size=4))
+    epochs = [[[int(e.ids[0]) for e in next(batches)] for _ in range(2)] for _ in range(2)]
     assert all(sorted(sum(epoch, [])) == list(range(10)) for epoch in epochs)
     assert epochs[0] != epochs[1]
+    for batch in (batch for epoch in epochs for batch in epoch):
+        text = " ".join(map(str, batch)) + " "
+        assert ("2" in text) == ("2 3 " in text) and ("7" in text) == ("7 8 9 " in text)
+    assert [sum(i not in (3, 8, 9) for i in batch) for batch in epochs[0]] == [4, 3]
 
 
 def test_learning_rate_rises_to_lr_and_falls_to_zero():

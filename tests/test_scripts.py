@@ -171,6 +171,7 @@ def test_what_is_no_run_of_ours_is_not_replaced(tiny, tmp_path, capsys, monkeypa
 
 def help_of(script: Path, capsys, monkeypatch) -> str:
     monkeypatch.setattr(sys, "argv", [script.name, "--help"])
+    monkeypatch.setenv("COLUMNS", "120")
     monkeypatch.setattr(sys, "path", [str(script.parent), *sys.path])
     with pytest.raises(SystemExit) as stop:
         runpy.run_path(str(script), run_name="__main__")

@@ -18,7 +18,7 @@ from gguf import GGMLQuantizationType, dequantize, quant_shape_to_byte_shape
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from torch import Tensor
 
-from lit_model.files import reading, refuse_pointer, refuse_used
+from lit_model.files import cast, reading, refuse_pointer, refuse_used
 from lit_model.model import Config
 from lit_model.rope import RopeScaling, rope_frequencies
 from lit_model.weights.folder import save_folder
@@ -48,7 +48,7 @@ def convert_gguf(src: Path, out_dir: Path, dtype: torch.dtype = torch.bfloat16) 
             raise ValueError(f"its architecture is {arch!r}; known are llama, qwen2 and gpt2")
         config = _config(gguf, arch)
         names = (name for name in gguf.shapes if name != "rope_freqs.weight")
-        tensors = (pair for name in names for pair in _ours(name, gguf.tensor(name).to(dtype), config, arch))
+        tensors = (pair for name in names for pair in _ours(name, cast(name, gguf.tensor(name), dtype), config, arch))
         save_folder(out_dir, config, tensors, _tokenizer_files(gguf.fields, arch))
 
 

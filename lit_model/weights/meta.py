@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lit_model.files import read_json, reading, refuse_used
+from lit_model.files import cast, read_json, reading, refuse_used
 from lit_model.model import Config
 from lit_model.rope import RopeScaling
 from lit_model.weights.folder import save_folder, tokenizer_files, unpickled
@@ -44,7 +44,7 @@ def convert_meta(src_dir: Path, out_dir: Path, dtype: torch.dtype | None = None,
     def tensors() -> Iterator[tuple[str, Tensor]]:
         for name in sorted(slices[0].keys() - {"rope.freqs"}):
             t = _joined(name, [part[name] for part in slices], config)
-            yield our_name(name, NAMES), t.to(dtype) if dtype and t.is_floating_point() else t
+            yield our_name(name, NAMES), cast(name, t, dtype) if dtype and t.is_floating_point() else t
 
     with reading(src_dir):
         config = _config(params, slices, block_size)
