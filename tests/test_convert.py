@@ -175,6 +175,16 @@ def test_every_usual_quantization_is_unpacked_as_gguf_does(kind, tiny, tmp_path)
     assert np.array_equal(t.numpy(), expected) and np.abs(expected).max() > 0
 
 
+def test_a_number_that_a_dtype_cannot_hold_is_refused(tiny, tmp_path):
+    """Instead of an infinity that is found when the network answers nonsense."""
+    gpt = model.GPT(model.Config(**{**LLAMA, "vocab_size": 400}))
+    gpt.blocks[1].mlp.up_proj.weight.data[0, 0] = 70000.0
+    write_gguf(tmp_path / "m.gguf", gpt, bpe_fields(tiny), gguf.GGMLQuantizationType.F32)
+    with pytest.raises(ValueError, match=r"m.gguf: blk.1.ffn_up.weight holds 7e\+04, more than a float16 can"):
+        convert_gguf(tmp_path / "m.gguf", tmp_path / "hf", torch.float16)
+    convert_gguf(tmp_path / "m.gguf", tmp_path / "hf", torch.bfloat16)
+
+
 def sentencepiece(folder: Path, vocab_size: int = 320) -> SentencePieceProcessor:
     """Trains a model as LLaMA's is: BPE, bytes for what is in no piece, texts as they are."""
     corpus = folder / "corpus.txt"

