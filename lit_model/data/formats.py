@@ -19,7 +19,6 @@ from lit_model.files import refuse_pointer
 WANTED = ".json, .jsonl, .ndjson, .csv, .tsv or .txt (all also as .gz), .parquet, or owner/name of the Hub"
 ONE_A_LINE = "; a file of one object a line is a .jsonl file"
 PIECE = 2000  # fewest characters of a piece of a .txt file
-MAX_BYTES = 8 * 2**30  # in a compressed file
 BATCH = 256  # rows of a parquet file that are read at a time
 Values = Iterator[tuple[str, Any]]  # (where it stands in the file, the value)
 
@@ -72,45 +71,29 @@ def _ending(path: Path) -> str:
 
 def _lines(path: Path) -> Iterator[str]:
     """Lines of a text, with their ends."""
-    opened, fault = _opener(path), None
+    opened = gzip.open if path.suffix.lower() == ".gz" else open
     with opened(path, "rb") as file:
         is_utf16 = file.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
-    with opened(path, "rt", encoding="utf-16" if is_utf16 else "utf-8-sig", newline="") as file:
-        try:
+    try:
+        with opened(path, "rt", encoding="utf-16" if is_utf16 else "utf-8-sig", newline="") as file:
             for line in file:
                 if "\0" in line:
-                    fault = "it holds zero bytes"
-                    break
+                    raise UnicodeError("it holds zero bytes")
                 yield line
-        except UnicodeError as e:
-            fault = getattr(e, "reason", e)
-    if fault:
-        raise ValueError(f"{path} is not text in UTF-8 or UTF-16 ({fault}): save it as UTF-8")
-
-
-def _opener(path: Path) -> Callable:
-    """`open`; of a compressed file `gzip.open`, once it is known to be whole and not too large."""
-    if path.suffix.lower() != ".gz":
-        return open
-    size = 0
-    with gzip.open(path) as file:
-        while size <= MAX_BYTES and (part := file.read(2**20)):
-            size += len(part)
-    if size > MAX_BYTES:
-        raise ValueError(f"{path} holds more than {MAX_BYTES:,} bytes: cut it into several files")
-    return gzip.open
+    except UnicodeError as e:
+        fault = f"is not text in UTF-8 or UTF-16 ({getattr(e, 'reason', e)}): save it as UTF-8"
+        raise ValueError(f"{path} {fault}") from None
 
 
 def _json_list(path: Path) -> Values:
     try:
         values = json.loads("".join(_lines(path)))
-        fault = None if isinstance(values, list) else f"{path} holds no list of rows{ONE_A_LINE}"
     except json.JSONDecodeError as e:
         hint = ONE_A_LINE if e.msg == "Extra data" else ""
-        fault = f"{path}, line {e.lineno}: not JSON ({e.msg} at column {e.colno}{hint})"
-    if fault:
-        raise ValueError(fault)
-    for number, value in enumerate(_drained(values), 1):
+        raise ValueError(f"{path}, line {e.lineno}: not JSON ({e.msg} at column {e.colno}{hint})") from None
+    if not isinstance(values, list):
+        raise ValueError(f"{path} holds no list of rows{ONE_A_LINE}")
+    for number, value in enumerate(values, 1):
         yield f"row {number}", value
 
 
@@ -130,34 +113,22 @@ def _table(path: Path) -> Values:
     lines = _lines(path)
     first = next(lines, "")
     delimiter = "\t" if _ending(path) == ".tsv" else max(",;\t", key=first.count)
-    usual_limit = csv.field_size_limit(2**31 - 1)  # a text may be long
-    try:
-        records = _records(path, csv.reader(chain([first], lines), delimiter=delimiter, strict=True))
-    finally:
-        csv.field_size_limit(usual_limit)
-    return _drained(records)
-
-
-def _records(path: Path, reader: Any) -> list[tuple[str, Any]]:
-    names, records = [], []
+    csv.field_size_limit(2**31 - 1)  # a text may be long
+    rows = csv.DictReader(chain([first], lines), delimiter=delimiter, strict=True)
+    rows.fieldnames = [name.strip() for name in rows.fieldnames or []]
     while True:
-        place = f"line {reader.line_num + 1}"
+        place = f"line {rows.reader.line_num + 1}"
         try:
-            texts = next(reader)
-        except StopIteration:
-            return records
+            row = next(rows, None)
         except csv.Error as e:
             if "unexpected end" in str(e):  # the rows behind the quote are lost with it
                 raise ValueError(f"{path}, {place}: not CSV (a quote is opened and never closed)") from None
-            records.append((place, Unusable("not CSV", str(e))))
-            continue
-        if not names:
-            names = [name.strip() for name in texts]
-        elif len(texts) > len(names):
-            why = "it has more fields than the first line has names"
-            records.append((place, Unusable(why, "put quotes around texts with commas")))
-        elif texts:
-            records.append((place, dict(zip(names, texts))))
+            row = Unusable("not CSV", str(e))
+        if row is None:
+            return
+        if not isinstance(row, Unusable) and None in row:
+            row = Unusable("it has more fields than the first line has names", "put quotes around texts with commas")
+        yield place, row
 
 
 def _pieces(path: Path) -> Values:
@@ -187,13 +158,6 @@ def _without_nulls(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _without_nulls(inner) for key, inner in value.items() if inner is not None}
     return [_without_nulls(inner) for inner in value] if isinstance(value, list) else value
-
-
-def _drained(values: list) -> Iterator[Any]:
-    """The values in order. None is kept, so that rows can be made of them in the same memory."""
-    values.reverse()
-    while values:
-        yield values.pop()
 
 
 READERS: dict[str, Callable[[Path], Values]] = {
