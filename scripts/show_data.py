@@ -3,7 +3,8 @@
     python scripts/show_data.py --data data/alpaca_en_demo.json --n 3
     python scripts/show_data.py --checkpoint_dir CHECKPOINT --data chats.jsonl --format jsonl
 
-Rows stand in the order of the file. A summary follows: which rows are left out, and why, and how many tokens there are.
+Rows stand in the order of the file. Lines around the examples say how many rows are left out or cut, and why, and how
+many tokens there are.
 """
 
 import json
@@ -14,9 +15,9 @@ from pathlib import Path
 from typing import Literal
 
 from lit_model.cli import cli
-from lit_model.data.dataset import examples_of, style_of
-from lit_model.data.examples import CUT, ExampleOptions, marked, parts, validate_options
-from lit_model.data.rows import Notes, files_of, read_rows
+from lit_model.data.dataset import style_of
+from lit_model.data.examples import ExampleOptions, marked, parts, tokenize, validate_options
+from lit_model.data.rows import files_of, read_rows
 from lit_model.load import load_tokenizer
 from lit_model.weights import demo
 
@@ -49,10 +50,10 @@ def main(options: Options) -> None:
             demo.fetch_demo_data()
         tokenizer = load_tokenizer(options.checkpoint_dir, options.method_dir)
         validate_options(options.examples, tokenizer)
-        notes = Notes(options.examples.strict)
-        rows = [row for path, _ in files_of(options.data) for row in read_rows(path, notes=notes)]
+        strict = options.examples.strict
+        rows = [row for path, _ in files_of(options.data) for row in read_rows(path, strict=strict)]
         style, task = style_of(rows, tokenizer, options.examples, options.head, options.data)
-        examples = examples_of(rows, tokenizer, replace(options.examples, style=style), task, "rows", notes)
+        examples = tokenize(rows, tokenizer, replace(options.examples, style=style), task=task)
     for i, e in enumerate(examples[: options.n], 1):
         pieces = parts(e, tokenizer, task)
         if as_text:
@@ -60,14 +61,12 @@ def main(options: Options) -> None:
         else:
             example = dict(ids=e.ids.tolist(), learned=e.is_learned.tolist(), text="".join(text for text, _ in pieces))
             print(json.dumps(example, ensure_ascii=False))
-    with redirect_stdout(sys.stdout if as_text else sys.stderr):
-        lengths = [len(e.ids) for e in examples]
-        longest = f"the longest has {max(lengths, default=0)}; {notes.counts[CUT]} rows {CUT}"
-        print(
-            f"{notes.seen} rows read, {len(examples)} examples in the style {style!r}: {sum(lengths):,} tokens, "
-            f"{sum(e.n_targets for e in examples):,} of them learned; {longest}"
-        )
-        notes.say(notes.seen, "rows")
+    lengths, n_targets = [len(e.ids) for e in examples], sum(e.n_targets for e in examples)
+    print(
+        f"{len(examples)} examples of {len(rows)} rows in the style {style!r}: {sum(lengths):,} tokens, "
+        f"{n_targets:,} of them learned; the longest has {max(lengths, default=0)}",
+        file=sys.stdout if as_text else sys.stderr,
+    )
 
 
 if __name__ == "__main__":

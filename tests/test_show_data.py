@@ -14,7 +14,7 @@ from generate import base
 from lit_model import model
 from lit_model.data.chat import CHATML, chat_text
 from lit_model.data.examples import ExampleOptions, prompt_ids, tokenize
-from lit_model.data.rows import Notes, Row
+from lit_model.data.rows import Row
 from lit_model.data.tokenizer import Tokenizer
 from lit_model.packing import pack
 from lit_model.weights.folder import save_folder
@@ -98,31 +98,32 @@ def test_one_object_an_example_and_nothing_else(checkpoint, tmp_path, capsys, mo
     assert len(found) == 3 and all(len(e["ids"]) == len(e["learned"]) for e in found)
     for e in found:
         assert e["text"] == tokenizer.decode(e["ids"], special=True) and {*e["learned"]} == {True, False}
-    assert "5 rows read, 3 examples in the style 'chat'" in err and "1 of 5 rows left out: messages is no list" in err
-    assert "not read: reasoning_content (of 2 rows)" in err and f"(first: {tmp_path}/a.jsonl, line 3)" in err
+    assert "3 examples of 4 rows in the style 'chat'" in err and "1 of 5 rows left out: messages is no list" in err
+    assert "not read: reasoning_content (of 2 rows)" in err and f"(first: {tmp_path}/a.jsonl, line 3: " in err
     said = say(show_data, capsys, monkeypatch, args + " --examples.max_length 30")
     assert "--- example 1: 26 tokens, 3 learned" in said and "[[river<|im_end|>]]" in said
-    assert "2 rows cut to examples.max_length" in said
+    assert "2 of 4 rows cut to examples.max_length" in said
     says = fail(show_data, capsys, monkeypatch, args + " --examples.strict")
     assert says == f"error: {tmp_path}/a.jsonl, line 3: messages is no list of objects (it is 7)"
 
 
-def test_a_conversation_that_the_template_refuses_is_left_out(checkpoint, tmp_path):
+def test_a_conversation_that_the_template_refuses_is_left_out(checkpoint, tmp_path, capsys):
     template = "{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}" + CHATML
-    tokenizer, notes = checkpoint(template), Notes()
+    tokenizer = checkpoint(template)
     rows = [Row(messages=[turn("system", "a"), *CHATS[0]["messages"]]), Row(CHATS[0])]
     rows[0].place = "a.jsonl, line 1"
-    assert len(tokenize(rows, tokenizer, ExampleOptions(max_length=500), notes=notes)) == 1
-    assert notes.counts == {"left out: their conversation cannot be rendered": 1}
+    assert len(tokenize(rows, tokenizer, ExampleOptions(max_length=500))) == 1
+    says = "1 of 2 rows left out: their conversation cannot be rendered (first: a.jsonl, line 1: the checkpoint's chat"
+    assert says in capsys.readouterr().out
     with pytest.raises(ValueError, match="a.jsonl, line 1: .*no system role"):
         tokenize(rows, tokenizer, ExampleOptions(strict=True))
 
 
-def test_a_turn_that_is_asked_otherwise_than_it_is_written_is_named(checkpoint):
+def test_a_turn_that_is_asked_otherwise_than_it_is_written_is_named(checkpoint, capsys):
     asks = CHATML.replace("assistant\n{% endif %}", "assistant\n<think>\n{% endif %}")
-    tokenizer, notes = checkpoint(asks), Notes()
-    (e,) = tokenize([Row(CHATS[0])], tokenizer, ExampleOptions(max_length=500), notes=notes)
-    assert r"with a turn that the template asks for with '<think>\n', and writes without it" in notes.counts
+    tokenizer = checkpoint(asks)
+    (e,) = tokenize([Row(CHATS[0])], tokenizer, ExampleOptions(max_length=500))
+    assert r"with a turn that the template asks for with '<think>\n', and writes without it" in capsys.readouterr().out
     assert tokenizer.decode(e.ids[e.first_target :][: e.learned.argmin()], special=True) == "river<|im_end|>"
 
 

@@ -22,7 +22,6 @@ from tokenizers import (
 from transformers import AutoTokenizer
 
 from lit_model.data.examples import ExampleOptions, tokenize
-from lit_model.data.rows import Notes
 from lit_model.data.tokenizer import Tokenizer
 
 TRL = "trl==1.16.0"  # Apache-2.0; its templates are read, and nothing of it is installed
@@ -135,7 +134,7 @@ def test_ids_equal_transformers(folder, templates):
         ours.chat_template = template
         for kind, chat in CHATS.items():
             row = {"messages": chat} | ({"tools": [TOOL]} if kind == "tools" else {})
-            examples = tokenize([row], ours, OPTIONS, notes=Notes())
+            examples = tokenize([row], ours, OPTIONS)
 
             def rendered(n: int, asks: bool, ids: bool, chat=chat, row=row, template=template) -> list[int] | str:
                 more = dict(tools=row.get("tools"), add_generation_prompt=asks, return_dict=False, tokenize=ids)

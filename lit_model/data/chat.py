@@ -129,7 +129,8 @@ class Watched(dict):
         return super().items()
 
     def unread(self) -> set[str]:
-        return self.keys() - self._read - {"thinking"}
+        """Nothing of a message behind the last turn that is learned, which is not rendered."""
+        return self.keys() - self._read - {"thinking"} if self._read else set()
 
 
 class _Sandbox(ImmutableSandboxedEnvironment):

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from lit_model.data.examples import ExampleOptions, conversation_style, tokenize, validate_style
-from lit_model.data.rows import Notes, Row, files_of, read_rows, row_key, split_rows, weighted
+from lit_model.data.rows import Row, files_of, read_rows, row_key, split_rows, weighted
 from lit_model.data.tokenizer import Tokenizer
 from lit_model.files import reading
 from lit_model.packing import Example
@@ -48,34 +48,19 @@ def read_dataset(
     Raises:
         FileNotFoundError or ValueError: a file that is not there, or no such data.
     """
-    notes, files = Notes(options.strict), files_of(data)
-    val = read_rows(val_data, notes=notes) if val_data else []
-    parts = [read_rows(path, notes=notes) for path, _ in files]
-    notes.say(notes.seen, "rows")
+    files = files_of(data)
+    val = read_rows(val_data, strict=options.strict) if val_data else []
+    parts = [read_rows(path, strict=options.strict) for path, _ in files]
     names = ", ".join(str(path) for path, _ in files)
     style, task = style_of([*val, *(row for part in parts for row in part)], tokenizer, options, head, names)
     train, val = _split(parts, [weight for _, weight in files], val, options.val_fraction, seed)
     options, both = replace(options, style=style), []
     for part, name in ((train[:limit], "training rows"), (val, "validation rows")):
-        notes = Notes(options.strict)
-        made = examples_of(part, tokenizer, options, task, name, notes)
-        notes.say(len(part), name)
+        made = tokenize(part, tokenizer, options, name, task)
         if not made and (part or name == "training rows"):
-            first = f", the first because of {notes.fault}" if notes.fault else ""
-            raise ValueError(f"{names}: none of the {len(part)} {name} is left to learn from{first}")
+            raise ValueError(f"{names}: none of the {len(part)} {name} is left to learn from")
         both.append(made)
     return Dataset(*both, task, style)
-
-
-def examples_of(
-    rows: Sequence[Row], tokenizer: Tokenizer, options: ExampleOptions, task: "Task | None", name: str, notes: Notes
-) -> list[Example]:
-    """Examples of rows, in order, in the style and for the task that `style_of` has found."""
-    if task is None:
-        return tokenize(rows, tokenizer, options, name, notes)
-    from lit_model.data.labels import examples
-
-    return examples(rows, tokenizer, options, task, notes=notes)
 
 
 def style_of(

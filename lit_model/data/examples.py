@@ -131,26 +131,33 @@ class Text:
 
 
 def tokenize(
-    rows: Sequence[Row], tokenizer: Tokenizer, options: ExampleOptions, name: str = "rows", notes: Notes | None = None
+    rows: Sequence[Row],
+    tokenizer: Tokenizer,
+    options: ExampleOptions,
+    name: str = "rows",
+    task: "Task | None" = None,
 ) -> list[Example]:
-    """Token examples of `rows`, in order. Rows with an empty response, those whose prompt leaves no room for a response
-    within `max_length`, and those that the checkpoint's template refuses are left out. `notes` takes what is to be
-    said of them; without it, that is printed."""
-    said, examples, before = notes or Notes(options.strict), [], None
+    """Token examples of `rows`, in order; with a task they all have text and label. Rows with an empty response, those
+    whose prompt leaves no room for a response within `max_length`, and those that the checkpoint's template refuses are
+    left out, and lines say how many, and why the first."""
+    if task:
+        from lit_model.data.labels import examples
+
+        return examples(rows, tokenizer, options, task)
+    notes, found, before = Notes(options.strict), [], None
     with tqdm(total=len(rows), desc=f"tokenizing {len(rows)} {name}", leave=False) as bar:
         for start in range(0, len(rows), BATCH):
             batch = rows[start : start + BATCH]
-            texts = [text for row in batch for text in _texts(row, tokenizer, options, said)]
+            texts = [text for row in batch for text in _texts(row, tokenizer, options, notes)]
             encoded = tokenizer.encode_with_places([text.text for text in texts])
             for text, (ids, places) in zip(texts, encoded, strict=True):
-                for e in _examples(text, ids, places, tokenizer, options, said):
+                for e in _examples(text, ids, places, tokenizer, options, notes):
                     e.follows = text.follows and before is text.row
-                    examples.append(e)
                     before = text.row
+                    found.append(e)
             bar.update(len(batch))
-    if notes is None:
-        said.say(len(rows), name)
-    return examples
+    notes.say(len(rows), name)
+    return found
 
 
 def _texts(row: Row, tokenizer: Tokenizer, options: ExampleOptions, notes: Notes) -> Iterator[Text]:

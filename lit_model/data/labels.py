@@ -79,23 +79,17 @@ def label_ids(task: Task, tokenizer: Tokenizer) -> list[list[int]]:
 
 
 def examples(
-    rows: Sequence[Row],
-    tokenizer: Tokenizer,
-    options: ExampleOptions,
-    task: Task,
-    bos: bool = True,
-    notes: Notes | None = None,
+    rows: Sequence[Row], tokenizer: Tokenizer, options: ExampleOptions, task: Task, bos: bool = True
 ) -> list[Example]:
     """Token examples of rows with text and label, in order. A text that is too long loses its end. With `bos` each
-    begins with the token that texts of this family begin with. `notes` takes how many are cut; without it, that is
-    printed.
+    begins with the token that texts of this family begin with.
 
     Raises ValueError for a label that is not in `task`, or if `options.max_length` leaves no room for a text.
     """
     before, _, after = task.style.replace("\\n", "\n").partition("{text}")
     first, labels = tokenizer.bos if bos else [], label_ids(task, tokenizer)
     number = {name: i for i, name in enumerate(task.classes)}
-    said, examples = notes or Notes(), []
+    notes, examples = Notes(), []
     for start in range(0, len(rows), BATCH):
         batch = rows[start : start + BATCH]
         texts = [before + row["text"].strip() for row in batch]
@@ -109,11 +103,10 @@ def examples(
                 what = f"examples.max_length {options.max_length} leaves no room for a text beside {task.style!r}"
                 raise ValueError(what)
             if n > room:
-                said.add(CUT, place(row))
+                notes.add(CUT, place(row))
             prompt = [*first, *ids[: min(n, room)], *ids[n:]]
             examples.append(Example(np.array(prompt + labels[number[row["label"]]], dtype=np.int32), len(prompt)))
-    if notes is None:
-        said.say(len(rows), "rows")
+    notes.say(len(rows), "rows")
     return examples
 
 

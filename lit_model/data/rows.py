@@ -17,7 +17,7 @@ import json
 import re
 import reprlib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,18 +37,10 @@ KINDS = {  # what a row must have, the first that fits: what is read of it
 KEYS = {key for needed in KINDS for key in needed}
 NEEDS = "a row needs instruction and output, or messages, or prompt and completion, or text and label, or text"
 ROLES = {  # in files: as they are returned
-    "user": "user",
-    "human": "user",
-    "assistant": "assistant",
-    "gpt": "assistant",
-    "chatgpt": "assistant",
-    "model": "assistant",
-    "function_call": "assistant",
-    "system": "system",
-    "developer": "system",
-    "tool": "tool",
-    "function": "tool",
-    "observation": "tool",
+    **dict.fromkeys(("user", "human"), "user"),
+    **dict.fromkeys(("assistant", "gpt", "chatgpt", "model", "function_call"), "assistant"),
+    **dict.fromkeys(("system", "developer"), "system"),
+    **dict.fromkeys(("tool", "function", "observation"), "tool"),
 }
 
 
@@ -64,7 +56,7 @@ def place(row: dict) -> str:
 
 
 class Notes:
-    """What is to be said about rows: each reason once, with the number of its rows and the place of the first.
+    """What is to be said about rows: each reason once, with the number of its rows and the first of them.
 
     strict: a row that cannot be used raises ValueError, instead of being left out and counted.
     """
@@ -72,34 +64,31 @@ class Notes:
     def __init__(self, strict: bool = False) -> None:
         self.strict = strict
         self.seen = 0  # rows in the files, used or not
-        self.fault = ""  # why the first row that was left out cannot be used, and where it is
         self.counts: Counter[str] = Counter()
-        self.places: dict[str, str] = {}
+        self.first: dict[str, str] = {}
         self.unread: Counter[str] = Counter()  # keys of rows and messages that nobody reads
 
-    def add(self, what: str, place: str = "") -> None:
+    def add(self, what: str, first: str = "") -> None:
         self.counts[what] += 1
-        self.places.setdefault(what, place)
+        self.first.setdefault(what, first)
 
     def leave_out(self, why: str, place: str, details: object = "") -> None:
-        self.fault = self.fault or f"{place}: {details or why}"
         if self.strict:
-            raise ValueError(self.fault)
-        self.add(f"left out: {why}", place)
+            raise ValueError(f"{place}: {details or why}")
+        self.add(f"left out: {why}", f"{place}: {details}" if details else place)
 
-    def add_unread(self, keys: Sequence[str], place: str) -> None:
-        if keys:
-            self.unread.update(keys)
-            self.places.setdefault("not read", place)
+    def add_unread(self, keys: Iterable[str], place: str) -> None:
+        for key in keys:
+            self.unread[key] += 1
+            self.first.setdefault("not read", place)
 
     def say(self, of: int, name: str) -> None:
         """Prints a line for each reason. `of`: number of all rows; `name`: what they are called."""
         for what, n in self.counts.items():
-            first = f" (first: {self.places[what]})" if self.places[what] else ""
-            print(f"{n} of {of} {name} {what}{first}")
+            print(f"{n} of {of} {name} {what}" + (f" (first: {self.first[what]})" if self.first[what] else ""))
         if self.unread:
             keys = ", ".join(f"{key} (of {n} {name})" for key, n in self.unread.items())
-            print(f"not read: {keys}; first: {self.places['not read']}")
+            print(f"not read: {keys}; first: {self.first['not read']}")
 
 
 def read_rows(path: Path | str, notes: Notes | None = None, strict: bool = False) -> list[Row]:
@@ -129,7 +118,7 @@ def read_rows(path: Path | str, notes: Notes | None = None, strict: bool = False
                     rows[-1].place = at
                     said.add_unread(unread, at)
     if not rows:
-        raise ValueError(said.fault or f"{path} holds no row")
+        raise ValueError(next(iter(said.first.values()), f"{path} holds no row"))
     if notes is None:
         said.say(said.seen, "rows")
     return rows

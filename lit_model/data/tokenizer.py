@@ -13,7 +13,6 @@ from lit_model.files import read_json, reading
 from lit_model.weights.folder import tokenizer_files
 
 TURN_ENDS = ("<|im_end|>", "<|eot_id|>", "<end_of_turn>", "<|end|>")  # of ChatML, LLaMA 3, Gemma, Phi
-ENDS_STATED_IN = ("generation_config.json", "config.json")
 
 
 class Tokenizer:
@@ -42,7 +41,10 @@ class Tokenizer:
                 self._hf = _of_sentencepiece(folder, config)
         else:
             raise FileNotFoundError(f"{folder} has neither tokenizer.json nor tokenizer.model")
-        ends = {name: _listed(_fields(folder / name).get("eos_token_id")) for name in ENDS_STATED_IN}
+        ends = {
+            name: _fields(folder / name).get("eos_token_id", []) for name in ("generation_config.json", "config.json")
+        }
+        ends = {name: ids if isinstance(ids, list) else [ids] for name, ids in ends.items()}
         with reading(folder / "tokenizer_config.json"):
             self.chat_template = _chat_template(folder, config)
             bos, eos = (self._id(config.get(f"{kind}_token")) for kind in ("bos", "eos"))
@@ -59,9 +61,8 @@ class Tokenizer:
             with reading(folder / name):
                 self.stop_ids += [int(i) for i in ids]
         self.stop_ids = list(dict.fromkeys(self.stop_ids))
-        self.turn_ends = [
-            self._hf.id_to_token(i) for i in self.stop_ids if i == eos or i in self._hf.get_added_tokens_decoder()
-        ]
+        added = {eos, *self._hf.get_added_tokens_decoder()}
+        self.turn_ends = [self._hf.id_to_token(i) for i in self.stop_ids if i in added]
 
     def _id(self, token: str | dict | None) -> int | None:
         token = token["content"] if isinstance(token, dict) else token  # an AddedToken, written out
@@ -96,11 +97,6 @@ class Tokenizer:
         """Ids of what stands behind `before` in one text: LLaMA's tokenizers put a space in front of what begins."""
         ((ids, places),) = self.encode_with_places([before + text])
         return ids[places >= len(before)].tolist()
-
-    def special_ids(self, texts: Sequence[str]) -> list[int]:
-        """Ids of those texts that are special tokens, which no decoded text holds."""
-        special = {token.content: i for i, token in self._hf.get_added_tokens_decoder().items() if token.special}
-        return [special[text] for text in texts if text in special]
 
     def decode(self, ids: Sequence[int], special: bool = False) -> str:
         """Text of the ids, without special tokens unless these are wanted."""
@@ -145,10 +141,6 @@ def _of_sentencepiece(folder: Path, config: dict[str, Any]) -> HFTokenizer:
 def _fields(path: Path) -> dict[str, Any]:
     """The fields of a file that may be missing, without those that are null."""
     return {key: value for key, value in read_json(path).items() if value is not None} if path.is_file() else {}
-
-
-def _listed(ids: Any) -> list[Any]:
-    return ids if isinstance(ids, list) else [] if ids is None else [ids]
 
 
 def _chat_template(folder: Path, config: dict[str, Any]) -> str | None:
