@@ -83,7 +83,7 @@ class RunOptions:
     checkpoint_dir: Path = may_differ(demo.DEMO_CHECKPOINT)
     """Hugging Face folder of the base network; default: the demo's SmolLM2-135M-Instruct, fetched once"""
     data: str = may_differ(str(demo.DEMO_DATA))
-    """file of rows with instruction, input and output, or of another kind (docs/finetune.md): .json, .jsonl, .csv,
+    """file of rows with instruction, input and output, or of another kind (docs/data.md): .json, .jsonl, .csv,
     .tsv or .txt, also as .gz, or .parquet; or owner/name on the Hub; several with weights: a.json,b.json:0.5; default:
     999 Alpaca rows, fetched once"""
     val_data: Path | None = may_differ(None)
