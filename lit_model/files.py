@@ -130,10 +130,7 @@ def copy_file(source: Path, target: Path) -> None:
 
 
 def stream_tensors(
-    path: Path,
-    tensors: Iterable[tuple[str, Tensor]],
-    shapes: Mapping[str, Sequence[int]],
-    metadata: Mapping[str, str],
+    path: Path, tensors: Iterable[tuple[str, Tensor]], shapes: Mapping[str, Sequence[int]], metadata: Mapping[str, str]
 ) -> None:
     """Writes a safetensors file in one step, one tensor after the other as they come, so that no two need be in memory.
 

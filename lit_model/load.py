@@ -146,11 +146,7 @@ def install_saved(gpt: GPT, method_dir: Path | str, base: Folder) -> list[str]:
 
 
 def load_base(
-    gpt: GPT,
-    base: Folder,
-    dtype: torch.dtype | None,
-    device: torch.device | str = "cpu",
-    quantize: str = "none",
+    gpt: GPT, base: Folder, dtype: torch.dtype | None, device: torch.device | str = "cpu", quantize: str = "none"
 ) -> None:
     """Puts weights in the place of those on the meta device, without a second copy in memory: a CPU tensor of the
     stored dtype is the memory-mapped file itself. What a method has added is initialised as its file says.

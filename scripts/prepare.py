@@ -30,10 +30,7 @@ SETS = {  # name: its file here, where it comes from
         "dolly.json",
         "https://huggingface.co/datasets/databricks/databricks-dolly-15k/resolve/main/databricks-dolly-15k.jsonl",
     ),
-    "text": (
-        "text.txt",
-        "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt",
-    ),
+    "text": ("text.txt", "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"),
 }
 
 

@@ -24,7 +24,7 @@ SCRIPTS = files(ROOT, "scripts")
     "what, count, most",
     [
         # the plan was 6,500; the redesign went from 8,134 to 7,300, and reading what people have may add 500
-        ("lines of lit_model, finetune and generate", lambda: n_lines(LIBRARY), 7800),
+        ("lines of lit_model, finetune and generate", lambda: n_lines(LIBRARY), 7900),
         ("lines of scripts", lambda: n_lines(SCRIPTS), 1800),
         ("lines of the core list", lambda: n_lines([ROOT / name for name in CORE if (ROOT / name).exists()]), 1350),
         ("lines of model.py", lambda: n_lines([ROOT / "lit_model/model.py"]), 400),

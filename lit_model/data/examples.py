@@ -131,11 +131,7 @@ class Text:
 
 
 def tokenize(
-    rows: Sequence[Row],
-    tokenizer: Tokenizer,
-    options: ExampleOptions,
-    name: str = "rows",
-    task: "Task | None" = None,
+    rows: Sequence[Row], tokenizer: Tokenizer, options: ExampleOptions, name: str = "rows", task: "Task | None" = None
 ) -> list[Example]:
     """Token examples of `rows`, in order; with a task they all have text and label. Rows with an empty response, those
     whose prompt leaves no room for a response within `max_length`, and those that the checkpoint's template refuses are
