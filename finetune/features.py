@@ -19,8 +19,8 @@ from tqdm import tqdm
 from lit_model import load
 from lit_model.cli import choose_device, choose_dtype, cli
 from lit_model.data import labels
+from lit_model.data.dataset import read_dataset
 from lit_model.data.examples import ExampleOptions
-from lit_model.data.rows import read_rows, split_rows
 from lit_model.data.tokenizer import Tokenizer
 from lit_model.files import reading, refuse_used
 from lit_model.model import GPT
@@ -58,9 +58,6 @@ class Options:
 
 
 def main(options: Options) -> None:
-    rows = read_rows(options.data, strict=options.examples.strict)
-    if not all("label" in row for row in rows):
-        raise ValueError(f"{options.data} has rows without text and label")
     if not options.overwrite:
         refuse_used(options.out_dir)
     module, _, name = options.classifier.rpartition(".")
@@ -68,23 +65,22 @@ def main(options: Options) -> None:
         classifier = getattr(import_module(module), name)(**dict(max_iter=2000) if "Logistic" in name else {})
     fetch_if_demo(options.checkpoint_dir)
     tokenizer = Tokenizer(options.checkpoint_dir)
-    task = labels.task_of(rows, "linear", options.examples.style)
+    more = dict(head="linear", seed=options.seed, limit=options.max_examples)
+    data = read_dataset(options.data, tokenizer, options.examples, **more)
+    classes = np.array(data.task.classes)
     device = choose_device(options.device)
     gpt = load(options.checkpoint_dir, None, device, choose_dtype(options.dtype, device))
-    parts = dict(zip(("train", "val"), split_rows(rows, options.examples.val_fraction, options.seed)))
-    parts["train"] = parts["train"][: options.max_examples]
-    arrays = {}
-    for part, of_part in parts.items():
-        examples = labels.examples(of_part, tokenizer, options.examples, task)
+    parts, arrays = {"train": data.train, "val": data.val}, {}
+    for part, examples in parts.items():
         arrays[f"{part}_features"] = features(gpt, examples, options.pool, options.row_tokens, part)
-        arrays[f"{part}_labels"] = np.array([row["label"] for row in of_part])
+        arrays[f"{part}_labels"] = classes[[e.ids[-1] for e in examples]]
     options.out_dir.mkdir(parents=True, exist_ok=True)
     np.savez(options.out_dir / "features.npz", **arrays)
     classifier.fit(arrays["train_features"], arrays["train_labels"])
     (options.out_dir / "classifier.pickle").write_bytes(pickle.dumps(classifier))
     for part in parts:
         predicted = classifier.predict(arrays[f"{part}_features"]).tolist()
-        verdict = labels.verdict(arrays[f"{part}_labels"].tolist(), predicted, task.classes)
+        verdict = labels.verdict(arrays[f"{part}_labels"].tolist(), predicted, data.task.classes)
         print(f"{part}: {verdict}")
     verdict.draw(options.out_dir / "confusion.png")
     print(f"saved {options.out_dir}/: features.npz, classifier.pickle, confusion.png")

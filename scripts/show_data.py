@@ -3,10 +3,11 @@
     python scripts/show_data.py --data data/alpaca_en_demo.json --n 3
     python scripts/show_data.py --checkpoint_dir CHECKPOINT --data chats.jsonl --format jsonl
 
-Rows stand in the order of the file. Lines around the examples say how many rows are left out or cut, and why, and how
-many tokens there are.
+Rows stand in the order of the file. The lines behind the examples say how many tokens there are, how many rows are left
+out or cut, and why.
 """
 
+import io
 import json
 import sys
 from contextlib import redirect_stdout
@@ -43,13 +44,15 @@ class Options:
 
 
 def main(options: Options) -> None:
-    as_text = options.format == "text"
-    with redirect_stdout(sys.stdout if as_text else sys.stderr):
+    as_text, said = options.format == "text", io.StringIO()
+    summary = sys.stdout if as_text else sys.stderr
+    with redirect_stdout(summary):
         demo.fetch_if_demo(options.checkpoint_dir)
         if Path(options.data).absolute() == demo.DEMO_DATA:
             demo.fetch_demo_data()
-        tokenizer = load_tokenizer(options.checkpoint_dir, options.method_dir)
-        validate_options(options.examples, tokenizer)
+    tokenizer = load_tokenizer(options.checkpoint_dir, options.method_dir)
+    validate_options(options.examples, tokenizer)
+    with redirect_stdout(said):
         strict = options.examples.strict
         rows = [row for path, _ in files_of(options.data) for row in read_rows(path, strict=strict)]
         style, task = style_of(rows, tokenizer, options.examples, options.head, options.data)
@@ -62,11 +65,9 @@ def main(options: Options) -> None:
             example = dict(ids=e.ids.tolist(), learned=e.is_learned.tolist(), text="".join(text for text, _ in pieces))
             print(json.dumps(example, ensure_ascii=False))
     lengths, n_targets = [len(e.ids) for e in examples], sum(e.n_targets for e in examples)
-    print(
-        f"{len(examples)} examples of {len(rows)} rows in the style {style!r}: {sum(lengths):,} tokens, "
-        f"{n_targets:,} of them learned; the longest has {max(lengths, default=0)}",
-        file=sys.stdout if as_text else sys.stderr,
-    )
+    tokens = f"{sum(lengths):,} tokens, {n_targets:,} of them learned; the longest has {max(lengths, default=0)}"
+    print(f"{len(rows)} rows read, {len(examples)} examples in the style {style!r}: {tokens}", file=summary)
+    print(said.getvalue(), end="", file=summary)  # what is left out, cut or not read
 
 
 if __name__ == "__main__":

@@ -98,7 +98,7 @@ def test_one_object_an_example_and_nothing_else(checkpoint, tmp_path, capsys, mo
     assert len(found) == 3 and all(len(e["ids"]) == len(e["learned"]) for e in found)
     for e in found:
         assert e["text"] == tokenizer.decode(e["ids"], special=True) and {*e["learned"]} == {True, False}
-    assert "3 examples of 4 rows in the style 'chat'" in err and "1 of 5 rows left out: messages is no list" in err
+    assert "4 rows read, 3 examples in the style 'chat'" in err and "1 of 5 rows left out: messages is no list" in err
     assert "not read: reasoning_content (of 2 rows)" in err and f"(first: {tmp_path}/a.jsonl, line 3: " in err
     said = say(show_data, capsys, monkeypatch, args + " --examples.max_length 30")
     assert "--- example 1: 26 tokens, 3 learned" in said and "[[river<|im_end|>]]" in said

@@ -124,10 +124,6 @@ class Watched(dict):
     def get(self, key: str, default: Any = None) -> Any:
         return self[key] if key in self else default
 
-    def items(self) -> Any:
-        self._read.update(self)
-        return super().items()
-
     def unread(self) -> set[str]:
         """Nothing of a message behind the last turn that is learned, which is not rendered."""
         return self.keys() - self._read - {"thinking"} if self._read else set()
