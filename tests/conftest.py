@@ -18,6 +18,7 @@ if not torch.cuda.is_available():  # before Triton is imported
 
 from lit_model import families, model
 from lit_model.cli import cli
+from lit_model.data.tokenizer import Tokenizer as OurTokenizer
 from lit_model.weights.folder import save_folder, tokenizer_files
 
 
@@ -92,6 +93,23 @@ def tiny(tmp_path_factory, rows):
     gpt = model.GPT(model.Config(**{**LLAMA, "vocab_size": 400, "block_size": 512}))
     save_folder(base, gpt.config, gpt.state_dict(), tokenizer_files(base))
     return folder
+
+
+@pytest.fixture
+def chat_checkpoint(tiny, tmp_path):
+    """A call makes a checkpoint folder with a chat template."""
+
+    def make(template: str) -> OurTokenizer:
+        folder = tmp_path / "model"
+        tokenizer = OurTokenizer(tiny / "base")
+        tokenizer._hf.add_special_tokens(["<|im_start|>", "<|im_end|>", "<think>", "</think>"])
+        gpt = model.GPT(model.Config(**{**LLAMA, "vocab_size": 410, "block_size": 512}))
+        stated = dict(bos_token="<bos>", eos_token="<|im_end|>", chat_template=template)
+        files = tokenizer.files() | {"tokenizer_config.json": json.dumps(stated).encode()}
+        save_folder(folder, gpt.config, gpt.state_dict(), files)
+        return OurTokenizer(folder)
+
+    return make
 
 
 @pytest.fixture

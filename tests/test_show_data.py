@@ -7,17 +7,14 @@ import sys
 from datetime import datetime, timedelta
 
 import pytest
-from conftest import LLAMA, ROOT, fail, say
+from conftest import ROOT, fail, say
 
 from finetune import lora
 from generate import base
-from lit_model import model
 from lit_model.data.chat import CHATML, chat_text
 from lit_model.data.examples import ExampleOptions, prompt_ids, tokenize
 from lit_model.data.rows import Row
-from lit_model.data.tokenizer import Tokenizer
 from lit_model.packing import pack
-from lit_model.weights.folder import save_folder
 from scripts import show_data
 
 THINKING = (  # as Qwen 3's: earlier turns lose their thinking
@@ -26,28 +23,10 @@ THINKING = (  # as Qwen 3's: earlier turns lose their thinking
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 DATED = "{{ strftime_now('%d %b %Y') }}\n" + CHATML
-ENDS = ("<|im_start|>", "<|im_end|>", "<think>", "</think>")
 
 
 def turn(role: str, content: str, **more: object) -> dict:
     return {"role": role, "content": content, **more}
-
-
-@pytest.fixture
-def checkpoint(tiny, tmp_path):
-    """A call makes a checkpoint folder with a chat template."""
-
-    def make(template: str) -> Tokenizer:
-        folder = tmp_path / "model"
-        tokenizer = Tokenizer(tiny / "base")
-        tokenizer._hf.add_special_tokens([*ENDS])
-        gpt = model.GPT(model.Config(**{**LLAMA, "vocab_size": 410, "block_size": 512}))
-        stated = dict(bos_token="<bos>", eos_token="<|im_end|>", chat_template=template)
-        files = tokenizer.files() | {"tokenizer_config.json": json.dumps(stated).encode()}
-        save_folder(folder, gpt.config, gpt.state_dict(), files)
-        return Tokenizer(folder)
-
-    return make
 
 
 def write(path, rows: list[dict]) -> None:
@@ -62,9 +41,9 @@ CHATS = [
 ]  # fmt: skip
 
 
-def test_each_turn_is_trained_as_it_will_be_asked(checkpoint, tmp_path, capsys, monkeypatch):
+def test_each_turn_is_trained_as_it_will_be_asked(chat_checkpoint, tmp_path, capsys, monkeypatch):
     """A template that renders earlier turns otherwise than the last one, as Qwen 3's."""
-    tokenizer = checkpoint(THINKING)
+    tokenizer = chat_checkpoint(THINKING)
     examples = tokenize([Row(chat) for chat in CHATS], tokenizer, ExampleOptions(max_length=500))
     assert [e.follows for e in examples] == [False, True, True] * len(CHATS)
     for e, i in zip(examples, (1, 3, 5)):
@@ -86,8 +65,8 @@ def test_each_turn_is_trained_as_it_will_be_asked(checkpoint, tmp_path, capsys, 
     assert "[[<think>\nhm\n</think>\n\nriver<|im_end|>]]" in said  # the first example
 
 
-def test_one_object_an_example_and_nothing_else(checkpoint, tmp_path, capsys, monkeypatch):
-    tokenizer = checkpoint(CHATML)
+def test_one_object_an_example_and_nothing_else(chat_checkpoint, tmp_path, capsys, monkeypatch):
+    tokenizer = chat_checkpoint(CHATML)
     rows = [*CHATS[:2], {"messages": 7}, {"instruction": "apple", "output": "river"}, {"prompt": "a", "completion": ""}]
     write(tmp_path / "a.jsonl", rows)
     args = f"--checkpoint_dir {tmp_path}/model --data {tmp_path}/a.jsonl --n 99"
@@ -107,9 +86,9 @@ def test_one_object_an_example_and_nothing_else(checkpoint, tmp_path, capsys, mo
     assert says == f"error: {tmp_path}/a.jsonl, line 3: messages is no list of objects (it is 7)"
 
 
-def test_a_conversation_that_the_template_refuses_is_left_out(checkpoint, tmp_path, capsys):
+def test_a_conversation_that_the_template_refuses_is_left_out(chat_checkpoint, tmp_path, capsys):
     template = "{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}" + CHATML
-    tokenizer = checkpoint(template)
+    tokenizer = chat_checkpoint(template)
     rows = [Row(messages=[turn("system", "a"), *CHATS[0]["messages"]]), Row(CHATS[0])]
     rows[0].place = "a.jsonl, line 1"
     assert len(tokenize(rows, tokenizer, ExampleOptions(max_length=500))) == 1
@@ -119,17 +98,17 @@ def test_a_conversation_that_the_template_refuses_is_left_out(checkpoint, tmp_pa
         tokenize(rows, tokenizer, ExampleOptions(strict=True))
 
 
-def test_a_turn_that_is_asked_otherwise_than_it_is_written_is_named(checkpoint, capsys):
+def test_a_turn_that_is_asked_otherwise_than_it_is_written_is_named(chat_checkpoint, capsys):
     asks = CHATML.replace("assistant\n{% endif %}", "assistant\n<think>\n{% endif %}")
-    tokenizer = checkpoint(asks)
+    tokenizer = chat_checkpoint(asks)
     (e,) = tokenize([Row(CHATS[0])], tokenizer, ExampleOptions(max_length=500))
     assert r"with a turn that the template asks for with '<think>\n', and writes without it" in capsys.readouterr().out
     assert tokenizer.decode(e.ids[e.first_target :][: e.learned.argmin()], special=True) == "river<|im_end|>"
 
 
-def test_a_text_that_a_template_has_rendered_begins_and_ends_once(checkpoint, tmp_path, tiny):
+def test_a_text_that_a_template_has_rendered_begins_and_ends_once(chat_checkpoint, tmp_path, tiny):
     text = "<bos><|im_start|>user\napple<|im_end|>\n<|im_start|>assistant\n"
-    tokenizer = checkpoint(CHATML)
+    tokenizer = chat_checkpoint(CHATML)
     tokenizer.bos = [0]
     rows = [dict(text=f"{text}river<|im_end|>"), dict(prompt=text, completion="river<|im_end|>"),
             dict(prompt=text, completion="river")]  # fmt: skip
@@ -154,8 +133,8 @@ def test_a_style_that_leaves_out_or_invents_is_refused(style, says, tiny, tmp_pa
     assert says in capsys.readouterr().err
 
 
-def test_a_terminal_that_lacks_a_character_ends_nothing(checkpoint, tmp_path):
-    checkpoint(CHATML)
+def test_a_terminal_that_lacks_a_character_ends_nothing(chat_checkpoint, tmp_path):
+    chat_checkpoint(CHATML)
     write(tmp_path / "a.jsonl", [dict(text="apple 🙂 日本")])
     command = [
         sys.executable,
@@ -170,8 +149,8 @@ def test_a_terminal_that_lacks_a_character_ends_nothing(checkpoint, tmp_path):
     assert b"apple ? ??" in done.stdout
 
 
-def test_a_run_whose_template_tells_the_date_resumes_after_midnight(checkpoint, tmp_path, capsys, monkeypatch):
-    checkpoint(DATED)
+def test_a_run_whose_template_tells_the_date_resumes_after_midnight(chat_checkpoint, tmp_path, capsys, monkeypatch):
+    chat_checkpoint(DATED)
     write(tmp_path / "chats.jsonl", CHATS)
     args = (
         f"--checkpoint_dir {tmp_path}/model --data {tmp_path}/chats.jsonl --out_dir {tmp_path}/out --devices cpu "
@@ -193,8 +172,8 @@ def test_a_run_whose_template_tells_the_date_resumes_after_midnight(checkpoint, 
     assert f"{tomorrow}\n<|im_start|>user" in say(lora, capsys, monkeypatch, args + " --overwrite")
 
 
-def test_a_system_prompt_and_stops_in_generation(checkpoint, tmp_path, capsys, monkeypatch):
-    tokenizer = checkpoint(CHATML)
+def test_a_system_prompt_and_stops_in_generation(chat_checkpoint, tmp_path, capsys, monkeypatch):
+    tokenizer = chat_checkpoint(CHATML)
     asked = []
     monkeypatch.setattr(
         base, "generate", lambda gpt, ids, n, *sampling: asked.append((list(ids), sampling[3])) or iter(ids)

@@ -9,19 +9,18 @@ import zipfile
 
 import numpy as np
 import pytest
+from conftest import say
 from test_convert import sentencepiece
-from tokenizers import (
-    AddedToken,
-    normalizers,
-    pre_tokenizers,
-    processors,
-)
-from tokenizers import (
-    Tokenizer as HFTokenizer,
-)
+from test_show_data import CHATS as THOUGHTFUL
+from test_show_data import write
+from tokenizers import AddedToken, normalizers, pre_tokenizers, processors
+from tokenizers import Tokenizer as HFTokenizer
 from transformers import AutoTokenizer
 
-from lit_model.data.examples import ExampleOptions, tokenize
+from finetune import lora
+from lit_model.data.chat import chat_text
+from lit_model.data.examples import ExampleOptions, prompt_ids, tokenize
+from lit_model.data.rows import read_rows
 from lit_model.data.tokenizer import Tokenizer
 
 TRL = "trl==1.16.0"  # Apache-2.0; its templates are read, and nothing of it is installed
@@ -165,3 +164,21 @@ def test_ids_equal_transformers(folder, templates):
 
 
 OPTIONS = ExampleOptions(style="chat", max_length=100_000)
+
+
+def test_a_run_on_qwen_3s_own_template(templates, chat_checkpoint, tmp_path, capsys, monkeypatch):
+    """Several turns with thinking: run with -s to see what is asked beside what is trained."""
+    tokenizer = chat_checkpoint(templates["qwen3.jinja"])
+    write(tmp_path / "chats.jsonl", THOUGHTFUL)
+    out = f"--out_dir {tmp_path}/out --train.batch_size 4 --examples.max_length 500 --devices cpu"
+    said = say(lora, capsys, monkeypatch, f"--checkpoint_dir {tmp_path}/model --data {tmp_path}/chats.jsonl {out}")
+    assert "33 examples, 3 steps of 4" in said and "[[<think>\nhm\n</think>\n\nriver<|im_end|>]]" in said
+    examples = tokenize(read_rows(tmp_path / "chats.jsonl"), tokenizer, OPTIONS)
+    for e, i in zip(examples, (1, 3, 5)):
+        messages = THOUGHTFUL[0]["messages"]
+        asked = prompt_ids(tokenizer, "chat", chat_text(tokenizer, "chat", messages[:i], asks=True))
+        trained = tokenizer.decode(e.ids[e.first_target :], special=True)
+        print(f"asked:   {tokenizer.decode(asked, special=True)!r}\ntrained: {trained!r}")
+        assert e.ids[: e.first_target].tolist() == asked
+        answer, thinking = messages[i]["content"], messages[i]["reasoning_content"]
+        assert trained == f"<think>\n{thinking}\n</think>\n\n{answer}<|im_end|>"
