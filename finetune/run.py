@@ -226,8 +226,7 @@ def start(options: RunOptions) -> Run:
     fabric = launch(options.devices, options.strategy)
     fabric.seed_everything(options.train.seed, verbose=False)
     tokenizer = Tokenizer(options.checkpoint_dir)
-    if not options.overwrite:
-        tokenizer.now = began(options.out_dir)
+    tokenizer.now = fabric.broadcast(tokenizer.now if options.overwrite else began(options.out_dir))
     tokens = add_tokens(tokenizer, options.tokens)
     validate_options(options.examples, tokenizer)
     limit = options.train.max_examples

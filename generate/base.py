@@ -76,8 +76,7 @@ def main(options: Options) -> None:
 
     text = render(style, options.prompt, options.input, tokenizer, options.system)
     ids = prompt_ids(tokenizer, style, text)
-    special = (tokenizer.encode(stop) for stop in stops if not tokenizer.decode(tokenizer.encode(stop)))
-    stop_ids = tokenizer.stop_ids + [token for (token,) in special]
+    stop_ids = tokenizer.stop_ids + tokenizer.special_ids(stops)
     sampling = (options.temperature, options.top_k, options.top_p, stop_ids, options.seed)
     counter = count()  # zip takes a number for each token
     with reading(options.checkpoint_dir):

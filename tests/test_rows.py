@@ -4,15 +4,12 @@ import csv
 import gzip
 import json
 import os
-import random
 import re
-import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
 
 from lit_model.data import formats
 from lit_model.data.dataset import read_dataset
@@ -384,7 +381,7 @@ def test_notes_say_each_reason_once(tmp_path, capsys):
     assert capsys.readouterr().out == "" and notes.seen == 10
     assert notes.counts == Counter({"left out: text is no text": 4}) and notes.unread == dict(id=4, source=2)
     for _ in range(3):
-        notes.add("cut")
+        notes.add("cut", "")
     notes.say(10, "rows")
     assert capsys.readouterr().out.splitlines() == [
         f"4 of 10 rows left out: text is no text (first: {tmp_path}/rows.jsonl, line 3: text is no text "
@@ -400,45 +397,3 @@ def test_the_split_is_seeded_and_drops_repeated_rows(rows):
     assert not [row for row in val if row in train]
     assert split_rows(rows + rows, 0.1, seed=3) == (train, val) != split_rows(rows, 0.1, seed=4)
     assert split_rows(rows, 0.0, seed=3)[1] == []
-
-
-READING = """
-import re, sys, time
-from pathlib import Path
-from lit_model.data.rows import read_rows
-Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
-mib = lambda name: int(re.search(name + r":\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) // 1024
-before, began = mib("VmRSS"), time.perf_counter()
-rows = read_rows(sys.argv[1])
-print(len(rows), time.perf_counter() - began, mib("VmHWM") - before)
-"""
-
-
-@pytest.mark.slow
-def test_how_long_50000_rows_take(tmp_path):
-    """Prints a table: seconds, and the most memory beside what the imports take."""
-    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
-    words = [f"word{i}" for i in range(3000)]
-    text = lambda n: " ".join(random.choices(words, k=n))  # noqa: E731
-    alpaca = [dict(instruction=text(12), input=text(8), output=text(45)) for _ in range(50_000)]
-    roles = ("user", "assistant") * 2
-    chats = [dict(messages=[dict(role=role, content=text(30)) for role in roles]) for _ in range(50_000)]
-    for name, rows in (("alpaca", alpaca), ("chats", chats)):
-        lines = "".join(json.dumps(row) + "\n" for row in rows)
-        (tmp_path / f"{name}.json").write_text(json.dumps(rows))
-        (tmp_path / f"{name}.jsonl").write_text(lines)
-        (tmp_path / f"{name}.jsonl.gz").write_bytes(gzip.compress(lines.encode()))
-        parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / f"{name}.parquet")
-    for end, delimiter in (("csv", ","), ("tsv", "\t")):
-        with open(tmp_path / f"alpaca.{end}", "w", newline="") as file:
-            writer = csv.DictWriter(file, list(alpaca[0]), delimiter=delimiter)
-            writer.writeheader()
-            writer.writerows(alpaca)
-    (tmp_path / "text.txt").write_text("\n\n".join(text(300) for _ in range(50_000)))
-    for path in sorted(tmp_path.iterdir()):
-        done = subprocess.run(
-            [sys.executable, "-c", READING, path], capture_output=True, text=True, check=True, cwd=ROOT
-        )
-        n, seconds, mib = done.stdout.split()
-        print(f"{path.name:16} {path.stat().st_size >> 20:5} MiB, {n} rows: {float(seconds):5.1f} s, {mib} MiB")
-        assert float(seconds) < 30

@@ -98,6 +98,19 @@ def test_a_conversation_that_the_template_refuses_is_left_out(chat_checkpoint, t
         tokenize(rows, tokenizer, ExampleOptions(strict=True))
 
 
+def test_a_row_of_several_examples_is_counted_once(chat_checkpoint, capsys):
+    """What is cut is no row that is left out."""
+    tokenizer = chat_checkpoint(THINKING)
+    rows = [Row(CHATS[0]), Row(messages=[turn("user", "stone " * 40), turn("assistant", "river")])]
+    for i, row in enumerate(rows):
+        row.place = f"a.jsonl, line {i}"
+    (e,) = tokenize(rows, tokenizer, ExampleOptions(max_length=24))
+    assert not e.follows
+    said = capsys.readouterr().out.splitlines()
+    assert "1 of 2 rows cut to examples.max_length (first: a.jsonl, line 0)" in said
+    assert "1 of 2 rows left out: their prompt alone fills examples.max_length (first: a.jsonl, line 1)" in said
+
+
 def test_a_turn_that_is_asked_otherwise_than_it_is_written_is_named(chat_checkpoint, capsys):
     asks = CHATML.replace("assistant\n{% endif %}", "assistant\n<think>\n{% endif %}")
     tokenizer = chat_checkpoint(asks)
@@ -179,11 +192,12 @@ def test_a_system_prompt_and_stops_in_generation(chat_checkpoint, tmp_path, caps
         base, "generate", lambda gpt, ids, n, *sampling: asked.append((list(ids), sampling[3])) or iter(ids)
     )
     args = ["x", "--checkpoint_dir", f"{tmp_path}/model", "--prompt", "apple", "--device", "cpu"]
-    for more in (["--style", "chat", "--system", "stone", "--stop", "<think>"], ["--stop", "### river"]):
+    for more in (["--style", "chat", "--system", "stone", "--stop", "<think>"], ["--stop", " "]):
         monkeypatch.setattr(sys, "argv", args + more)
         base.cli(base.main, base.Options, "")
     messages = [turn("system", "stone"), turn("user", "apple")]
-    (ids, stop_ids), (plain, _) = asked
+    (ids, stop_ids), (plain, plain_stops) = asked
+    assert plain_stops == tokenizer.stop_ids
     assert ids == tokenizer.encode(chat_text(tokenizer, "chat", messages, asks=True))
     assert set(stop_ids) - set(tokenizer.stop_ids) == set(tokenizer.encode("<think>"))
     assert plain == [0, *tokenizer.encode("apple")]

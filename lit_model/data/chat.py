@@ -50,7 +50,7 @@ def chat_text(
         raise ValueError("this checkpoint has no chat template: take --examples.style chatml")
     if style == "chatml" and (tools or any("tool_calls" in m for m in messages)):
         raise ValueError(
-            "the style chatml has no tools: take the template of a checkpoint that has, --examples.style chat"
+            "the style chatml has no tools: take --examples.style chat and a checkpoint whose template has"
         )
     values = dict(messages=messages, tools=tools, add_generation_prompt=asks)
     if style == "chat":
@@ -67,13 +67,8 @@ def chat_text(
 
 def is_learned(messages: Sequence[Message]) -> list[bool]:
     """For each message whether it is: what the assistant says, but not to begin with, and not nothing."""
-    return [
-        i > 0
-        and m["role"] == "assistant"
-        and m.get("weight") != 0
-        and bool(m["content"].strip() or m.get("tool_calls"))
-        for i, m in enumerate(messages)
-    ]
+    says = [bool(m["content"].strip() or m.get("tool_calls")) and m.get("weight") != 0 for m in messages]
+    return [i > 0 and m["role"] == "assistant" and says[i] for i, m in enumerate(messages)]
 
 
 def learned_turns(tokenizer: Tokenizer, style: str, row: Row, notes: Notes) -> list[tuple[str, list[tuple[int, int]]]]:

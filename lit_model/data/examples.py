@@ -88,9 +88,8 @@ def render(style: str, instruction: str, input: str = "", tokenizer: Tokenizer |
     if style in ("chat", "chatml"):
         from lit_model.data.chat import chat_text
 
-        question = {"role": "user", "content": f"{instruction}\n\n{input}" if input else instruction}
         messages = [{"role": "system", "content": system}] if system else []
-        return chat_text(tokenizer, style, [*messages, question], asks=True)
+        return chat_text(tokenizer, style, [*messages, _question(instruction, input)], asks=True)
     if system:
         raise ValueError("a system prompt goes with the styles chat and chatml")
     if style == "none":
@@ -101,6 +100,10 @@ def render(style: str, instruction: str, input: str = "", tokenizer: Tokenizer |
         raise ValueError(f"the style {style!r} has no {{input}} in it: the input {input[:40]!r} would be left out")
     values = {"{instruction}": instruction, "{text}": instruction, "{input}": input}
     return re.sub("|".join(values), lambda match: values[match[0]], style.replace("\\n", "\n"))
+
+
+def _question(instruction: str, input: str) -> dict[str, str]:
+    return {"role": "user", "content": f"{instruction}\n\n{input}" if input else instruction}
 
 
 def prompt_ids(tokenizer: Tokenizer, style: str, prompt: str) -> list[int]:
@@ -189,8 +192,8 @@ def _texts(row: Row, tokenizer: Tokenizer, options: ExampleOptions, notes: Notes
 
 def _as_chat(row: Row) -> Row:
     """An instruction and its answer as a turn of each."""
-    question = f"{row['instruction']}\n\n{row['input']}" if row["input"] else row["instruction"]
-    chat = Row(messages=[dict(role="user", content=question), dict(role="assistant", content=row["output"])])
+    answer = {"role": "assistant", "content": row["output"]}
+    chat = Row(messages=[_question(row["instruction"], row["input"]), answer])
     chat.place = place(row)
     return chat
 
@@ -210,13 +213,15 @@ def _examples(
         return
     said = [(begin <= places) & (places < end) for begin, end in text.learned]
     learned = np.array([False] * len(first) + np.any(said, axis=0).tolist() + [True] * len(last))
-    if len(ids) > length:
+    has_room = learned[: length - (not is_chat)].any()
+    if not has_room and not text.follows:
+        notes.leave_out(LONG, place(text.row))
+    elif len(ids) > length:
         notes.add(CUT, place(text.row))
         if not is_chat:  # a response still ends
             ids = np.append(ids[: length - 1], ids[-1])
         ids, learned = ids[:length], learned[:length]
-    if not learned[: length - (not is_chat)].any():
-        notes.leave_out(LONG, place(text.row))
+    if not has_room:
         return
     if not options.mask:
         learned[(learned.argmax() if text.follows else 0) :] = True

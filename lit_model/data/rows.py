@@ -66,16 +66,20 @@ class Notes:
         self.seen = 0  # rows in the files, used or not
         self.counts: Counter[str] = Counter()
         self.first: dict[str, str] = {}
+        self.last: dict[str, str] = {}  # place of the last row that was counted
         self.unread: Counter[str] = Counter()  # keys of rows and messages that nobody reads
 
-    def add(self, what: str, first: str = "") -> None:
-        self.counts[what] += 1
-        self.first.setdefault(what, first)
+    def add(self, what: str, place: str, details: object = "") -> None:
+        """Counts a row once, however many turns of it are named one after the other."""
+        if not place or self.last.get(what) != place:
+            self.counts[what] += 1
+        self.last[what] = place
+        self.first.setdefault(what, f"{place}: {details}" if details else place)
 
     def leave_out(self, why: str, place: str, details: object = "") -> None:
         if self.strict:
             raise ValueError(f"{place}: {details or why}")
-        self.add(f"left out: {why}", f"{place}: {details}" if details else place)
+        self.add(f"left out: {why}", place, details)
 
     def add_unread(self, keys: Iterable[str], place: str) -> None:
         for key in keys:

@@ -41,10 +41,9 @@ class Tokenizer:
                 self._hf = _of_sentencepiece(folder, config)
         else:
             raise FileNotFoundError(f"{folder} has neither tokenizer.json nor tokenizer.model")
-        ends = {
-            name: _fields(folder / name).get("eos_token_id", []) for name in ("generation_config.json", "config.json")
-        }
-        ends = {name: ids if isinstance(ids, list) else [ids] for name, ids in ends.items()}
+        files = "generation_config.json", "config.json"
+        stated = {name: _fields(folder / name).get("eos_token_id", []) for name in files}
+        ends = {name: ids if isinstance(ids, list) else [ids] for name, ids in stated.items()}
         with reading(folder / "tokenizer_config.json"):
             self.chat_template = _chat_template(folder, config)
             bos, eos = (self._id(config.get(f"{kind}_token")) for kind in ("bos", "eos"))
@@ -97,6 +96,11 @@ class Tokenizer:
         """Ids of what stands behind `before` in one text: LLaMA's tokenizers put a space in front of what begins."""
         ((ids, places),) = self.encode_with_places([before + text])
         return ids[places >= len(before)].tolist()
+
+    def special_ids(self, texts: Sequence[str]) -> list[int]:
+        """Ids of those texts that are special tokens, which no decoded text holds."""
+        special = {token.content: i for i, token in self._hf.get_added_tokens_decoder().items() if token.special}
+        return [special[text] for text in texts if text in special]
 
     def decode(self, ids: Sequence[int], special: bool = False) -> str:
         """Text of the ids, without special tokens unless these are wanted."""
