@@ -98,7 +98,8 @@ def features(gpt: GPT, examples: list[Example], pool: str, row_tokens: int, name
     gpt.config.check_tokens(max(e.ids.max() for e in examples))
     gpt.heads["features"] = torch.nn.Identity()
     vectors = []
-    for idx, packed in tqdm(pack(examples, row_tokens, share=False), desc=f"features of {name} rows", leave=False):
+    rows = pack(examples, row_tokens, share=False, short_context=gpt.config.short_context)
+    for idx, packed in tqdm(rows, desc=f"features of {name} rows", leave=False):
         if pool == "mean":
             packed = replace(packed, wanted=None, last=None)
         x = gpt(idx.to(gpt.device), replace(packed, targets=None).to(gpt.device)).float().cpu()

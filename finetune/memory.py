@@ -70,8 +70,8 @@ def _limit(run: "Run") -> float:
 def _longest_row(run: "Run", gpt: GPT, batches: Sequence[list[Example]], share: bool) -> tuple[Tensor, Packed]:
     """The longest row of all processes."""
     settings = run.row_tokens, gpt.n_virtual_tokens, gpt.n_virtual_keys, share
-    ranks = range(run.world)
-    rows = (row for batch in batches for rank in ranks for row in pack(batch, *settings, rank, run.world))
+    processes = [(rank, run.world, gpt.config.short_context) for rank in range(run.world)]
+    rows = (row for batch in batches for process in processes for row in pack(batch, *settings, *process))
     return max(rows, key=lambda row: len(row[1].pos))
 
 

@@ -19,7 +19,7 @@ from torch.nn.attention.varlen import varlen_attn
 
 from lit_model.kernels.cpu import SegmentsAttention, can_take
 from lit_model.packing import Packed
-from lit_model.rope import Rope, rotate
+from lit_model.rope import Angles
 
 # from torch 2.13 on it takes fewer key than query heads, and needs enable_gqa=True for that
 _VARLEN_GQA = "enable_gqa" in inspect.signature(varlen_attn).parameters
@@ -34,18 +34,23 @@ class PackedRow:
     """A row whose keys are all computed now: training, evaluation, a plain forward."""
 
     packed: Packed
-    rope: Rope | None  # None: no rotary positions in this layer
+    rope: Angles | None  # None: no rotary positions in this layer
     virtual_keys: Tensor | None  # (2, P, nkv, hs) keys and values of this layer in front of every example
     window: int | None  # number of keys that a token sees, itself included; None: all
+    scale: float  # of the scores q k^T before the softmax
+    softcap: float | None  # scores become softcap * tanh(scores / softcap); None: they stay
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, prompts: Sequence[GatedKeys]) -> Tensor:
         """q (T, nh, hs), k and v (T, nkv, hs) without positions. Returns (T, nh, hs)."""
         if self.virtual_keys is None:
             return self.over(q, k, v, prompts, self.rope)  # rotates in fewer passes
-        q, k = rotate(q, self.rope), rotate(k, self.rope)
+        q, k = self.rotated(q, k)
         return self.over(q, *self.behind_virtual(k, v), prompts)
 
-    def over(self, q: Tensor, k: Tensor, v: Tensor, prompts: Sequence[GatedKeys], rope: Rope | None = None) -> Tensor:
+    def rotated(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        return (q, k) if self.rope is None else (self.rope.queries(q), self.rope.keys(k))
+
+    def over(self, q: Tensor, k: Tensor, v: Tensor, prompts: Sequence[GatedKeys], rope: Angles | None = None) -> Tensor:
         """Softmax attention of every segment's queries q (T, nh, hs) over those of k, v (n, nkv, hs) that it may see.
 
         Args:
@@ -54,18 +59,35 @@ class PackedRow:
         Returns: (T, nh, hs).
         """
         packed = self.packed
-        if packed.blocks is not None and self.window is None and _has_kernels(q):
+        has_kernel = packed.blocks is not None and self.window is None and self.softcap is None and _has_kernels(q)
+        if rope is not None and not (has_kernel and rope.turns_all_of(q)):
+            (q, k), rope = self.rotated(q, k), None
+        if has_kernel:
             small = prompts[:1] if prompts and len(prompts[0][0]) <= MOST_PROMPT_KEYS else ()
             from lit_model.kernels.packed_attention import packed_attention  # needs Triton to be imported
 
-            y = packed_attention(q, k, v, packed.blocks, rope, *small)
+            y = packed_attention(q, k, v, packed.blocks, self.scale, rope, *small)
             prompts = prompts[len(small) :]
         else:
-            q, k, rope = rotate(q, rope), rotate(k, rope), None
-            y = _attend_gathered(q, k, v, packed, self.window)
+            y = self._over_gathered(q, k, v)
+        if prompts and rope is not None:
+            q = rope.queries(q)
         for pk, pv, gate in prompts:
-            y = y + gate.to(y.dtype)[..., None] * plain_attention(rotate(q, rope), pk, pv)
+            y = y + gate.to(y.dtype)[..., None] * plain_attention(q, pk, pv, self.scale, self.softcap)
         return y
+
+    def _over_gathered(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        packed, window = self.packed, self.window
+        if packed.kv_index is not None:
+            k, v = k.index_select(0, packed.kv_index), v.index_select(0, packed.kv_index)  # (S, nkv, hs)
+        if self.softcap is not None or not _fast_16_bit(q):
+            return _attend_each(q, k, v, packed.lengths, self.scale, window, self.softcap)
+        if not _VARLEN_GQA:
+            k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], dim=1) for t in (k, v))
+        options = {"enable_gqa": True} if _VARLEN_GQA else {}
+        options |= dict(scale=self.scale, window_size=(-1 if window is None else window - 1, 0))  # causal, aligned at
+        # the last query and the last key
+        return varlen_attn(q, k, v, packed.cu_q, packed.cu_k, packed.max_q, packed.max_k, **options)
 
     def behind_virtual(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         if self.virtual_keys is None:
@@ -82,7 +104,7 @@ class LastRow(PackedRow):
     """The last layer: keys of all tokens, queries of the wanted ones only."""
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, prompts: Sequence[GatedKeys]) -> Tensor:
-        q, k = rotate(q, self.rope), rotate(k, self.rope)
+        q, k = self.rotated(q, k)
         return self.over(self.narrow(q), *self.behind_virtual(k, v), prompts)
 
     def narrow(self, x: Tensor) -> Tensor:
@@ -97,22 +119,9 @@ class CachedRow(PackedRow):
     layer: int
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, prompts: Sequence[GatedKeys]) -> Tensor:
-        q, k = rotate(q, self.rope), rotate(k, self.rope)
+        q, k = self.rotated(q, k)
         k, v = self.cache.store(self.layer, self.packed.slots, k, v)  # (slots, nkv, hs): every slot, used or not
         return self.over(q, *self.behind_virtual(k, v), prompts)
-
-
-def _attend_gathered(q: Tensor, k: Tensor, v: Tensor, packed: Packed, window: int | None) -> Tensor:
-    if packed.kv_index is not None:
-        k, v = k.index_select(0, packed.kv_index), v.index_select(0, packed.kv_index)  # (S, nkv, hs)
-    if _fast_16_bit(q):
-        if not _VARLEN_GQA:
-            k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], dim=1) for t in (k, v))
-        options = {"enable_gqa": True} if _VARLEN_GQA else {}
-        before = -1 if window is None else window - 1
-        options["window_size"] = (before, 0)  # causal, aligned at the last query and the last key
-        return varlen_attn(q, k, v, packed.cu_q, packed.cu_k, packed.max_q, packed.max_k, **options)
-    return _attend_each(q, k, v, packed.lengths, window)
 
 
 def _fast_16_bit(q: Tensor) -> bool:
@@ -127,32 +136,46 @@ def _has_kernels(q: Tensor) -> bool:
 
 
 @torch.compiler.disable  # every row has other segments: it would be compiled anew for each
-def _attend_each(q: Tensor, k: Tensor, v: Tensor, lengths: list[tuple[int, int]], window: int | None = None) -> Tensor:
-    if window is None and can_take(q, lengths):
-        return SegmentsAttention.apply(q, k, v, lengths)
+def _attend_each(
+    q: Tensor, k: Tensor, v: Tensor, lengths: list[tuple[int, int]], scale: float, window: int | None = None,
+    softcap: float | None = None,
+) -> Tensor:  # fmt: skip
+    if window is None and softcap is None and can_take(q, lengths):
+        return SegmentsAttention.apply(q, k, v, lengths, scale)
     n_q, n_k = zip(*lengths, strict=True)
     parts = zip(q.split(n_q), k.split(n_k), v.split(n_k), strict=True)
-    return torch.cat([_attend_one(*qkv, window) for qkv in parts])
+    return torch.cat([_attend_one(*qkv, scale, window, softcap) for qkv in parts])
 
 
-def _attend_one(q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
+def _attend_one(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None, softcap: float | None) -> Tensor:
     """One segment: (lq, nh, hs) over (lk, nkv, hs). The last query sees all keys, or the last `window`, the one before
     it those up to one key earlier, ..."""
     lq, lk = len(q), len(k)
     if window is not None and window < lk:
         mask = torch.ones(lq, lk, dtype=torch.bool, device=q.device).tril(lk - lq).triu(lk - lq - window + 1)
+    elif lq == 1 or (lq == lk and softcap is None):
+        mask = None
     else:
-        mask = None if lq in (1, lk) else torch.ones(lq, lk, dtype=torch.bool, device=q.device).tril(lk - lq)
+        mask = torch.ones(lq, lk, dtype=torch.bool, device=q.device).tril(lk - lq)
+    if softcap is not None:
+        return plain_attention(q, k, v, scale, softcap, mask)
     q, k, v = (t.transpose(0, 1)[None] for t in (q, k, v))  # (1, n, l, hs)
-    y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and lq > 1, enable_gqa=True)
-    return y[0].transpose(0, 1)
+    how = dict(attn_mask=mask, is_causal=mask is None and lq > 1, scale=scale, enable_gqa=True)
+    return F.scaled_dot_product_attention(q, k, v, **how)[0].transpose(0, 1)
 
 
-def plain_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Softmax attention written out: queries (T, nh, hs) over keys (S, nkv, hs), each over all of them."""
+def plain_attention(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, softcap: float | None = None, mask: Tensor | None = None
+) -> Tensor:
+    """Softmax attention written out: queries (T, nh, hs) over keys (S, nkv, hs), each over all of them, or over those
+    that `mask` (T, S) allows."""
     T, nh, hs = q.shape
     q = q.transpose(0, 1).reshape(k.shape[1], -1, hs)  # the heads that share a key lie together
-    scores = q @ (k * hs**-0.5).permute(1, 2, 0)  # (nkv, nh / nkv * T, S)
+    scores = q @ (k * scale).permute(1, 2, 0)  # (nkv, nh / nkv * T, S)
+    if softcap is not None:
+        scores = softcap * (scores / softcap).tanh()
+    if mask is not None:
+        scores = scores.unflatten(1, (-1, T)).masked_fill(~mask, -torch.inf).flatten(1, 2)
     y = scores.softmax(-1) @ v.transpose(0, 1)  # (nkv, nh / nkv * T, hs)
     return y.view(nh, T, hs).transpose(0, 1)
 
@@ -163,6 +186,7 @@ class KVCache:
 
     k: Tensor  # (layers, slots, nkv, hs)
     v: Tensor
+    length: int  # tokens of the longest example that it will hold
 
     def store(self, layer: int, slots: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Stores (T, nkv, hs) keys and values in `slots` (T,); returns all slots of this layer, (slots, nkv, hs)."""

@@ -1,49 +1,57 @@
 """The families: how config.json and the tensors of a Hugging Face folder become ours, and back.
 
 One table a family, read in both directions: fields (Config's <-> config.json's), names (our modules <-> theirs), and
-which tensors are fused or transposed. Below it the shapes of published networks; parameter counts are tested.
+which tensors are fused, transposed or one for each expert. A field means the same in every family that has it. The
+shapes of published networks stand in presets.json, as their config.json states them; parameter counts are tested.
 """
 
+import json
+import math
 import re
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
 
-from lit_model.model import Config
-
-
-class Source(NamedTuple):
-    """Where one of our tensors lies in a Hugging Face folder."""
-
-    name: str  # without the family's prefix
-    part: int | None = None  # 0, 1, 2 for q, k, v in GPT-2's c_attn; None: not fused
-    transposed: bool = False  # stored as (n_in, n_out)
+from lit_model.config import Config, Experts, Layer
+from lit_model.rope import LinearScaling, Llama3Scaling, LongScaling, Rope, YarnScaling
 
 
 @dataclass(frozen=True)
 class Family:
     architecture: str  # transformers' class
     fields: dict[str, str]  # field of Config -> field of config.json
-    names: dict[str, str]  # our module -> theirs, without prefix and layer
+    names: dict[str, str]  # our module -> theirs, without prefix and layer; {}: one tensor for each expert
     layers: str = "layers"
     prefix: str = "model."
     defaults: dict[str, Any] = field(default_factory=dict)  # where config.json is silent: its field -> value
     fixed: dict[str, Any] = field(default_factory=dict)  # what its networks always have: field of Config -> value
     only: dict[str, tuple] = field(default_factory=dict)  # field of config.json -> values supported; null always is
-    fused: tuple[str, ...] = ()  # our modules whose tensors are one tensor of theirs, in order
     transposed: tuple[str, ...] = ()  # their modules with weights (n_in, n_out)
     ignored: tuple[str, ...] = ("rotary_emb.inv_freq",)  # ends of tensors without parameters
 
-    def source(self, name: str) -> Source:
-        """Where our tensor `name` lies."""
-        layer, module, kind = re.fullmatch(r"(?:blocks\.(\d+)\.)?(.+)\.(weight|bias)", name).groups()
-        theirs = self.names[module]
-        part = self.fused.index(module) if module in self.fused else None
-        full_name = f"{self.layers}.{layer}.{theirs}.{kind}" if layer else f"{theirs}.{kind}"
-        return Source(full_name, part, kind == "weight" and theirs in self.transposed)
+    def stored(self, name: str) -> str:
+        """Name of the tensor that holds our tensor `name`, without the prefix."""
+        layer, module, kind = _parts(name)
+        return f"{self.layers}.{layer}.{self.names[module]}.{kind}" if layer else f"{self.names[module]}.{kind}"
 
-    def full_name(self, source: Source) -> str:
+    def fused(self, name: str) -> list[str]:
+        """Our tensors that lie in the same tensor as `name`, one below the other."""
+        layer, module, kind = _parts(name)
+        modules = [m for m, theirs in self.names.items() if theirs == self.names[module]]
+        return [f"blocks.{layer}.{m}.{kind}" for m in modules] if len(modules) > 1 else [name]
+
+    def is_transposed(self, name: str) -> bool:
+        _, module, kind = _parts(name)
+        return kind == "weight" and self.names[module] in self.transposed
+
+    def full_name(self, stored: str) -> str:
         """The name with the prefix under which transformers stores it."""
-        return source.name if source.name.startswith("lm_head.") else self.prefix + source.name
+        return stored if stored.startswith("lm_head.") else self.prefix + stored
+
+
+def _parts(name: str) -> tuple[str | None, str, str]:
+    """(layer, module, kind) of a tensor of ours."""
+    return re.fullmatch(r"(?:blocks\.(\d+)\.)?(.+)\.(weight|bias)", name).groups()
 
 
 _LLAMA_NAMES = {
@@ -55,6 +63,19 @@ _LLAMA_NAMES = {
     **{f"attn.{p}_proj": f"self_attn.{p}_proj" for p in "qkvo"},
     **{f"attn.{p}_norm": f"self_attn.{p}_norm" for p in "qk"},
     **{f"mlp.{p}_proj": f"mlp.{p}_proj" for p in ("gate", "up", "down")},
+    "mlp.router": "mlp.gate",
+    **{f"mlp.experts.{p}_proj": f"mlp.experts.{{}}.{p}_proj" for p in ("gate", "up", "down")},
+}
+_FOUR_NORMS = {
+    "norm_2": "pre_feedforward_layernorm", "post_norm_1": "post_attention_layernorm",
+    "post_norm_2": "post_feedforward_layernorm",
+}  # fmt: skip
+_NORMS_AFTER = _FOUR_NORMS | {"norm_1": "", "norm_2": ""}  # there are none
+_MIXTRAL = {
+    f"mlp.experts.{p}_proj": f"block_sparse_moe.experts.{{}}.w{i}" for p, i in dict(gate=1, down=2, up=3).items()
+}
+_FUSED = {f"attn.{p}_proj": "self_attn.qkv_proj" for p in "qkv"} | {
+    f"mlp.{p}_proj": "mlp.gate_up_proj" for p in ("gate", "up")
 }
 _LLAMA_FIELDS = dict(
     vocab_size="vocab_size", block_size="max_position_embeddings", n_layer="num_hidden_layers",
@@ -62,24 +83,119 @@ _LLAMA_FIELDS = dict(
     head_size="head_dim", norm_eps="rms_norm_eps", tie="tie_word_embeddings",
 )  # fmt: skip
 _OPTIONAL = {"num_key_value_heads": None, "head_dim": None, "tie_word_embeddings": False, "rope_theta": 10000.0}
+_QWEN_WINDOW = dict(use_sliding_window=False, sliding_window=4096, max_window_layers=28, layer_types=None)
+_NO_WINDOW = dict(use_sliding_window=(False,))
+_NO_BIAS = dict(attention_bias=(False,))
+_BIAS = dict(attention_bias=False, mlp_bias=False)
 
 
-def _llama_like(architecture: str, only: dict[str, tuple], more: dict[str, Any] | None = None, **fixed: Any) -> Family:
-    only = dict(hidden_act=("silu", "swish")) | only
-    return Family(architecture, _LLAMA_FIELDS, _LLAMA_NAMES, defaults=_OPTIONAL | (more or {}), fixed=fixed, only=only)
+def _llama_like(
+    architecture: str,
+    only: dict[str, tuple],
+    defaults: dict[str, Any] | None = None,
+    names: dict[str, str] | None = None,
+    more_fields: dict[str, str] | None = None,
+    **fixed: Any,
+) -> Family:
+    return Family(
+        architecture, _LLAMA_FIELDS | (more_fields or {}), _LLAMA_NAMES | (names or {}),
+        defaults=_OPTIONAL | (defaults or {}), fixed=fixed, only=dict(hidden_act=("silu", "swish")) | only,
+    )  # fmt: skip
 
+
+_GELU = dict.fromkeys(("hidden_act", "hidden_activation"), ("gelu_pytorch_tanh",)) | _NO_BIAS
+_GEMMA = dict(norm_place="both", norm_plus_one=True, activation="gelu")
+_CAPS = dict(attn_softcap="attn_logit_softcapping", logit_softcap="final_logit_softcapping")
+_GEMMA_2_SAYS = dict(  # what a config.json that says nothing means
+    hidden_size=2304, num_hidden_layers=26, intermediate_size=9216, num_attention_heads=8, num_key_value_heads=4,
+    head_dim=256, rms_norm_eps=1e-6, query_pre_attn_scalar=256, sliding_window=4096, layer_types=None,
+    tie_word_embeddings=True,
+)  # fmt: skip
 
 FAMILIES = {  # model_type -> family
-    "llama": _llama_like("LlamaForCausalLM", {}, dict(attention_bias=False, mlp_bias=False)),
+    "llama": _llama_like("LlamaForCausalLM", dict(activation=("swiglu",)), _BIAS),
     "mistral": _llama_like("MistralForCausalLM", {}, dict(sliding_window=4096)),
-    "qwen2": _llama_like("Qwen2ForCausalLM", dict(use_sliding_window=(False,)), qkv_bias=True),
-    "qwen3": _llama_like(
-        "Qwen3ForCausalLM", dict(attention_bias=(False,), use_sliding_window=(False,)), qk_norm=True
-    ),
+    "qwen2": _llama_like("Qwen2ForCausalLM", dict(use_mrope=(False,)), _QWEN_WINDOW, qkv_bias=True),
+    "qwen3": _llama_like("Qwen3ForCausalLM", _NO_BIAS, _QWEN_WINDOW, qk_norm="head"),
     "smollm3": _llama_like(
         "SmolLM3ForCausalLM",
-        dict(use_sliding_window=(False,)),
-        dict(attention_bias=False, mlp_bias=False, tie_word_embeddings=True, rope_theta=2e6, no_rope_layer_interval=4),
+        _NO_WINDOW,
+        _BIAS | dict(
+            tie_word_embeddings=True, rope_theta=2e6, no_rope_layer_interval=4, no_rope_layers=None, layer_types=None
+        ),
+    ),
+    "seed_oss": _llama_like("SeedOssForCausalLM", {}, _BIAS | dict(attention_bias=True, attention_out_bias=False)),
+    "ministral3": _llama_like(
+        "Ministral3ForCausalLM", {}, dict(rope_theta=1e6, sliding_window=None, llama_4_scaling_beta=None)
+    ),
+    "granite": _llama_like(
+        "GraniteForCausalLM",
+        {},
+        _BIAS | dict.fromkeys(
+            ("embedding_multiplier", "residual_multiplier", "attention_multiplier", "logits_scaling"), 1.0
+        ),
+        more_fields=dict(
+            embedding_scale="embedding_multiplier", residual_scale="residual_multiplier",
+            attn_scale="attention_multiplier", logit_divisor="logits_scaling",
+        ),
+    ),
+    "olmo2": _llama_like("Olmo2ForCausalLM", _NO_BIAS, {}, _NORMS_AFTER, norm_place="after", qk_norm="all"),
+    "olmo3": _llama_like(
+        "Olmo3ForCausalLM",
+        _NO_BIAS,
+        dict(rope_theta=5e5, rope_local_base_freq=None, sliding_window=4096, sliding_window_pattern=4,
+             layer_types=None),
+        _NORMS_AFTER,
+        norm_place="after",
+        qk_norm="all",
+    ),
+    "gemma2": _llama_like(
+        "Gemma2ForCausalLM",
+        _GELU,
+        _GEMMA_2_SAYS | dict(
+            max_position_embeddings=8192, sliding_window_pattern=2, attn_logit_softcapping=50.0,
+            final_logit_softcapping=30.0,
+        ),
+        _FOUR_NORMS,
+        _CAPS,
+        **_GEMMA,
+    ),
+    "gemma3_text": _llama_like(
+        "Gemma3ForCausalLM",
+        _GELU | dict(use_bidirectional_attention=(False,)),
+        _GEMMA_2_SAYS | dict(
+            vocab_size=262208, max_position_embeddings=131072, sliding_window_pattern=6, rope_theta=1e6,
+            rope_local_base_freq=1e4, attn_logit_softcapping=None, final_logit_softcapping=None,
+        ),
+        _FOUR_NORMS,
+        _CAPS,
+        qk_norm="head",
+        **_GEMMA,
+    ),
+    "phi3": _llama_like(
+        "Phi3ForCausalLM",
+        _NO_BIAS,
+        dict(sliding_window=None, partial_rotary_factor=1.0, original_max_position_embeddings=4096),
+        _FUSED,
+    ),
+    "qwen3_moe": _llama_like(
+        "Qwen3MoeForCausalLM",
+        _NO_BIAS | _NO_WINDOW,
+        dict(num_experts=128, num_experts_per_tok=8, moe_intermediate_size=768, norm_topk_prob=False,
+             decoder_sparse_step=1, mlp_only_layers=None, sliding_window=None, max_window_layers=None),
+        qk_norm="head",
+    ),
+    "olmoe": _llama_like(
+        "OlmoeForCausalLM",
+        _NO_BIAS | dict(clip_qkv=()),
+        dict(num_experts=64, num_experts_per_tok=8, norm_topk_prob=False),
+        qk_norm="all",
+    ),
+    "mixtral": _llama_like(
+        "MixtralForCausalLM",
+        {},
+        dict(num_local_experts=8, num_experts_per_tok=2, sliding_window=None, rope_theta=1e6),
+        _MIXTRAL | {"mlp.router": "block_sparse_moe.gate"},
     ),
     "gpt2": Family(
         "GPT2LMHeadModel",
@@ -98,24 +214,43 @@ FAMILIES = {  # model_type -> family
         fixed=dict(arch="gpt2"),
         only=dict(
             activation_function=("gelu_new", "gelu_pytorch_tanh"), scale_attn_weights=(True,),
-            scale_attn_by_inverse_layer_idx=(False,),
+            scale_attn_by_inverse_layer_idx=(False,), add_cross_attention=(False,),
         ),
-        fused=("attn.q_proj", "attn.k_proj", "attn.v_proj"),
         transposed=("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"),
         ignored=(".attn.bias", ".attn.masked_bias"),  # causal masks
     ),
 }  # fmt: skip
 
+_NO_MATTER = re.compile(  # fields of config.json that do not change what an untrained forward pass gives
+    r"_.*|architectures|model_type|auto_map|transformers.*|(torch_)?dtype|.*_token_id|.*_token_index|use_cache"
+    r"|initializer_range|.*_?dropout|.*_pdrop|pretraining_tp|output_.*|(use_)?return_dict.*|id2label|label2id"
+    r"|problem_type|chunk_size_feed_forward|is_encoder_decoder|task_specific_params|summary_.*|n_ctx|torchscript"
+    r"|gradient_checkpointing|reorder_and_upcast_attn|router_(aux_loss_coef|jitter_noise)|unsloth_.*|use_bfloat16"
+    r"|temperature|top_[kp]|do_sample|max_length|tokenizer_class|finetuning_task|cache_implementation|num_labels"
+)
+
 
 def read_config(hf: dict[str, Any]) -> tuple[Family, Config]:
     """The family and the shape that a config.json of transformers 4 or 5 states. Raises ValueError, with the name of
     the field, for what is not supported."""
+    family, values = read_fields(hf)
+    return family, Config(**values)
+
+
+def read_fields(hf: dict[str, Any]) -> tuple[Family, dict[str, Any]]:
+    """The family, and what config.json states as fields of Config."""
     kind = hf.get("model_type")
     if not isinstance(kind, str) or kind not in FAMILIES:
         raise ValueError(f"model_type is {kind!r}; known are {', '.join(sorted(FAMILIES))}")
     family = FAMILIES[kind]
     only = family.only | dict(quantization_config=())
-    odd = [name for name, values in only.items() if hf.get(name) is not None and hf[name] not in values]
+    known = {*family.fields.values(), *family.defaults, *only}
+    if "rope_theta" in known:
+        known |= {"rope_scaling", "rope_parameters"}
+    if "num_experts_per_tok" in known:
+        known |= {"num_experts", "num_local_experts"}
+    stated = {name: value for name, value in hf.items() if value is not None and not _NO_MATTER.fullmatch(name)}
+    odd = [name for name in stated if name not in known or (name in only and stated[name] not in only[name])]
     if odd:
         raise ValueError(f"{odd[0]} is {hf[odd[0]]!r:.80}, which is not supported")
     stated = family.defaults | hf
@@ -124,141 +259,178 @@ def read_config(hf: dict[str, Any]) -> tuple[Family, Config]:
     values = {ours: stated[theirs] for ours, theirs in family.fields.items()}
     values |= family.fixed
     if "rope_theta" in family.defaults:
-        values |= _read_rope(stated)
-    if "attention_bias" in family.defaults:
-        if stated["attention_bias"] != stated["mlp_bias"]:
+        values["layers"] = _read_layers(stated, family)
+    if "mlp_bias" in family.defaults:
+        values |= dict(qkv_bias=stated["attention_bias"], bias=stated["mlp_bias"])
+        if stated.get("attention_out_bias", stated["attention_bias"]) != stated["mlp_bias"]:
             raise ValueError(f"attention_bias is {stated['attention_bias']} and mlp_bias is not: that is not supported")
-        values["bias"] = stated["mlp_bias"]
-    if "sliding_window" in family.defaults:
-        values["window"] = stated["sliding_window"]
-    if "no_rope_layer_interval" in family.defaults:
-        values["no_rope_every"] = _read_no_rope(stated)
-    return family, Config(**values)
+    if "query_pre_attn_scalar" in family.defaults:
+        values |= dict(attn_scale=stated["query_pre_attn_scalar"] ** -0.5, embedding_scale=stated["hidden_size"] ** 0.5)
+    return family, values
 
 
 def write_config(config: Config, like: dict[str, Any] | None = None) -> dict[str, Any] | None:
-    """A config.json that states this shape: that of the family of `like`, or else of the first family that can; None if
-    there is none."""
+    """A config.json that states this shape: of the family of `like`, or else of LLaMA; without `like`, of the first one
+    that can. None if there is none."""
     like = like or {}
-    order = sorted(FAMILIES, key=lambda kind: kind != like.get("model_type"))
-    for kind in order:
+    for kind in dict.fromkeys((like["model_type"], "llama")) if like else FAMILIES:
         family = FAMILIES[kind]
         hf = {theirs: getattr(config, ours) for ours, theirs in family.fields.items()}
-        if "rope_theta" in family.defaults:
-            hf |= dict(hidden_act="silu", rope_theta=config.rope_base, rope_scaling=_write_rope(config))
+        if "mlp_bias" in family.defaults:
+            hf |= dict(attention_bias=config.bias, mlp_bias=config.bias)
+        if "attention_out_bias" in family.defaults:
+            hf |= dict(attention_bias=config.qkv_bias, attention_out_bias=config.bias)
+        if "query_pre_attn_scalar" in family.defaults:
+            square = round(config.attn_scale**-2, 6)
+            hf |= dict(query_pre_attn_scalar=int(square) if square.is_integer() else square)
+        hf |= {name: like.get(name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+        if kind == like.get("model_type"):  # what it says of layers and beside the shape stays as it says it
+            hf = like | hf
+        elif "rope_theta" in family.defaults:
+            hf |= dict(hidden_act=family.only["hidden_act"][0]) | _write_layers(config, family)
         else:
             hf |= dict(activation_function="gelu_new", n_ctx=config.block_size)
-        if "attention_bias" in family.defaults:
-            hf |= dict(attention_bias=config.bias, mlp_bias=config.bias)
-        if "sliding_window" in family.defaults:
-            hf["sliding_window"] = config.window
-        if "no_rope_layer_interval" in family.defaults:
-            every = config.no_rope_every
-            hf["no_rope_layers"] = [int(not every or (i + 1) % every > 0) for i in range(config.n_layer)]
-        hf |= {name: like.get(name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-        if kind == like.get("model_type"):  # what it says beside the shape, and how it says rope, stays
-            hf = like | {name: value for name, value in hf.items() if not name.startswith("rope_")}
         hf |= dict(architectures=[family.architecture], model_type=kind)
-        if read_config(hf)[1] == config:
-            return hf
+        try:
+            if read_config(hf)[1] == config:
+                return hf
+        except ValueError:  # it cannot say this
+            continue
     return None
 
 
-def _read_rope(hf: dict[str, Any]) -> dict[str, Any]:
-    rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}  # transformers 5; 4
-    kind = rope.get("rope_type", rope.get("type", "default")) if isinstance(rope, dict) else rope
-    if kind not in ("default", "llama3") or rope.get("partial_rotary_factor") not in (None, 1):
-        raise ValueError(f"rope scaling of type {kind!r} or partial rotary positions are not supported")
-    if any(isinstance(value, dict) for value in rope.values()):
-        raise ValueError("its rope parameters are not one set for all layers, which is not supported")
-    base = dict(rope_base=rope.get("rope_theta") or hf["rope_theta"])
-    if kind == "default":
-        return base
-    return base | dict(rope_scaling={ours: rope[theirs] for ours, theirs in _ROPE_SCALING.items()})
+# -------------------------------------------------------------------------------------------------------------- layers
 
 
-def _write_rope(config: Config) -> dict[str, Any] | None:
-    if (scaling := config.rope_scaling) is None:
-        return None
-    return dict(rope_type="llama3") | {theirs: getattr(scaling, ours) for ours, theirs in _ROPE_SCALING.items()}
+def _read_layers(hf: dict[str, Any], family: Family) -> tuple[Layer, ...]:
+    n, types = hf["num_hidden_layers"], hf.get("layer_types")
+    n = min(n, 2**16)
+    window = hf.get("sliding_window") if hf.get("use_sliding_window", True) else None
+    every, first = hf.get("sliding_window_pattern"), hf.get("max_window_layers") or 0
+    if types is None:
+        types = ["full_attention" if (every and (i + 1) % every == 0) or i < first else "sliding_attention"
+                 for i in range(n)]  # fmt: skip
+    if len(types) != n or {*types} - {"full_attention", "sliding_attention"}:
+        raise ValueError(f"layer_types is {types!r:.80}, which is not supported")
+    ropes = _read_ropes(hf, family)
+    has_rope = hf.get("no_rope_layers") or []  # 1: this layer has rope, in spite of the name
+    if not has_rope and (interval := hf.get("no_rope_layer_interval")):
+        has_rope = [(i + 1) % interval > 0 for i in range(n)]
+    experts, step = None, hf.get("decoder_sparse_step") or 1
+    if "num_experts_per_tok" in hf:
+        n_experts = hf.get("num_local_experts") or hf["num_experts"]
+        n_hidden = hf.get("moe_intermediate_size") or hf["intermediate_size"]
+        experts = Experts(n_experts, hf["num_experts_per_tok"], n_hidden, hf.get("norm_topk_prob", True))
+    return tuple(
+        Layer(
+            window=window if kind == "sliding_attention" else None,
+            rope=ropes[kind] if not has_rope or has_rope[i] else None,
+            experts=None if (i + 1) % step or i in (hf.get("mlp_only_layers") or ()) else experts,
+        )
+        for i, kind in enumerate(types)
+    )
 
 
-_ROPE_SCALING = dict(
-    factor="factor", low_freq_factor="low_freq_factor", high_freq_factor="high_freq_factor",
-    original_block_size="original_max_position_embeddings",
+_SCALINGS = dict(linear=LinearScaling, llama3=Llama3Scaling, yarn=YarnScaling, longrope=LongScaling)
+_THEIRS = dict(  # field of a scaling -> theirs, where it differs
+    original_block_size="original_max_position_embeddings", short="short_factor", long="long_factor",
+    query_growth="llama_4_scaling_beta",
 )  # fmt: skip
+_ROPE_FIELDS = {_THEIRS.get(f.name, f.name) for kind in _SCALINGS.values() for f in fields(kind)}
+_ROPE_FIELDS -= {"llama_4_scaling_beta"}  # of one family only
+_ROPE_FIELDS |= {
+    "rope_type", "type", "rope_theta", "partial_rotary_factor", "mscale", "mscale_all_dim", "max_position_embeddings",
+}  # fmt: skip
 
 
-def _read_no_rope(hf: dict[str, Any]) -> int | None:
-    n = hf["num_hidden_layers"]
-    has_rope = [bool(x) for x in hf.get("no_rope_layers") or []]  # 1: this layer has rope, in spite of the name
-    if not has_rope:
-        return hf["no_rope_layer_interval"]
-    every = has_rope.index(False) + 1 if False in has_rope else None
-    if has_rope != [every is None or (i + 1) % every > 0 for i in range(n)]:
-        raise ValueError(f"no_rope_layers is {hf['no_rope_layers']}: not every n-th layer is without rope")
-    return every
+def _read_ropes(hf: dict[str, Any], family: Family) -> dict[str, Rope]:
+    """Type of layer -> its rotary positions."""
+    stated = hf.get("rope_parameters") or hf.get("rope_scaling") or {}  # transformers 5; 4
+    if not isinstance(stated, dict):
+        raise ValueError(f"rope scaling is {stated!r:.80}, which is not supported")
+    full = local = stated
+    if "rope_local_base_freq" in family.defaults:  # only full layers are scaled
+        full = stated.get("full_attention", stated)
+        local_base = hf["rope_local_base_freq"] or full.get("rope_theta") or hf["rope_theta"]
+        local = stated.get("sliding_attention", dict(rope_theta=local_base))
+    return dict(full_attention=_read_rope(full, hf, family), sliding_attention=_read_rope(local, hf, family))
+
+
+def _read_rope(rope: dict[str, Any], hf: dict[str, Any], family: Family) -> Rope:
+    kind = "longrope" if "short_factor" in rope else rope.get("rope_type", rope.get("type", "default"))
+    share = rope.get("partial_rotary_factor") or hf.get("partial_rotary_factor") or 1.0
+    known = _ROPE_FIELDS | family.defaults.keys()
+    if odd := [name for name in rope if name not in known and rope[name] is not None]:
+        raise ValueError(f"{odd[0]} of its rope parameters is {rope[odd[0]]!r:.80}, which is not supported")
+    if kind not in (*_SCALINGS, "default", "dynamic") or (
+        share != 1 and "partial_rotary_factor" not in family.defaults
+    ):
+        raise ValueError(f"rope scaling of type {kind!r}, of {share} of a head's numbers, is not supported")
+    base = rope.get("rope_theta") or hf["rope_theta"]
+    if kind in ("default", "dynamic"):  # the latter changes only what is longer than block_size, which we refuse
+        return Rope(base, share)
+    context = hf.get("original_max_position_embeddings") or rope.get("original_max_position_embeddings")
+    stated = dict(original_max_position_embeddings=context or hf["max_position_embeddings"])
+    if kind in ("yarn", "longrope"):
+        stated["attention_factor"] = _attention_factor(kind, rope, hf["max_position_embeddings"], *stated.values())
+    stated = {name: tuple(v) if isinstance(v, list) else v for name, v in (rope | stated).items() if v is not None}
+    names = {f.name: _THEIRS.get(f.name, f.name) for f in fields(_SCALINGS[kind])}
+    return Rope(base, share, _SCALINGS[kind](**{o: stated[theirs] for o, theirs in names.items() if theirs in stated}))
+
+
+def _attention_factor(kind: str, rope: dict[str, Any], context: int, original: int) -> float:
+    """What cosines and sines are multiplied by, where it is not stated (YaRN's equation 22, LongRoPE's section 3)."""
+    factor = rope.get("factor") or context / original
+    if rope.get("attention_factor") is not None:
+        return rope["attention_factor"]
+    if factor <= 1:
+        return 1.0
+    if kind == "longrope":
+        return math.sqrt(1 + math.log(factor) / math.log(original))
+    wide, all_dim = rope.get("mscale"), rope.get("mscale_all_dim")
+    if wide and all_dim:
+        return (0.1 * wide * math.log(factor) + 1) / (0.1 * all_dim * math.log(factor) + 1)
+    return 0.1 * math.log(factor) + 1
+
+
+def _write_layers(config: Config, family: Family) -> dict[str, Any]:
+    """What config.json says of the layers, as transformers 4 did; 5 understands it, too."""
+    local = [layer for layer in config.layers if layer.window] or config.layers
+    full = [layer for layer in config.layers if not layer.window] or config.layers
+    rope, local_rope = (next((x.rope for x in some if x.rope), Rope()) for some in (full, local))
+    experts = next((layer.experts for layer in config.layers if layer.experts), Experts(1, 1, 1))
+    original = getattr(rope.scaling, "original_block_size", None)
+    hf = dict(
+        sliding_window=local[0].window,
+        use_sliding_window=local[0].window is not None,
+        layer_types=["sliding_attention" if layer.window else "full_attention" for layer in config.layers],
+        no_rope_layers=[int(layer.rope is not None) for layer in config.layers],
+        rope_local_base_freq=local_rope.base if local_rope.base != rope.base else None,
+        partial_rotary_factor=rope.share,
+        original_max_position_embeddings=original or family.defaults.get("original_max_position_embeddings"),
+        num_experts=experts.n,
+        num_local_experts=experts.n,
+        num_experts_per_tok=experts.n_active,
+        moe_intermediate_size=experts.n_hidden,
+        norm_topk_prob=experts.normalize,
+        decoder_sparse_step=1,
+        mlp_only_layers=[i for i, layer in enumerate(config.layers) if layer.experts is None],
+    )
+    hf = {name: value for name, value in hf.items() if name in family.defaults}
+    return hf | dict(rope_theta=rope.base, rope_scaling=_write_scaling(rope))
+
+
+def _write_scaling(rope: Rope) -> dict[str, Any] | None:
+    for kind, scaling in _SCALINGS.items():
+        if type(rope.scaling) is scaling:
+            stated = {_THEIRS.get(name, name): value for name, value in vars(rope.scaling).items() if value is not None}
+            return dict(rope_type=kind) | {n: list(v) if isinstance(v, tuple) else v for n, v in stated.items()}
+    return None
 
 
 # --------------------------------------------------------------------------------------------- published networks
 
 
-_GPT2 = dict(arch="gpt2", vocab_size=50257, block_size=1024, tie=True)
-_LLAMA_2 = dict(block_size=4096)
-_LLAMA_3 = dict(vocab_size=128256, block_size=8192, n_kv_head=8, rope_base=500000.0)
-_SCALING = dict(low_freq_factor=1.0, high_freq_factor=4.0, original_block_size=8192)
-_LLAMA_31 = _LLAMA_3 | dict(block_size=131072, rope_scaling=_SCALING | dict(factor=8.0))
-_LLAMA_32 = _LLAMA_3 | dict(block_size=131072, rope_scaling=_SCALING | dict(factor=32.0), tie=True)
-_SMOLLM2 = dict(vocab_size=49152, block_size=8192, tie=True)
-_MISTRAL = dict(block_size=32768, n_kv_head=8)
-_QWEN2 = dict(vocab_size=151936, block_size=32768, n_kv_head=2, rope_base=1e6, norm_eps=1e-6, qkv_bias=True)
-_QWEN3 = dict(
-    vocab_size=151936, block_size=40960, n_kv_head=8, head_size=128, rope_base=1e6, norm_eps=1e-6, qk_norm=True,
-)  # fmt: skip
-
-
-def _preset(
-    base: dict[str, Any], n_layer: int, n_head: int, n_embd: int, n_hidden: int | None = None, **more: Any
-) -> dict[str, Any]:
-    return base | dict(n_layer=n_layer, n_head=n_head, n_embd=n_embd, n_hidden=n_hidden) | more
-
-
-PRESETS = {
-    "gpt2": _preset(_GPT2, 12, 12, 768),
-    "gpt2-medium": _preset(_GPT2, 24, 16, 1024),
-    "gpt2-large": _preset(_GPT2, 36, 20, 1280),
-    "gpt2-xl": _preset(_GPT2, 48, 25, 1600),
-    "llama-7b": _preset({}, 32, 32, 4096, norm_eps=1e-6),
-    "llama-13b": _preset({}, 40, 40, 5120, norm_eps=1e-6),
-    "llama-30b": _preset({}, 60, 52, 6656, norm_eps=1e-6),
-    "llama-65b": _preset({}, 80, 64, 8192, norm_eps=1e-5),
-    "llama-2-7b": _preset(_LLAMA_2, 32, 32, 4096),
-    "llama-2-13b": _preset(_LLAMA_2, 40, 40, 5120),
-    "llama-2-70b": _preset(_LLAMA_2, 80, 64, 8192, 28672, n_kv_head=8),
-    "llama-3-8b": _preset(_LLAMA_3, 32, 32, 4096, 14336),
-    "llama-3-70b": _preset(_LLAMA_3, 80, 64, 8192, 28672),
-    "llama-3.1-8b": _preset(_LLAMA_31, 32, 32, 4096, 14336),
-    "llama-3.1-70b": _preset(_LLAMA_31, 80, 64, 8192, 28672),
-    "llama-3.2-1b": _preset(_LLAMA_32, 16, 32, 2048, 8192),
-    "llama-3.2-3b": _preset(_LLAMA_32, 28, 24, 3072, 8192),
-    "tinyllama-1.1b": _preset({}, 22, 32, 2048, 5632, n_kv_head=4),
-    "smollm2-135m": _preset(_SMOLLM2, 30, 9, 576, 1536, n_kv_head=3, rope_base=100000.0),
-    "smollm2-360m": _preset(_SMOLLM2, 32, 15, 960, 2560, n_kv_head=5, rope_base=100000.0),
-    "smollm2-1.7b": _preset(_SMOLLM2, 24, 32, 2048, 8192, rope_base=130000.0),
-    "smollm3-3b": _preset(
-        {}, 36, 16, 2048, 11008, vocab_size=128256, block_size=65536, n_kv_head=4, rope_base=5e6, norm_eps=1e-6,
-        tie=True, no_rope_every=4,
-    ),
-    "mistral-7b-v0.1": _preset(_MISTRAL, 32, 32, 4096, 14336, window=4096),
-    "mistral-7b-v0.3": _preset(_MISTRAL, 32, 32, 4096, 14336, vocab_size=32768, rope_base=1e6),
-    "qwen2.5-0.5b": _preset(_QWEN2, 24, 14, 896, 4864, tie=True),
-    "qwen2.5-1.5b": _preset(_QWEN2, 28, 12, 1536, 8960, tie=True),
-    "qwen2.5-3b": _preset(_QWEN2, 36, 16, 2048, 11008, tie=True),
-    "qwen2.5-7b": _preset(_QWEN2, 28, 28, 3584, 18944, n_kv_head=4, vocab_size=152064),
-    "qwen3-0.6b": _preset(_QWEN3, 28, 16, 1024, 3072, tie=True),
-    "qwen3-1.7b": _preset(_QWEN3, 28, 16, 2048, 6144, tie=True),
-    "qwen3-4b": _preset(_QWEN3, 36, 32, 2560, 9728, tie=True),
-    "qwen3-8b": _preset(_QWEN3, 36, 32, 4096, 12288),
-    "qwen3-14b": _preset(_QWEN3, 40, 40, 5120, 17408),
-    "qwen3-32b": _preset(_QWEN3, 64, 64, 5120, 25600),
-}  # fmt: skip
+PRESETS: dict[str, dict[str, Any]] = {}  # name -> what its config.json says of the shape
+for _name, _stated in json.loads(Path(__file__).with_name("presets.json").read_text()).items():
+    PRESETS[_name] = PRESETS.get(_stated.pop("like", ""), {}) | _stated

@@ -20,81 +20,24 @@ Papers: GPT-2 (Radford et al., 2019), LLaMA (https://arxiv.org/abs/2302.13971), 
 SwiGLU (https://arxiv.org/abs/2002.05202), GQA (https://arxiv.org/abs/2305.13245).
 """
 
-import math
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
-from typing import Any, Literal, Self
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lit_model.attention import CachedRow, KVCache, LastRow, PackedRow
-from lit_model.files import validate_fields
+from lit_model.config import Config, Layer
 from lit_model.kernels.cpu import RMSNormCPU
 from lit_model.loss import chunk_loss, cross_entropy
 from lit_model.packing import Packed, equal_examples
 from lit_model.recompute import Offload, recomputed
-from lit_model.rope import RopeScaling, rope_angles
+from lit_model.rope import rope_angles
 
-
-@dataclass
-class Config:
-    """The shape of a network. `None` means: derived from the other fields."""
-
-    arch: Literal["llama", "gpt2"] = "llama"
-    vocab_size: int = 32000
-    block_size: int = 2048  # longest context in tokens, virtual ones included
-    n_layer: int = 32
-    n_head: int = 32
-    n_kv_head: int | None = None  # None: n_head, which is multi-head attention; fewer: grouped-query attention
-    n_embd: int = 4096
-    n_hidden: int | None = None  # width of the MLP; None: the family's rule
-    head_size: int | None = None  # None: n_embd / n_head
-    rope_base: float = 10000.0
-    rope_scaling: RopeScaling | None = None
-    no_rope_every: int | None = None  # one layer in this many has no rotary positions (SmolLM3); None: all have them
-    window: int | None = None  # a token sees itself and the window - 1 tokens before it (Mistral); None: all
-    norm_eps: float = 1e-5
-    bias: bool | None = None  # biases in the linear layers of a block; None: the family's rule
-    qkv_bias: bool | None = None  # biases of q, k and v (Qwen 2); None: as `bias`
-    head_bias: bool = False
-    qk_norm: bool = False  # RMSNorm of each head of q and k (Qwen 3)
-    tie: bool = False  # the output head is the embedding matrix
-
-    def __post_init__(self):
-        if isinstance(self.rope_scaling, dict):  # from a preset or a file
-            self.rope_scaling = RopeScaling(**self.rope_scaling)
-        validate_fields(self)
-        if self.n_kv_head is None:
-            self.n_kv_head = self.n_head
-        if self.head_size is None:
-            self.head_size = self.n_embd // self.n_head
-        if self.n_hidden is None:  # LLaMA: two thirds of 4C, rounded up to a multiple of 256
-            self.n_hidden = 4 * self.n_embd if self.arch == "gpt2" else 256 * math.ceil(8 * self.n_embd / 3 / 256)
-        if self.bias is None:
-            self.bias = self.arch == "gpt2"
-        if self.qkv_bias is None:
-            self.qkv_bias = self.bias
-        is_odd = self.arch == "llama" and self.head_size % 2  # rotary positions turn pairs
-        if self.head_size < 1 or is_odd or self.n_head % self.n_kv_head:
-            heads = f"head_size is {self.head_size}, n_head {self.n_head}, n_kv_head {self.n_kv_head}"
-            raise ValueError(f"{heads}: head_size must be even, and n_head a multiple of n_kv_head")
-
-    def check_tokens(self, highest: int) -> None:
-        """Raises ValueError if the network has no row for this token id."""
-        if highest >= self.vocab_size:
-            raise ValueError(f"the tokenizer has a token {highest}, and the network only {self.vocab_size}")
-
-    @classmethod
-    def from_name(cls, name: str, **changes: Any) -> Self:
-        """The preset called `name`, with `changes`. Raises ValueError with all names if there is none."""
-        from lit_model.families import PRESETS
-
-        if name not in PRESETS:
-            raise ValueError(f"there is no preset {name!r}; there are {', '.join(PRESETS)}")
-        return cls(**{**PRESETS[name], **changes})
+ACTIVATIONS = {"silu": F.silu, "gelu": partial(F.gelu, approximate="tanh")}
 
 
 class Linear(nn.Linear):
@@ -108,6 +51,8 @@ class Linear(nn.Linear):
         nn.init.normal_(self.weight, std=0.02)
         if self.bias is not None:
             nn.init.zeros_(self.bias)
+
+    times = staticmethod(F.linear)  # a method's own product, x (T, n_in) and a weight (n_out, n_in) -> (T, n_out)
 
     def matmul(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight.to(x.dtype))
@@ -142,14 +87,41 @@ class Embedding(nn.Embedding):
         return y
 
 
+class OutputLayer(Linear):
+    """Logits, (M, C) -> (M, vocab_size)."""
+
+    def __init__(self, config: Config):
+        super().__init__(config.n_embd, config.vocab_size, config.head_bias)
+        self.divisor, self.softcap = config.logit_divisor, config.logit_softcap
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = super().forward(x)
+        if self.divisor != 1:
+            y = y / self.divisor
+        return y if self.softcap is None else self.softcap * (y / self.softcap).tanh()
+
+
 class RMSNorm(nn.RMSNorm):
     """y = x / sqrt(mean(x^2) + eps) * weight, with the mean of 16-bit x in float32."""
 
     def forward(self, x: Tensor) -> Tensor:
-        weight = self.weight.to(x.dtype)
+        return self.normed(x, self.weight.to(x.dtype))
+
+    def normed(self, x: Tensor, weight: Tensor) -> Tensor:
         if x.device.type == "cpu":
             return RMSNormCPU.apply(x, weight, self.eps)
         return F.rms_norm(x, self.normalized_shape, weight, self.eps)
+
+
+class RMSNormPlusOne(RMSNorm):
+    """Gemma's: times 1 + weight, all in float32."""
+
+    def reset_parameters(self) -> None:
+        nn.init.zeros_(self.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = torch.promote_types(x.dtype, torch.float32)
+        return self.normed(x.to(wide), 1 + self.weight.to(x.dtype).to(wide)).to(x.dtype)
 
 
 class LayerNorm(nn.LayerNorm):
@@ -157,32 +129,39 @@ class LayerNorm(nn.LayerNorm):
         return F.layer_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
 
 
-def norm(config: Config) -> nn.Module:
-    return (LayerNorm if config.arch == "gpt2" else RMSNorm)(config.n_embd, eps=config.norm_eps)
+def norm(config: Config, size: int | None = None) -> nn.Module:
+    kind = LayerNorm if config.arch == "gpt2" else RMSNormPlusOne if config.norm_plus_one else RMSNorm
+    return kind(size or config.n_embd, eps=config.norm_eps)
 
 
 class CausalSelfAttention(nn.Module):
     def __init__(self, config: Config):
         super().__init__()
         self.head_size = config.head_size
-        self.q_proj = Linear(config.n_embd, config.n_head * config.head_size, config.qkv_bias)
-        self.k_proj = Linear(config.n_embd, config.n_kv_head * config.head_size, config.qkv_bias)
-        self.v_proj = Linear(config.n_embd, config.n_kv_head * config.head_size, config.qkv_bias)
+        n_q, n_kv = config.n_head * config.head_size, config.n_kv_head * config.head_size
+        self.q_proj = Linear(config.n_embd, n_q, config.qkv_bias)
+        self.k_proj = Linear(config.n_embd, n_kv, config.qkv_bias)
+        self.v_proj = Linear(config.n_embd, n_kv, config.qkv_bias)
+        self.norms_all_heads = config.qk_norm == "all"
         self.q_norm, self.k_norm = (
-            RMSNorm(config.head_size, eps=config.norm_eps) if config.qk_norm else nn.Identity() for _ in "qk"
+            nn.Identity() if config.qk_norm == "none" else norm(config, n if self.norms_all_heads else config.head_size)
+            for n in (n_q, n_kv)
         )
-        self.o_proj = Linear(config.n_head * config.head_size, config.n_embd, config.bias)
+        self.o_proj = Linear(n_q, config.n_embd, config.bias)
         self.deltas = nn.ModuleDict()
 
     def split_heads(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (-1, self.head_size))  # (T, n * hs) -> (T, n, hs)
 
+    def normed_heads(self, x: Tensor, norm: nn.Module) -> Tensor:
+        return self.split_heads(norm(x)) if self.norms_all_heads else norm(self.split_heads(x))  # (T, n, hs)
+
     def keys_and_values(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Without positions, (T, nkv, hs) each."""
-        return self.k_norm(self.split_heads(self.k_proj(x))), self.split_heads(self.v_proj(x))
+        return self.normed_heads(self.k_proj(x), self.k_norm), self.split_heads(self.v_proj(x))
 
     def forward(self, x: Tensor, row: PackedRow) -> Tensor:
-        q = self.q_norm(self.split_heads(self.q_proj(x)))  # (T, nh, hs)
+        q = self.normed_heads(self.q_proj(x), self.q_norm)  # (T, nh, hs)
         k, v = self.keys_and_values(x)  # (T, nkv, hs)
         prompts = [delta(self, x.dtype) for delta in self.deltas.values()]
         y = row.attend(q, k, v, prompts)  # (T, nh, hs); in the last layer (M, nh, hs)
@@ -190,31 +169,43 @@ class CausalSelfAttention(nn.Module):
 
 
 class MLP(nn.Module):
-    """LLaMA: down(silu(gate(x)) * up(x)). GPT-2: down(gelu(up(x))), with the tanh approximation of gelu."""
+    """LLaMA: down(silu(gate(x)) * up(x)). GPT-2: down(gelu(up(x)))."""
 
     def __init__(self, config: Config):
         super().__init__()
-        self.gate_proj = None if config.arch == "gpt2" else Linear(config.n_embd, config.n_hidden, config.bias)
+        is_gated = config.arch != "gpt2"
+        self.activation = ACTIVATIONS[config.activation if is_gated else "gelu"]
+        self.gate_proj = Linear(config.n_embd, config.n_hidden, config.bias) if is_gated else None
         self.up_proj = Linear(config.n_embd, config.n_hidden, config.bias)
         self.down_proj = Linear(config.n_hidden, config.n_embd, config.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.gate_proj is None:
-            return self.down_proj(F.gelu(self.up_proj(x), approximate="tanh"))
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+            return self.down_proj(self.activation(self.up_proj(x)))
+        return self.down_proj(self.activation(self.gate_proj(x)) * self.up_proj(x))
 
 
 class Block(nn.Module):
-    def __init__(self, config: Config):
+    def __init__(self, config: Config, layer: Layer):
         super().__init__()
-        self.norm_1 = norm(config)
+        no_norm, before, after = nn.Identity(), config.norm_place != "after", config.norm_place != "before"
+        self.norm_1 = norm(config) if before else no_norm
         self.attn = CausalSelfAttention(config)
-        self.norm_2 = norm(config)
-        self.mlp = MLP(config)
+        self.post_norm_1 = norm(config) if after else no_norm
+        self.norm_2 = norm(config) if before else no_norm
+        if layer.experts is None:
+            self.mlp = MLP(config)
+        else:
+            from lit_model.moe import MoE
+
+            self.mlp = MoE(config, layer.experts)
+        self.post_norm_2 = norm(config) if after else no_norm
+        self.scale = config.residual_scale
 
     def forward(self, x: Tensor, row: PackedRow) -> Tensor:
-        x = self.attn(self.norm_1(x), row) + row.narrow(x)  # (T, C); in the last layer (M, C)
-        return x + self.mlp(self.norm_2(x))
+        h = self.post_norm_1(self.attn(self.norm_1(x), row))  # (T, C); in the last layer (M, C)
+        x = torch.add(row.narrow(x), h, alpha=self.scale)
+        return torch.add(x, self.post_norm_2(self.mlp(self.norm_2(x))), alpha=self.scale)
 
 
 class GPT(nn.Module):
@@ -227,9 +218,9 @@ class GPT(nn.Module):
         self.objective = cross_entropy
         self.wte = Embedding(config.vocab_size, config.n_embd)  # tokens; GPT-2's names
         self.wpe = Embedding(config.block_size, config.n_embd) if config.arch == "gpt2" else None  # positions
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        self.blocks = nn.ModuleList(Block(config, layer) for layer in config.layers)
         self.norm_f = norm(config)
-        self.lm_head = Linear(config.n_embd, config.vocab_size, config.head_bias)
+        self.lm_head = OutputLayer(config)
         self.virtual_tokens = nn.ModuleDict()
         self.virtual_keys = nn.ModuleDict()
         self.heads = nn.ModuleDict()
@@ -264,7 +255,7 @@ class GPT(nn.Module):
         Raises ValueError for quantized weights.
         """
         is_tied = self.lm_head.weight is self.wte.weight and self.lm_head.deltas.items() == self.wte.deltas.items()
-        for m in (m for m in self.modules() if isinstance(m, (Linear, Embedding))):
+        for m in (m for m in self.modules() if hasattr(m, "deltas")):
             for name, delta in list(m.deltas.items()):
                 if not hasattr(delta, "merged"):
                     continue
@@ -298,11 +289,12 @@ class GPT(nn.Module):
                 f"({sum(n > room for n in lengths)} of {len(lengths)} examples are too long)"
             )
 
-    def new_cache(self, slots: int) -> KVCache:
-        """An empty cache for this many keys and values, the virtual tokens' among them."""
+    def new_cache(self, slots: int, length: int | None = None) -> KVCache:
+        """An empty cache for this many keys and values, the virtual tokens' among them; length: of the longest example
+        that it will hold, if there are several."""
         c, dtype = self.config, self.dtype or self.wte.weight.dtype
         k = torch.zeros(c.n_layer, slots, c.n_kv_head, c.head_size, dtype=dtype, device=self.device)
-        return KVCache(k, torch.zeros_like(k))
+        return KVCache(k, torch.zeros_like(k), (length or slots) + self.n_virtual_keys)
 
     @property
     def device(self) -> torch.device:
@@ -319,10 +311,17 @@ class GPT(nn.Module):
         """Number of virtual keys and values in front of every example, in each layer."""
         return sum(virtual.length for virtual in self.virtual_keys.values())
 
-    def embed(self, idx: Tensor, packed: Packed) -> Tensor:
-        """(T, C) what goes into the first block."""
+    def embed_tokens(self, idx: Tensor) -> Tensor:
+        """(T,) -> (T, C)"""
         x = self.wte(idx)
         x = x.to(self.dtype or x.dtype)
+        if self.config.embedding_scale == 1:
+            return x
+        return x * torch.tensor(self.config.embedding_scale, dtype=x.dtype).item()  # rounded, as Gemma was trained
+
+    def embed(self, idx: Tensor, packed: Packed) -> Tensor:
+        """(T, C) what goes into the first block."""
+        x = self.embed_tokens(idx)
         if len(packed.pos) > len(idx):  # the row begins with the virtual tokens, which idx does not contain
             x = torch.cat([virtual().to(x.dtype) for virtual in self.virtual_tokens.values()] + [x])
         return x if self.wpe is None else x + self.wpe(packed.pos).to(x.dtype)
@@ -362,17 +361,17 @@ class GPT(nn.Module):
 
     def contexts(self, packed: Packed, cache: KVCache | None, dtype: torch.dtype) -> Iterator[PackedRow]:
         """What each layer knows of the row."""
-        n = len(self.blocks)
-        rope = None if self.wpe is not None else rope_angles(packed.pos, self.config, dtype)
+        c, n = self.config, len(self.blocks)
+        length = packed.max_k if cache is None else cache.length
+        ropes = {rope: rope_angles(packed.pos, rope, c.head_size, length, dtype) for rope in c.ropes}
         prefixes = [virtual().to(dtype) for virtual in self.virtual_keys.values()]
         prefix = torch.cat(prefixes, dim=2).unbind() if prefixes else [None] * n
-        window, no_rope_every = self.config.window, self.config.no_rope_every or n + 1
-        window = None if window is None or packed.max_k <= window else window
-        for layer in range(n):
-            angles = None if (layer + 1) % no_rope_every == 0 else rope
+        for i, layer in enumerate(c.layers):
+            window = None if layer.window is None or packed.max_k <= layer.window else layer.window
+            context = ropes.get(layer.rope), prefix[i], window, c.attn_scale, c.attn_softcap
             if cache is not None:
-                yield CachedRow(packed, angles, prefix[layer], window, cache, layer)
-            elif packed.last is not None and layer == n - 1:
-                yield LastRow(packed.last, angles, prefix[layer], window)
+                yield CachedRow(packed, *context, cache, i)
+            elif packed.last is not None and i == n - 1:
+                yield LastRow(packed.last, *context)
             else:
-                yield PackedRow(packed, angles, prefix[layer], window)
+                yield PackedRow(packed, *context)

@@ -259,6 +259,7 @@ def pack(
     share: bool = True,
     rank: int = 0,
     world: int = 1,
+    short_context: int | None = None,
 ) -> list[tuple[Tensor, Packed]]:
     """Packs examples into the fewest rows of `row_tokens` tokens, all of about one size (a little over it, if need be).
 
@@ -266,13 +267,16 @@ def pack(
         share: compute a common beginning of examples once. Not with dropout, which would differ between its copies.
         rank, world: make the rows of this process, of so many. One that would lack a row computes one of another
             process with weight 0, so that all compute the same number.
+        short_context: the network's; no row has examples of both sides of it.
     Returns:
         A list of (idx, packed). The losses of all rows sum to those of the examples one by one. Examples that begin
         alike lie together, so their order is not kept.
     """
     if share:  # any order will do in which examples with the same beginning are neighbours
         examples = sorted(examples, key=lambda e: e.ids.tobytes())
-    groups = list(_fill(examples, row_tokens, share, world))
+    is_long = [len(e.ids) - 1 + n_virtual_tokens + n_virtual_keys > (short_context or math.inf) for e in examples]
+    parts = [[e for e, flag in zip(examples, is_long) if flag == side] for side in (False, True)]
+    groups = [group for part in parts if part for group in _fill(part, row_tokens, share, world)]
     rows = [_pack_row(group, n_virtual_tokens, n_virtual_keys, share) for group in groups[rank::world]]
     if len(rows) < math.ceil(len(groups) / world):
         idx, packed = _pack_row(groups[0], n_virtual_tokens, n_virtual_keys, share)

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lit_model.attention import HAS_TRITON
-from lit_model.model import MLP, Linear
+from lit_model.model import ACTIVATIONS, MLP, Linear
 
 Kind = Literal["none", "nf4", "int8", "fp8"]
 FP8 = torch.float8_e4m3fn
@@ -47,7 +47,8 @@ def quantize(block: nn.Module, kind: Kind, keep: Container[str] = (), last: bool
             setattr(linear, name, nn.Parameter(tensor, requires_grad=False))  # a parameter: sharding knows no buffers
     if kind == "fp8":
         for mlp in (m for m in block.modules() if type(m) is MLP):
-            if all(isinstance(linear, FP8Linear) for linear in (mlp.gate_proj, mlp.up_proj, mlp.down_proj)):
+            linears = mlp.gate_proj, mlp.up_proj, mlp.down_proj
+            if mlp.activation is ACTIVATIONS["silu"] and all(isinstance(linear, FP8Linear) for linear in linears):
                 mlp.__class__ = FP8MLP
 
 

@@ -18,7 +18,9 @@ if not torch.cuda.is_available():  # before Triton is imported
 
 from lit_model import families, model
 from lit_model.cli import cli
+from lit_model.config import Experts, Layer
 from lit_model.data.tokenizer import Tokenizer as OurTokenizer
+from lit_model.rope import Rope, YarnScaling
 from lit_model.weights.folder import save_folder, tokenizer_files
 
 
@@ -29,14 +31,31 @@ def seeded():
 
 LLAMA = dict(arch="llama", vocab_size=97, block_size=128, n_layer=3, n_head=4, n_kv_head=2, n_embd=64, n_hidden=112)
 GPT2 = dict(arch="gpt2", vocab_size=97, block_size=128, n_layer=3, n_head=4, n_embd=64, tie=True)
+_YARN = YarnScaling(8.0, 4, attention_factor=1.2, beta_fast=0.9, beta_slow=0.1, query_growth=0.3)
 NEWER = dict(  # what came after LLaMA 2, all at once
-    LLAMA, tie=True, head_size=24, qkv_bias=True, qk_norm=True, no_rope_every=2, window=11,
-    rope_scaling=dict(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_block_size=32),
+    LLAMA, tie=True, head_size=24, qkv_bias=True, qk_norm="all", norm_place="both", norm_plus_one=True,
+    activation="gelu", attn_scale=0.3, attn_softcap=3.0, logit_softcap=4.0, logit_divisor=1.5, embedding_scale=2.0,
+    residual_scale=0.7,
+    layers=(
+        Layer(11, Rope(500.0, 0.5), Experts(4, 2, 48)),
+        Layer(rope=Rope(900.0, 0.5, _YARN)),
+        Layer(rope=None),
+    ),
 )  # fmt: skip
 FAMILIES = {"llama": LLAMA, "gpt2": GPT2, "newer": NEWER}
 NEWER_FAMILY = families._llama_like(  # no network has all of it: a family of its own, for its folders
-    "NewerForCausalLM", {}, dict(attention_bias=False, mlp_bias=False), qkv_bias=True, qk_norm=True, window=11,
-    no_rope_every=2,
+    "NewerForCausalLM",
+    {},
+    dict(
+        attention_bias=True, mlp_bias=False, attention_out_bias=False, sliding_window=None, layer_types=None,
+        no_rope_layers=None, rope_local_base_freq=None, partial_rotary_factor=1.0, num_experts=4,
+        num_experts_per_tok=2, moe_intermediate_size=48, norm_topk_prob=True, mlp_only_layers=None,
+        llama_4_scaling_beta=None,
+    ),
+    families._FOUR_NORMS,
+    {name: name for name in ("attn_scale", "logit_divisor", "embedding_scale", "residual_scale")} | families._CAPS,
+    qk_norm="all",
+    **families._GEMMA,
 )  # fmt: skip
 
 

@@ -23,7 +23,8 @@ from scripts.bench.workload import lengths
 @pytest.fixture
 def preset(monkeypatch):
     """A tiny network under the name of a preset."""
-    monkeypatch.setitem(families.PRESETS, "tiny", {**LLAMA, "vocab_size": 8000, "block_size": 512})
+    tiny = families.write_config(Config(**LLAMA | dict(vocab_size=8000, block_size=512)))
+    monkeypatch.setitem(families.PRESETS, "tiny", tiny)
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,6 @@ transformers, the same logits and ids; broken files leave nothing."""
 import json
 import logging
 import re
-from dataclasses import replace
 from pathlib import Path
 
 import gguf
@@ -16,10 +15,11 @@ from safetensors.torch import load_file
 from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from lit_model import load, model
+from lit_model import families, load, model
+from lit_model.config import Layer
 from lit_model.data.tokenizer import Tokenizer
 from lit_model.generate import stream_text
-from lit_model.rope import rope_frequencies
+from lit_model.rope import LinearScaling, Llama3Scaling, LongScaling, Rope
 from lit_model.weights.folder import Folder
 from lit_model.weights.gguf import NAMES, convert_gguf
 from lit_model.weights.meta import convert_meta
@@ -30,11 +30,20 @@ QUANTS = gguf.GGMLQuantizationType
 TEXTS = ["apple river", "Don't  stop: 日本 🙂\n\t12345", "  two  spaces", " ", "\n\n", "Ünïcode", " ".join(WORDS)]
 
 
-def write_gguf(path, gpt, tokenizer: dict, kind=QUANTS.F32, arch="llama", quantize=None, rope=None) -> None:
-    """Writes `gpt` as llama.cpp does: of llama q and k in Meta's rope order, of gpt2 q, k and v in one; matrices of the
-    given kind, as `quantize(name, data)` makes them, vectors in float32. rope: more numbers about it."""
+FUSED = {  # our modules -> the one tensor that they lie in
+    "gpt2": {"attn.q_proj attn.k_proj attn.v_proj": "attn_qkv"},
+    "phi3": {"attn.q_proj attn.k_proj attn.v_proj": "attn_qkv", "mlp.gate_proj mlp.up_proj": "ffn_up"},
+}
+
+
+def write_gguf(
+    path, gpt, tokenizer: dict, kind=QUANTS.F32, arch="llama", quantize=None, fields=None, tensors_in_part=0
+) -> None:
+    """Writes `gpt` as llama.cpp does: of llama q and k in Meta's rope order, of others some in one; Gemma's norms as
+    1 + weight; matrices of the given kind, as `quantize(name, data)` makes them, vectors in float32. fields: more about
+    the architecture."""
     quantize = quantize or (lambda name, data: gguf.quantize(data, kind))
-    c, writer = gpt.config, gguf.GGUFWriter(path, arch)
+    c, writer = gpt.config, gguf.GGUFWriter(path, arch, split_max_tensors=tensors_in_part)
     writer.add_context_length(c.block_size)
     writer.add_embedding_length(c.n_embd)
     writer.add_block_count(c.n_layer)
@@ -44,30 +53,39 @@ def write_gguf(path, gpt, tokenizer: dict, kind=QUANTS.F32, arch="llama", quanti
         writer.add_layer_norm_eps(c.norm_eps)
     else:
         writer.add_head_count_kv(c.n_kv_head)
-        writer.add_rope_freq_base(c.rope_base)
+        rope = c.layers[-1].rope
+        writer.add_rope_freq_base(rope.base)
+        writer.add_key_length(c.head_size)
         writer.add_layer_norm_rms_eps(c.norm_eps)
-    for name, value in (rope or {}).items():
-        writer.add_float32(f"{arch}.rope.{name}", value)
-    for name, value in tokenizer.items():
-        add = {str: writer.add_string, int: writer.add_uint32, bool: writer.add_bool, list: writer.add_array}
-        add[type(value)](f"tokenizer.{name}", value)
-    back = {ours: theirs for theirs, ours in NAMES.items()} | {"attn_qkv": "attn_qkv"}
+        if isinstance(rope.scaling, Llama3Scaling):
+            slower = Rope(rope.base).frequencies(c.head_size) / rope.frequencies(c.head_size)
+            writer.add_tensor("rope_freqs.weight", slower.float().numpy())
+        if isinstance(rope.scaling, LongScaling):
+            for name, factors in (("short", rope.scaling.short), ("long", rope.scaling.long)):
+                writer.add_tensor(f"rope_factors_{name}.weight", np.array(factors, np.float32))
+    add = {str: writer.add_string, int: writer.add_uint32, bool: writer.add_bool, list: writer.add_array}
+    add[float] = writer.add_float32
+    named = {f"{arch}.{name}": value for name, value in (fields or {}).items()}
+    for name, value in (named | {f"tokenizer.{name}": value for name, value in tokenizer.items()}).items():
+        add[type(value)](name, value)
+    back = {ours: theirs for theirs, ours in NAMES.items()}
     tensors = gpt.state_dict()
-    if c.rope_scaling:
-        plain = rope_frequencies(replace(c, rope_scaling=None))
-        writer.add_tensor("rope_freqs.weight", (plain / rope_frequencies(c)).float().numpy())
     if c.tie:
         del tensors["lm_head.weight"]
     for name, t in list(tensors.items()):
         prefix, stem, ending = re.fullmatch(r"(blocks\.\d+\.)?(.+)\.(\w+)", name).groups()
-        if arch == "gpt2" and stem in ("attn.k_proj", "attn.v_proj"):
+        theirs = back[stem]
+        for modules, fused in FUSED.get(arch, {}).items():
+            if stem in modules.split():
+                t = torch.cat([tensors[name.replace(stem, module)] for module in modules.split()])
+                theirs = fused if modules.startswith(stem) else None
+        if theirs is None:
             continue
-        if arch == "gpt2" and stem == "attn.q_proj":
-            t = torch.cat([tensors[name.replace("q_proj", f"{p}_proj")] for p in "qkv"])
-            stem = "attn_qkv"
+        if arch == "gemma3" and "norm" in name:
+            t = t + 1
         if arch == "llama" and stem in ("attn.q_proj", "attn.k_proj"):
             t = meta_order(t, c.head_size)
-        data, name = t.float().numpy(), f"{(prefix or '').replace('blocks', 'blk')}{back[stem]}.{ending}"
+        data, name = t.float().numpy(), f"{(prefix or '').replace('blocks', 'blk')}{theirs}.{ending}"
         if t.ndim == 2:
             writer.add_tensor(name, quantize(name, data), raw_dtype=kind)
         else:
@@ -133,21 +151,58 @@ def test_gguf_gives_the_logits_it_was_written_from(tiny, tmp_path, kind, error):
     assert GenerationConfig.from_pretrained(tmp_path / "hf").eos_token_id == [1, 7]
 
 
-@pytest.mark.parametrize("arch", ["qwen2", "gpt2", "llama-3.1"])
-def test_gguf_of_other_architectures(arch, tiny, tmp_path):
-    long = dict(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_block_size=8192)
-    shape = {
-        "qwen2": dict(SIZES, qkv_bias=True),
-        "gpt2": dict(GPT2),
-        "llama-3.1": dict(SIZES, rope_base=5e5, rope_scaling=long),
-    }[arch]
-    gpt = randomize(model.GPT(model.Config(**{**shape, "vocab_size": 400})), std=0.1).eval()
-    tokenizer = bpe_fields(tiny) | {"ggml.pre": {"qwen2": "qwen2", "gpt2": "gpt-2", "llama-3.1": "llama-bpe"}[arch]}
-    write_gguf(tmp_path / "m.gguf", gpt, tokenizer, arch=arch.split("-")[0])
-    convert_gguf(tmp_path / "m.gguf", tmp_path / "hf", torch.float32)
+LONG = dict(
+    short=(1.0, 1.5, 2.0, 2.5, 3.0, 4.0, 5.0, 6.0), long=(1.0, 2.0, 4.0, 5.0, 6.0, 9.0, 9.0, 9.5),
+    original_block_size=8, attention_factor=1.25,
+)  # fmt: skip
+LLAMA_3_1 = Rope(5e5, scaling=Llama3Scaling(8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_block_size=8192))
+GEMMA_3 = (Layer(7),) * 5 + (Layer(rope=Rope(1e6, scaling=LinearScaling(8.0))),)
+OTHERS = {  # architecture -> (Config, what the file says beside it, rule that splits words)
+    "qwen2": (dict(qkv_bias=True), {}, "qwen2"),
+    "qwen3": (dict(qk_norm="head", head_size=24), {}, "qwen2"),
+    "gpt2": (dict(GPT2, n_kv_head=None), {}, "gpt-2"),
+    "llama-3.1": (dict(layers=(Layer(rope=LLAMA_3_1),)), {}, "llama-bpe"),
+    "llama-linear": (
+        dict(layers=(Layer(rope=Rope(scaling=LinearScaling(4.0))),)), {"rope.scaling.factor": 4.0}, "gpt-2",
+    ),
+    "olmo2": (dict(norm_place="after", qk_norm="all"), {}, "dbrx"),
+    "gemma3": (
+        dict(families._GEMMA, qk_norm="head", head_size=24, n_layer=6, tie=True, embedding_scale=8.0, layers=GEMMA_3),
+        {"attention.sliding_window": 7, "rope.scaling.type": "linear", "rope.scaling.factor": 8.0},
+        "gpt-2",
+    ),
+    "phi3": (
+        dict(layers=(Layer(100, Rope(scaling=LongScaling(**LONG))),)),
+        {"attention.sliding_window": 100, "rope.scaling.original_context_length": 8, "rope.scaling.attn_factor": 1.25},
+        "gpt-2",
+    ),
+    "phi3-partial": (
+        dict(layers=(Layer(rope=Rope(share=0.75)),)),
+        {"attention.sliding_window": 0, "rope.dimension_count": 12},
+        "gpt-2",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("tensors_in_part", [0, 6], ids=["whole", "parts"])
+@pytest.mark.parametrize("name", OTHERS)
+def test_gguf_of_other_architectures(name, tensors_in_part, tiny, tmp_path):
+    shape, fields, rule = OTHERS[name]
+    gpt = randomize(model.GPT(model.Config(**SIZES | shape | dict(vocab_size=400))), std=0.1).eval()
+    tokenizer, arch = bpe_fields(tiny) | {"ggml.pre": rule}, name.split("-")[0]
+    write_gguf(tmp_path / "m.gguf", gpt, tokenizer, arch=arch, fields=fields, tensors_in_part=tensors_in_part)
+    parts = sorted(tmp_path.glob("*.gguf"))
+    assert (len(parts) > 3) == bool(tensors_in_part)
+    convert_gguf(parts[0], tmp_path / "hf", torch.float32)
     idx = torch.randint(0, 400, (1, 30))
-    torch.testing.assert_close(load(tmp_path / "hf")(idx), gpt(idx), rtol=0, atol=1e-5)
+    torch.testing.assert_close(load(tmp_path / "hf")(idx), gpt(idx), rtol=0, atol=2e-5)
     assert Folder(tmp_path / "hf").config == gpt.config
+    if tensors_in_part:
+        with pytest.raises(ValueError, match="00002-of.*gguf: it is a part of several: name the first one"):
+            convert_gguf(parts[1], tmp_path / "other")
+        parts[-1].unlink()
+        with pytest.raises(FileNotFoundError, match=parts[-1].name):
+            convert_gguf(parts[0], tmp_path / "other")
     opened_by_transformers(tmp_path / "hf")
     text = "apple  river's 12345\n\n日本 🙂"
     ours = Tokenizer(tmp_path / "hf")
@@ -180,7 +235,7 @@ def test_a_number_that_a_dtype_cannot_hold_is_refused(tiny, tmp_path):
     gpt = model.GPT(model.Config(**{**LLAMA, "vocab_size": 400}))
     gpt.blocks[1].mlp.up_proj.weight.data[0, 0] = 70000.0
     write_gguf(tmp_path / "m.gguf", gpt, bpe_fields(tiny), gguf.GGMLQuantizationType.F32)
-    with pytest.raises(ValueError, match=r"m.gguf: blk.1.ffn_up.weight holds 7e\+04, more than a float16 can"):
+    with pytest.raises(ValueError, match=r"m.gguf: blocks.1.mlp.up_proj.weight holds 7e\+04, more than a float16 can"):
         convert_gguf(tmp_path / "m.gguf", tmp_path / "hf", torch.float16)
     convert_gguf(tmp_path / "m.gguf", tmp_path / "hf", torch.bfloat16)
 
@@ -229,14 +284,13 @@ def test_gguf_with_a_sentencepiece_tokenizer(tmp_path):
 
 
 @pytest.mark.parametrize("field", ["scaling.factor", "scale_linear"])
-def test_gguf_with_linear_rope_scaling_is_refused(field, tiny, tmp_path):
-    """llama.cpp takes a factor without a type for linear."""
+def test_gguf_with_a_factor_of_its_rope_alone_is_linear(field, tiny, tmp_path):
+    """As in llama.cpp."""
     gpt = model.GPT(model.Config(**SIZES))
-    write_gguf(tmp_path / "m.gguf", gpt, bpe_fields(tiny), rope={field: 1.0})
-    convert_gguf(tmp_path / "m.gguf", tmp_path / "hf", torch.float32)
-    write_gguf(tmp_path / "m.gguf", gpt, bpe_fields(tiny), rope={field: 4.0})
-    with pytest.raises(ValueError, match="m.gguf: rope scaling of type 'linear' is not supported"):
-        convert_gguf(tmp_path / "m.gguf", tmp_path / "other", torch.float32)
+    for factor, scaling in ((1.0, None), (4.0, LinearScaling(4.0))):
+        write_gguf(tmp_path / "m.gguf", gpt, bpe_fields(tiny), fields={f"rope.{field}": factor})
+        convert_gguf(tmp_path / "m.gguf", tmp_path / f"hf{factor}", torch.float32)
+        assert Folder(tmp_path / f"hf{factor}").config.layers[0].rope == Rope(scaling=scaling)
 
 
 # --------------------------------------------------------------------------------------------------------------- Meta
@@ -300,7 +354,8 @@ def test_what_metas_files_do_not_say_is_guessed_by_generation(tmp_path):
     (tmp_path / "meta/params.json").write_text(json.dumps(params | dict(rope_theta=5e5, use_scaled_rope=True)))
     convert_meta(tmp_path / "meta", tmp_path / "hf")
     config = Folder(tmp_path / "hf").config
-    assert (config.block_size, config.rope_base, config.rope_scaling.factor) == (131072, 5e5, 32.0)
+    rope = config.layers[0].rope
+    assert (config.block_size, rope.base, rope.scaling.factor) == (131072, 5e5, 32.0)
     opened_by_transformers(tmp_path / "hf")
 
 

@@ -3,6 +3,7 @@ config.json of both versions and back; parameter counts of the presets. Run with
 
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from lit_model import GPT, Config, generate, load
 from lit_model.families import PRESETS, read_config, write_config
 from lit_model.load import method_header
 from lit_model.merge import merge as merge_folder
+from lit_model.rope import Rope
 from lit_model.weights.folder import Folder
 from scripts import merge
 
@@ -29,6 +31,15 @@ SIZES = dict(
 LLAMA_3 = dict(
     rope_type="llama3", rope_theta=500.0, factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
     original_max_position_embeddings=32,
+)  # fmt: skip
+YARN = dict(
+    rope_type="yarn", rope_theta=500.0, factor=8.0, original_max_position_embeddings=16, beta_fast=2.0, beta_slow=0.2,
+)  # fmt: skip
+LINEAR = dict(rope_type="linear", rope_theta=900.0, factor=3.0)
+LOCAL = dict(sliding_attention=dict(rope_type="default", rope_theta=500.0))
+LONG = dict(
+    rope_type="longrope", rope_theta=500.0, partial_rotary_factor=0.75, short_factor=[1.0, 1.1, 1.3, 1.5, 1.6, 2.0],
+    long_factor=[1.2, 1.9, 3.0, 5.0, 7.0, 9.0],
 )  # fmt: skip
 FAMILIES = {
     "llama": ("Llama", dict(num_key_value_heads=2, rope_parameters=dict(rope_type="default", rope_theta=5e5))),
@@ -42,9 +53,48 @@ FAMILIES = {
     "qwen3": ("Qwen3", dict(num_key_value_heads=2, head_dim=24)),
     "qwen3-tied": ("Qwen3", dict(num_key_value_heads=1, head_dim=40, tie_word_embeddings=True)),
     "smollm3": ("SmolLM3", dict(num_key_value_heads=2)),
+    "llama-yarn": ("Llama", dict(rope_parameters=YARN, head_dim=24)),
+    "llama-linear": ("Llama", dict(rope_parameters=dict(rope_type="linear", rope_theta=500.0, factor=3.0))),
+    "llama-dynamic": ("Llama", dict(rope_parameters=dict(rope_type="dynamic", rope_theta=500.0, factor=3.0))),
+    "qwen2-window-7": (
+        "Qwen2", dict(num_key_value_heads=4, use_sliding_window=True, sliding_window=7, max_window_layers=2),
+    ),
+    "seed_oss": ("SeedOss", dict(num_key_value_heads=2, head_dim=24)),
+    "ministral3": (
+        "Ministral3", dict(num_key_value_heads=2, head_dim=24, rope_parameters=YARN | dict(llama_4_scaling_beta=0.3)),
+    ),
+    "granite": (
+        "Granite", dict(num_key_value_heads=2, embedding_multiplier=7.0, residual_multiplier=0.3,
+                        attention_multiplier=0.11, logits_scaling=3.0),
+    ),
+    "olmo2": ("Olmo2", dict(num_key_value_heads=2)),
+    "olmo3": (
+        "Olmo3", dict(num_key_value_heads=2, sliding_window=7, rope_parameters=dict(full_attention=YARN, **LOCAL)),
+    ),
+    "gemma2": (
+        "Gemma2", dict(num_key_value_heads=2, head_dim=24, sliding_window=7, query_pre_attn_scalar=20,
+                       attn_logit_softcapping=3.0, final_logit_softcapping=5.0),
+    ),
+    "gemma3": (
+        "Gemma3Text", dict(num_key_value_heads=1, head_dim=24, sliding_window=7, query_pre_attn_scalar=60,
+                           layer_types=["sliding_attention", "full_attention"] * 2 + ["sliding_attention"],
+                           rope_parameters=dict(full_attention=LINEAR, **LOCAL)),
+    ),
+    "phi3-window-7": ("Phi3", dict(num_key_value_heads=2, sliding_window=7)),
+    "phi3-long": ("Phi3", dict(num_key_value_heads=2, original_max_position_embeddings=8, rope_parameters=LONG)),
+    "phi3-short": ("Phi3", dict(num_key_value_heads=2, original_max_position_embeddings=256, rope_parameters=LONG)),
+    "qwen3_moe": (
+        "Qwen3Moe", dict(num_key_value_heads=2, head_dim=24, num_experts=6, num_experts_per_tok=2,
+                         moe_intermediate_size=40, mlp_only_layers=[1], norm_topk_prob=True),
+    ),
+    "olmoe": ("Olmoe", dict(num_key_value_heads=2, num_experts=5, num_experts_per_tok=3)),
+    "mixtral": ("Mixtral", dict(num_key_value_heads=2, num_local_experts=4)),
     "gpt2": ("GPT2", dict(n_inner=112)),
 }  # fmt: skip
-MERGED = ("llama", "llama-3.2", "mistral-window-7", "qwen2.5", "qwen2.5-tied", "qwen3", "smollm3", "gpt2")
+MERGED = (
+    "llama", "llama-3.2", "mistral-window-7", "qwen2.5", "qwen2.5-tied", "qwen3", "smollm3", "gpt2", "olmo3", "gemma3",
+    "phi3-long", "granite", "qwen3_moe", "mixtral",
+)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +106,8 @@ def downloads(tmp_path_factory, rows):
         if name not in made:
             torch.manual_seed(0)
             folder, (kind, more) = tmp_path_factory.mktemp("hub") / name, FAMILIES[name]
-            config = getattr(transformers, f"{kind}Config")(**SIZES | more)
+            sizes = {n: v for n, v in SIZES.items() if kind != "GPT2" or n != "intermediate_size"}
+            config = getattr(transformers, f"{kind}Config")(**sizes | more)
             hf = randomize(AutoModelForCausalLM.from_config(config, attn_implementation="eager"), std=0.1).eval()
             hf.save_pretrained(folder)
             save_tokenizer(folder, rows)
@@ -78,8 +129,9 @@ def download(request, downloads, tmp_path):
 
 def kept_as_it_was(stated: dict, source: dict) -> None:
     """A config.json, but for what follows from the rest of it."""
+    source = {name: value for name, value in source.items() if value is not None}
     assert {name: value for name, value in stated.items() if name in source} == source
-    assert stated.keys() - source.keys() <= {"head_dim", "n_ctx"}
+    assert {name for name in stated.keys() - source.keys() if stated[name] is not None} <= {"head_dim", "n_ctx"}
 
 
 def same(what: str, ours: torch.Tensor, theirs: torch.Tensor) -> None:
@@ -98,16 +150,28 @@ def test_logits_and_greedy_decoding_equal_transformers(name, downloads):
     gpt, idx = load(folder), torch.randint(0, 400, (2, 50))
     with torch.no_grad():
         expected = hf(idx).logits
-    flags = {k: v for k, v in vars(gpt.config).items() if k in FLAGS and v not in (None, False)}
-    same(f"{name} {flags}", gpt(idx), expected)
+    same(f"{name} {shown(gpt.config)}", gpt(idx), expected)
     options = dict(do_sample=False, eos_token_id=None, pad_token_id=0, attention_mask=torch.ones(1, 12).long())
     expected = hf.generate(idx[:1, :12], max_new_tokens=40, **options)[0, 12:].tolist()
     assert list(generate(gpt, idx[0, :12].tolist(), 40, temperature=0)) == expected
 
 
-FLAGS = ("rope_scaling", "window", "bias", "qkv_bias", "qk_norm", "no_rope_every", "tie")
-FLAG_OF = dict(rope_scaling="llama-3.1", window="mistral-window-7", qkv_bias="qwen2.5", qk_norm="qwen3",
-               no_rope_every="smollm3")  # fmt: skip
+def shown(config: Config) -> str:
+    """What is special about it."""
+    plain = vars(Config(n_embd=config.n_embd, n_head=config.n_head))
+    names = "norm_place norm_plus_one qk_norm activation attn_softcap logit_softcap bias qkv_bias tie".split()
+    special = {name: getattr(config, name) for name in names if getattr(config, name) != plain[name]}
+    kinds = {type(rope.scaling).__name__ for rope in config.ropes if rope.scaling}
+    windows = {layer.window for layer in config.layers} - {None}
+    return f"{special} {kinds or ''} {windows or ''}"
+
+
+FLAG_OF = dict(
+    ropes="llama-3.1", window="mistral-window-7", qkv_bias="qwen2.5", qk_norm="qwen3", no_rope="smollm3",
+    norm_plus_one="gemma3", experts="mixtral", attn_scale="granite", embedding_scale="gemma2", residual_scale="granite",
+    attn_softcap="gemma2", logit_softcap="gemma2", logit_divisor="granite",
+)  # fmt: skip
+MODULES = dict(norm_plus_one="norm_1", qk_norm="attn.q_norm", experts="mlp")
 
 
 @pytest.mark.parametrize("flag", FLAG_OF)
@@ -115,15 +179,21 @@ def test_each_flag_counts(flag, downloads):
     """Without it the logits are others: the test above would see that."""
     _, folder = downloads(FLAG_OF[flag])
     gpt, idx = load(folder), torch.randint(0, 400, (1, 50))
-    before = gpt(idx)
-    assert getattr(gpt.config, flag)
-    for block in gpt.blocks:  # there are tensors for it
-        if flag == "qkv_bias":
+    before, c = gpt(idx), gpt.config
+    if flag == "qkv_bias":
+        for block in gpt.blocks:
             block.attn.k_proj.bias.zero_(), block.attn.q_proj.bias.zero_()
-        if flag == "qk_norm":
-            block.attn.q_norm = torch.nn.Identity()
-    if flag in ("rope_scaling", "window", "no_rope_every"):
-        setattr(gpt.config, flag, None)
+    elif flag in MODULES:
+        for block in gpt.blocks:
+            owner, _, name = MODULES[flag].rpartition(".")
+            setattr(block.get_submodule(owner), name, torch.nn.Identity())
+    elif flag in ("ropes", "window", "no_rope"):
+        change = dict(ropes=dict(rope=Rope(500.0)), window=dict(window=None), no_rope=dict(rope=c.layers[0].rope))[flag]
+        assert any(getattr(layer, name) != value for layer in c.layers for name, value in change.items())
+        c.layers = tuple(replace(layer, **change) for layer in c.layers)
+    else:
+        gpt = GPT(replace(c, **{flag: None if "softcap" in flag else 1.0})).requires_grad_(False)
+        gpt.load_state_dict(load(folder).state_dict())
     assert (gpt(idx) - before).abs().max() > 1e-3
 
 
@@ -241,10 +311,11 @@ def test_the_identity_sees_first_and_last_numbers_and_every_64th_of_a_tensor(dow
 # -------------------------------------------------------------------------------------------------------------- merged
 
 
+NO_BIAS = ("mistral-window-7", "qwen3", "olmo3", "gemma3", "phi3-long", "qwen3_moe", "mixtral")
 LEFT = {  # what stays in a method folder beside the merged network
     "lora-all": {},
     "ia3": {},
-    "selective-bitfit": dict.fromkeys(("mistral-window-7", "qwen3"), "selective"),
+    "selective-bitfit": dict.fromkeys(NO_BIAS, "selective"),
     "adapter_v2": dict.fromkeys(MERGED, "adapter_v2"),  # v1's prompts, and a bias of the output layer
 }
 OPTIONS = {"lora-all": dict(r=3, targets="q_proj,v_proj,o_proj,up_proj,down_proj,lm_head")}
@@ -327,8 +398,8 @@ def test_config_json_of_transformers_4_says_the_same(download):
     stated["torch_dtype"] = stated.pop("dtype")
     assert read_config(stated)[1] == expected
     if stated["rope_scaling"]:
-        with pytest.raises(ValueError, match="rope scaling of type 'yarn' .* not supported"):
-            read_config(stated | {"rope_scaling": {**rope, "rope_type": "yarn"}})
+        with pytest.raises(ValueError, match="rope scaling of type 'mrope', .* not supported"):
+            read_config(stated | {"rope_scaling": {**rope, "rope_type": "mrope"}})
     (folder / "config.json").write_text(json.dumps(stated))
     assert Folder(folder).config == expected
 
@@ -356,20 +427,26 @@ def test_a_config_is_written_over_its_source_as_it_was(name, downloads):
 @pytest.mark.parametrize(
     "name, change, says",
     [
-        ("qwen2.5", dict(use_sliding_window=True), "use_sliding_window is True, which is not supported"),
+        ("qwen2.5", dict(use_mrope=True), "use_mrope is True, which is not supported"),
+        ("qwen2.5", dict(layer_types=["full_attention"] * 4 + ["linear_attention"]), "layer_types is "),
+        ("qwen2.5", dict(layer_types=["full_attention"] * 4), "layer_types is "),
+        ("qwen3_moe", dict(use_sliding_window=True), "use_sliding_window is True, which is not supported"),
+        ("olmoe", dict(clip_qkv=8.0), "clip_qkv is 8.0, which is not supported"),
+        ("gemma3", dict(use_bidirectional_attention=True), "use_bidirectional_attention is True, which is not"),
+        ("llama", dict(attention_sinks=True), "attention_sinks is True, which is not supported"),
+        ("llama", dict(rope_parameters={"mrope_section": [1]}), r"mrope_section of its rope parameters is \[1\]"),
         ("qwen3", dict(attention_bias=True), "attention_bias is True, which is not supported"),
-        ("smollm3", dict(no_rope_layers=[1, 0, 0, 1, 1]), "not every n-th layer is without rope"),
         ("llama", dict(attention_bias=True), "attention_bias is True and mlp_bias is not"),
         ("llama", dict(hidden_act="gelu"), "hidden_act is 'gelu', which is not supported"),
-        ("llama", dict(model_type="gemma"), "model_type is 'gemma'; known are gpt2, llama, mistral, qwen2, qwen3,"),
+        ("llama", dict(model_type="gemma"), "model_type is 'gemma'; known are gemma2, gemma3_text, gpt2"),
         ("llama", dict(model_type=["llama"]), r"model_type is \['llama'\]; known are"),
         ("llama", dict(rms_norm_eps=None), "lacks rms_norm_eps"),
         ("llama", dict(num_attention_heads=3), "n_head 3, n_kv_head 2: .* n_head a multiple of n_kv_head"),
         ("llama", dict(vocab_size="many"), "vocab_size is 'many'"),
         ("llama", dict(quantization_config=dict(quant_method="gptq")), "quantization_config is .*gptq.*, which is not"),
-        ("llama", dict(rope_parameters={"full_attention": {"rope_theta": 1e6}}), "its rope parameters are not one set"),
-        ("llama", dict(rope_parameters="linear"), "rope scaling of type .linear."),
-        ("llama", dict(rope_parameters={"partial_rotary_factor": 0.5}), "partial rotary positions are not supported"),
+        ("llama", dict(rope_parameters={"full_attention": {"rope_theta": 1e6}}), "full_attention of its rope"),
+        ("llama", dict(rope_parameters="linear"), "rope scaling is .linear."),
+        ("llama", dict(rope_parameters={"partial_rotary_factor": 0.5}), "of 0.5 of a head's numbers, is not supported"),
         ("gpt2", dict(activation_function="relu"), "activation_function is 'relu', which is not supported"),
         ("gpt2", dict(scale_attn_by_inverse_layer_idx=True), "scale_attn_by_inverse_layer_idx is True, which is not"),
     ],
@@ -401,7 +478,19 @@ COUNTS = {  # as their publishers state them
     "mistral-7b-v0.3": 7_248_023_552, "qwen2.5-0.5b": 494_032_768, "qwen2.5-1.5b": 1_543_714_304,
     "qwen2.5-3b": 3_085_938_688, "qwen2.5-7b": 7_615_616_512, "qwen3-0.6b": 596_049_920,
     "qwen3-1.7b": 1_720_574_976, "qwen3-4b": 4_022_468_096, "qwen3-8b": 8_190_735_360, "qwen3-14b": 14_768_307_200,
-    "qwen3-32b": 32_762_123_264,
+    "qwen3-32b": 32_762_123_264, "qwen3-30b-a3b": 30_532_122_624, "mixtral-8x7b": 46_702_792_704,
+    "ministral-3-3b": 3_429_006_336, "ministral-3-8b": 8_489_553_920, "ministral-3-14b": 13_506_073_600,
+    "deepseek-r1-distill-qwen-1.5b": 1_777_088_000, "deepseek-r1-distill-qwen-7b": 7_615_616_512,
+    "deepseek-r1-distill-qwen-32b": 32_763_876_352, "yi-1.5-6b": 6_061_035_520, "yi-1.5-9b": 8_829_407_232,
+    "yi-1.5-34b": 34_388_917_248, "falcon3-1b": 1_669_408_768, "falcon3-3b": 3_227_655_168,
+    "falcon3-7b": 7_455_550_464, "falcon3-10b": 10_305_653_760, "seed-oss-36b": 36_151_104_512,
+    "granite-3.3-2b": 2_533_539_840, "granite-3.3-8b": 8_170_864_640, "olmo-2-1b": 1_484_916_736,
+    "olmo-2-7b": 7_298_617_344, "olmo-2-13b": 13_716_198_400, "olmo-2-32b": 32_234_279_936,
+    "olmo-3-7b": 7_298_011_136, "olmo-3-32b": 32_233_522_176, "olmoe-1b-7b": 6_919_161_856,
+    "phi-3-mini-4k": 3_821_079_552, "phi-3-medium-4k": 13_960_238_080, "phi-4": 14_659_507_200,
+    "gemma-2-2b": 2_614_341_888, "gemma-2-9b": 9_241_705_984, "gemma-2-27b": 27_227_128_320,
+    "gemma-3-270m": 268_098_176, "gemma-3-1b": 999_885_952, "gemma-3-4b": 3_880_263_168,  # without what sees
+    "gemma-3-12b": 11_766_034_176, "gemma-3-27b": 27_009_346_304,
 }  # fmt: skip
 
 

@@ -212,7 +212,9 @@ def test_a_run_repeats_bit_for_bit(tiny, tmp_path):
     flags = f"--checkpoint_dir {tiny}/base --data {tiny}/data.json --train.max_steps 4 --train.sample="
     for name in "ab":
         command = [sys.executable, "finetune/lora.py", *flags.split(), "--out_dir", tmp_path / name]
-        subprocess.run(command, check=True, cwd=ROOT, env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])})
+        subprocess.run(
+            command, check=True, cwd=ROOT, env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
+        )
     a, b = (load_file(tmp_path / name / "last.safetensors") for name in "ab")
     assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 

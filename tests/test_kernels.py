@@ -9,14 +9,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lit_model import GPT, Config, attention, loss, packing
-from lit_model.attention import plain_attention, rotate
+from lit_model.attention import plain_attention
 from lit_model.load import method_module, method_options
 from lit_model.packing import Example, Segment, lay_out
 from lit_model.quantize import _to_fp8
-from lit_model.rope import rope_angles
+from lit_model.rope import Rope, rope_angles
 
 kernels = pytest.importorskip("lit_model.kernels.packed_attention")
 swiglu_fp8 = pytest.importorskip("lit_model.kernels.swiglu_fp8")
+SCALE = 0.3  # of the scores
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
@@ -59,8 +60,8 @@ def test_packed_attention(n_tokens, nh, nkv, hs, n_virtual, only_some, monkeypat
     packed = packed.to(torch.device(DEVICE))
     n_keys = len(packed.blocks.until)
     q, k, v = random(len(packed.pos), nh, hs), random(n_keys, nkv, hs), random(n_keys, nkv, hs)
-    expected = attention._attend_each(q, k[packed.kv_index], v[packed.kv_index], packed.lengths)
-    got = kernels.packed_attention(q, k, v, packed.blocks)
+    expected = attention._attend_each(q, k[packed.kv_index], v[packed.kv_index], packed.lengths, SCALE)
+    got = kernels.packed_attention(q, k, v, packed.blocks, SCALE)
     towards = torch.randn_like(q)
     grads, expected_grads = (torch.autograd.grad(y, (q, k, v), towards) for y in (got, expected))
     close([(got, expected), *zip(grads, expected_grads)])
@@ -71,12 +72,12 @@ def test_rope_in_packed_attention(n_tokens, nh, nkv, hs, monkeypatch):
     monkeypatch.setattr(packing, "MOST_QUERY_BLOCKS", 2)
     packed = lay_out(tree(n_tokens, seed=n_tokens)).to(torch.device(DEVICE))
     T = len(packed.pos)
-    rope = rope_angles(packed.pos, Config(head_size=hs), torch.float32)
+    rope = rope_angles(packed.pos, Rope(), hs, T, torch.float32)
     q, k, v = random(T, nh, hs), random(T, nkv, hs), random(T, nkv, hs)
     expected = attention._attend_each(
-        rotate(q, rope), rotate(k, rope)[packed.kv_index], v[packed.kv_index], packed.lengths
+        rope.queries(q), rope.keys(k)[packed.kv_index], v[packed.kv_index], packed.lengths, SCALE
     )
-    got = kernels.packed_attention(q, k, v, packed.blocks, rope)
+    got = kernels.packed_attention(q, k, v, packed.blocks, SCALE, rope)
     towards = torch.randn_like(q)
     grads, expected_grads = (torch.autograd.grad(y, (q, k, v), towards) for y in (got, expected))
     close([(got, expected), *zip(grads, expected_grads)])
@@ -88,7 +89,7 @@ def test_no_kernel_is_compiled_anew_for_a_row_of_another_length():
     for length in (100, 112, 128, 113):
         packed = lay_out([Segment(length)]).to(torch.device(DEVICE))
         q, k, v = (random(length, 2, 16) for _ in range(3))
-        kernels.packed_attention(q, k, v, packed.blocks).sum().backward()
+        kernels.packed_attention(q, k, v, packed.blocks, SCALE).sum().backward()
         of_each = (kernels._forward, kernels._backward_q, kernels._backward_kv, kernels._add_parts)
         counts.append([len(kernel.device_caches[0][0]) for kernel in of_each])
     assert counts[0] == counts[-1] and min(counts[0]) > 0
@@ -98,8 +99,8 @@ def test_packed_attention_reads_heads_of_a_wider_tensor():
     packed = lay_out([Segment(40), Segment(30)]).to(torch.device(DEVICE))
     qkv = random(70, 3 * 2 * 16)
     q, k, v = (t.unflatten(-1, (2, 16)) for t in qkv.chunk(3, dim=-1))
-    expected = attention._attend_each(q, k, v, packed.lengths)
-    got = kernels.packed_attention(q, k, v, packed.blocks)
+    expected = attention._attend_each(q, k, v, packed.lengths, SCALE)
+    got = kernels.packed_attention(q, k, v, packed.blocks, SCALE)
     close([(got, expected), *zip(*(torch.autograd.grad(y.square().sum(), qkv) for y in (got, expected)))])
 
 
@@ -109,13 +110,15 @@ def test_a_prompt_that_every_token_sees(n_tokens, K, nh, nkv):
     q, k, v = (random(n_tokens, n, 16) for n in (nh, nkv, nkv))
     prompt = random(K, nkv, 16), random(K, nkv, 16), random(nh)
     pk, pv, gate = prompt
-    expected = attention._attend_each(q, k, v, packed.lengths) + gate[:, None] * plain_attention(q, pk, pv)
-    got = kernels.packed_attention(q, k, v, packed.blocks, prompt=prompt)
+    expected = attention._attend_each(q, k, v, packed.lengths, SCALE) + gate[:, None] * plain_attention(
+        q, pk, pv, SCALE
+    )
+    got = kernels.packed_attention(q, k, v, packed.blocks, SCALE, prompt=prompt)
     towards = torch.randn_like(q)
     grads, expected_grads = (torch.autograd.grad(out, (q, k, v, *prompt), towards) for out in (got, expected))
     close([(got, expected), *zip(grads, expected_grads)])
     got = kernels.packed_attention(
-        *(t.detach() for t in (q, k, v)), packed.blocks, prompt=(pk.detach(), pv.detach(), gate)
+        *(t.detach() for t in (q, k, v)), packed.blocks, SCALE, prompt=(pk.detach(), pv.detach(), gate)
     )
     close([(torch.autograd.grad(got, gate, towards)[0], expected_grads[-1])])  # where only the gate is trained
 

@@ -118,7 +118,7 @@ MISTAKES = [  # what is wrong, what is done before, script and arguments, the li
      "--data a.jsonl --examples.max_length 9999", "tokens, and the model's context of 512 has room for 512"),
     ("an output folder in use", lambda d: shutil.copytree(ROOT_RUN / "run", d / "out"), TRAIN, "--train.lr 0.1",
      "out holds a run with train.lr 0.002 there and 0.1 here: name another --out_dir, or replace it with --overwrite"),
-    ("another family", lambda d: hf_folder(d, model_type="mamba"), HF, "", "model_type is 'mamba'; known are gpt2"),
+    ("another family", lambda d: hf_folder(d, model_type="mamba"), HF, "", "model_type is 'mamba'; known are gemma2"),
     ("an odd activation", lambda d: hf_folder(d, hidden_act="gelu"), HF, "", "hidden_act is 'gelu', which is not "),
     ("weights that are not all there", hf_folder, HF, "",
      "hf/model.safetensors lacks 11 tensors, such as model.embed_tokens.weight"),

@@ -14,6 +14,7 @@ from lit_model import attention, model, packing
 from lit_model.kernels import cpu
 from lit_model.methods import adapter, prefix, prompt
 from lit_model.packing import Example, Segment, lay_out, pack
+from lit_model.rope import YarnScaling
 
 
 def naive(gpt: model.GPT, ids: torch.Tensor) -> torch.Tensor:
@@ -28,25 +29,43 @@ def naive(gpt: model.GPT, ids: torch.Tensor) -> torch.Tensor:
         if c.arch == "gpt2":
             x = (x - x.mean(-1, keepdim=True)) / (x.var(-1, correction=0, keepdim=True) + c.norm_eps).sqrt()
             return x * w[f"{name}.weight"] + w[f"{name}.bias"]
-        return x / (x.square().mean(-1, keepdim=True) + c.norm_eps).sqrt() * w[f"{name}.weight"]
+        weight = w[f"{name}.weight"] + (1 if c.norm_plus_one else 0)
+        return x / (x.square().mean(-1, keepdim=True) + c.norm_eps).sqrt() * weight
 
-    def rotated(x, pos):  # one vector (hs,): pair (i, i + hs/2) as a complex number times e^(i angle)
-        half = len(x) // 2
-        inverse = c.rope_base ** (-torch.arange(half).double() / half)
-        if c.rope_scaling:  # https://github.com/meta-llama/llama-models, in words of wavelengths
-            r, length = c.rope_scaling, 2 * torch.pi / inverse
-            long, short = r.original_block_size / r.low_freq_factor, r.original_block_size / r.high_freq_factor
-            part = (r.original_block_size / length - r.low_freq_factor) / (r.high_freq_factor - r.low_freq_factor)
-            between = (1 - part) * inverse / r.factor + part * inverse
-            inverse = torch.where(length > long, inverse / r.factor, torch.where(length < short, inverse, between))
-        angle = pos * inverse
-        z = torch.complex(x[:half], x[half:]) * torch.polar(torch.ones(half).double(), angle)
-        return torch.cat((z.real, z.imag))
+    def rotated(x, pos, rope):  # one vector (hs,): pair (i, i + r/2) as a complex number times e^(i angle)
+        size = int(len(x) * rope.share)
+        half, s = size // 2, rope.scaling
+        inverse = rope.base ** (-torch.arange(half).double() / half)
+        if isinstance(s, YarnScaling):  # a pair's index grows as its rotations in the original context fall
+            fast, slow = (
+                half * np.log(s.original_block_size / (2 * np.pi * turns)) / np.log(rope.base)
+                for turns in (s.beta_fast, s.beta_slow)
+            )
+            fast, slow = max(np.floor(fast), 0), min(np.ceil(slow), size - 1)
+            for i in range(half):
+                slower = min(max((i - fast) / (slow - fast), 0), 1)
+                inverse[i] = slower * inverse[i] / s.factor + (1 - slower) * inverse[i]
+        z = torch.complex(x[:half], x[half:size]) * torch.polar(torch.ones(half).double(), pos * inverse)
+        z = z * (s.attention_factor if isinstance(s, YarnScaling) else 1)
+        return torch.cat((z.real, z.imag, x[size:]))
+
+    def grown(q, pos, rope):
+        if not isinstance(rope.scaling, YarnScaling):
+            return q
+        return q * (1 + rope.scaling.query_growth * np.log(1 + pos // rope.scaling.original_block_size))
+
+    def gelu(u):
+        return 0.5 * u * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (u + 0.044715 * u**3)))
+
+    def activation(u):
+        return gelu(u) if c.activation == "gelu" else u * torch.sigmoid(u)
 
     def softmax_sum(q, keys, values):
-        return (keys @ q / len(q) ** 0.5).softmax(0) @ values
+        scores = keys @ q * c.attn_scale
+        scores = scores if c.attn_softcap is None else c.attn_softcap * torch.tanh(scores / c.attn_softcap)
+        return scores.softmax(0) @ values
 
-    x = w["wte.weight"][ids]
+    x = w["wte.weight"][ids] * c.embedding_scale
     if "prompt" in gpt.virtual_tokens:
         x = torch.cat((w["virtual_tokens.prompt.embedding"], x))
     start = gpt.n_virtual_keys
@@ -54,14 +73,18 @@ def naive(gpt: model.GPT, ids: torch.Tensor) -> torch.Tensor:
         x = x + w["wpe.weight"][start : start + len(x)]
     for i in range(c.n_layer):
         name = f"blocks.{i}.attn"
+        layer = c.layers[i]
         h = normed(f"blocks.{i}.norm_1", x)
-        q, k, v = (linear(f"{name}.{p}_proj", h).unflatten(-1, (-1, c.head_size)) for p in "qkv")
-        if c.qk_norm:
+        q, k, v = (linear(f"{name}.{p}_proj", h) for p in "qkv")
+        if c.qk_norm == "all":
             q, k = normed(f"{name}.q_norm", q), normed(f"{name}.k_norm", k)
-        if c.arch == "llama" and not (c.no_rope_every and (i + 1) % c.no_rope_every == 0):
+        q, k, v = (z.unflatten(-1, (-1, c.head_size)) for z in (q, k, v))
+        if c.arch == "llama" and layer.rope is not None:
             q, k = (
-                torch.stack([rotated(h, start + t) for t, row in enumerate(z) for h in row]).view_as(z) for z in (q, k)
+                torch.stack([rotated(h, start + t, layer.rope) for t, row in enumerate(z) for h in row]).view_as(z)
+                for z in (q, k)
             )
+            q = torch.stack([grown(row, start + t, layer.rope) for t, row in enumerate(q)])
         if gpt.n_virtual_keys:
             k, v = (torch.cat((front, own)) for front, own in zip(w["virtual_keys.prefix.kv"][i], (k, v)))
         out = []
@@ -69,33 +92,44 @@ def naive(gpt: model.GPT, ids: torch.Tensor) -> torch.Tensor:
             heads = []
             for head in range(c.n_head):
                 group = head * c.n_kv_head // c.n_head
-                seen = slice(max(0, start + t + 1 - c.window) if c.window else 0, start + t + 1)
+                seen = slice(max(0, start + t + 1 - layer.window) if layer.window else 0, start + t + 1)
                 y = softmax_sum(q[t, head], k[seen, group], v[seen, group])
                 if f"{name}.deltas.adapter.gate" in w:
                     prompt = w[f"{name}.deltas.adapter.prompt"]
-                    pk, pv = (linear(f"{name}.{p}_proj", prompt).unflatten(-1, (-1, c.head_size)) for p in "kv")
-                    pk = normed(f"{name}.k_norm", pk) if c.qk_norm else pk
-                    pk, pv = pk[:, group], pv[:, group]
+                    pk, pv = (linear(f"{name}.{p}_proj", prompt) for p in "kv")
+                    pk = normed(f"{name}.k_norm", pk) if c.qk_norm == "all" else pk
+                    pk, pv = (z.unflatten(-1, (-1, c.head_size))[:, group] for z in (pk, pv))
                     y = y + w[f"{name}.deltas.adapter.gate"][head].tanh() * softmax_sum(q[t, head], pk, pv)
                 heads.append(y)
             out.append(torch.cat(heads))
-        x = x + linear(f"{name}.o_proj", torch.stack(out))
+        h = linear(f"{name}.o_proj", torch.stack(out))
+        x = x + c.residual_scale * (normed(f"blocks.{i}.post_norm_1", h) if c.norm_place == "both" else h)
         h = normed(f"blocks.{i}.norm_2", x)
+        mlp = f"blocks.{i}.mlp"
         if c.arch == "gpt2":
-            u = linear(f"blocks.{i}.mlp.up_proj", h)
-            h = 0.5 * u * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (u + 0.044715 * u**3)))
+            h = linear(f"{mlp}.down_proj", gelu(linear(f"{mlp}.up_proj", h)))
+        elif layer.experts is None:
+            h = linear(f"{mlp}.down_proj", activation(linear(f"{mlp}.gate_proj", h)) * linear(f"{mlp}.up_proj", h))
         else:
-            gate = linear(f"blocks.{i}.mlp.gate_proj", h)
-            h = gate * torch.sigmoid(gate) * linear(f"blocks.{i}.mlp.up_proj", h)
-        x = x + linear(f"blocks.{i}.mlp.down_proj", h)
-    return (normed("norm_f", x) @ w["lm_head.weight"].T)[gpt.n_virtual_tokens :]
+            tokens = []
+            for token in h:
+                p = linear(f"{mlp}.router", token).softmax(0)
+                best = p.argsort(descending=True)[: layer.experts.n_active].tolist()
+                gate, up, down = (w[f"{mlp}.experts.{name}_proj.weight"] for name in ("gate", "up", "down"))
+                outs = [p[e] * (down[e] @ (activation(gate[e] @ token) * (up[e] @ token))) for e in best]
+                tokens.append(sum(outs) / sum(p[e] for e in best))
+            h = torch.stack(tokens)
+        x = x + c.residual_scale * (normed(f"blocks.{i}.post_norm_2", h) if c.norm_place == "both" else h)
+    logits = normed("norm_f", x) @ w["lm_head.weight"].T / c.logit_divisor
+    logits = logits if c.logit_softcap is None else c.logit_softcap * torch.tanh(logits / c.logit_softcap)
+    return logits[gpt.n_virtual_tokens :]
 
 
 METHODS = ["plain", "adapter", "prefix", "prompt", "adapter+prefix+prompt"]
 
 
 def build(family: dict, methods: str) -> model.GPT:
-    gpt = model.GPT(model.Config(**{**family, "n_layer": 2}))
+    gpt = model.GPT(model.Config(**{**family, "n_layer": max(2, len(family.get("layers", ())))}))
     if "adapter" in methods:
         adapter.install(gpt, adapter.Adapter(prompt_length=3, start_layer=1))
     if "prefix" in methods:
@@ -225,8 +259,8 @@ def test_training_attention_on_the_cpu_agrees_with_the_fused_one(monkeypatch):
     lengths = [(40, 40), (1, 12), (7, 12), (64, 64), (33, 50)]
     n_q, n_k = (sum(n) for n in zip(*lengths))
     q, k, v = (torch.randn(n, heads, 16).double().requires_grad_() for n, heads in ((n_q, 4), (n_k, 2), (n_k, 2)))
-    expected = attention._attend_each(q, k, v, lengths)
-    got = cpu.SegmentsAttention.apply(q, k, v, lengths)
+    expected = attention._attend_each(q, k, v, lengths, 0.2)
+    got = cpu.SegmentsAttention.apply(q, k, v, lengths, 0.2)
     towards = torch.randn_like(expected)
     torch.testing.assert_close(got, expected)
     for a, b in zip(torch.autograd.grad(got, (q, k, v), towards), torch.autograd.grad(expected, (q, k, v), towards)):
@@ -234,7 +268,7 @@ def test_training_attention_on_the_cpu_agrees_with_the_fused_one(monkeypatch):
 
     short = [t.detach().bfloat16().requires_grad_() for t in (q, k, v)]
     assert cpu.can_take(short[0], lengths) and not cpu.can_take(q, lengths)
-    taken = attention._attend_each(*short, lengths)
+    taken = attention._attend_each(*short, lengths, 0.2)
     assert type(taken.grad_fn).__name__ == "SegmentsAttentionBackward"
     assert (taken.double() - expected).norm() / expected.norm() < 1e-2
     monkeypatch.setattr(cpu, "MOST_SCORES", 1000)

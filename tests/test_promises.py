@@ -23,8 +23,8 @@ SCRIPTS = files(ROOT, "scripts")
 @pytest.mark.parametrize(
     "what, count, most",
     [
-        # the plan was 6,500; the redesign went from 8,134 to 7,300, and reading what people have may add 500
-        ("lines of lit_model, finetune and generate", lambda: n_lines(LIBRARY), 7900),
+        # 7,900 before the families of 2026, which may add 350: to be 8,250 again once they are in
+        ("lines of lit_model, finetune and generate", lambda: n_lines(LIBRARY), 8500),
         ("lines of scripts", lambda: n_lines(SCRIPTS), 1800),
         ("lines of the core list", lambda: n_lines([ROOT / name for name in CORE if (ROOT / name).exists()]), 1350),
         ("lines of model.py", lambda: n_lines([ROOT / "lit_model/model.py"]), 400),

@@ -111,13 +111,14 @@ def test_methods_train_and_generate_over_quantized_layers(kind, name, checkpoint
         torch.testing.assert_close(loaded(idx[None]), gpt.eval()(idx[None]), rtol=0, atol=0)
 
 
-def test_a_quantized_network_is_close_to_its_base(checkpoint):
-    idx = torch.randint(0, 97, (2, 30))
+def test_a_quantized_network_is_close_to_its_base(checkpoint, family):
+    """Norms after attention and MLP bring what 4 bits lose in small outputs to the size of the others."""
+    idx, share = torch.randint(0, 97, (2, 30)), 0.6 if "norm_place" in family else 0.3
     base = load(checkpoint, device=DEVICE)(idx)
     for kind in KINDS:
         dtype = torch.float32 if kind != "fp8" else torch.bfloat16
         error = load(checkpoint, quantize=kind, dtype=dtype, device=DEVICE)(idx) - base
-        assert 0 < error.norm() < 0.3 * base.norm(), kind
+        assert 0 < error.norm() < share * base.norm(), kind
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -33,11 +33,12 @@ def scores(
     Raises:
         ValueError: they are longer than the model's context, or the network lacks one of these tokens.
     """
-    gpt.check_length(len(before) + max(map(len, prompts)) + max(map(len, labels)) - 1)
+    longest = len(before) + max(map(len, prompts)) + max(map(len, labels)) - 1
+    gpt.check_length(longest)
     gpt.config.check_tokens(max(int(np.max(ids)) for ids in (*prompts, *labels, before) if len(ids)))
     costs = np.array([len(prompt) for prompt in prompts]) + sum(len(label) - 1 for label in labels)
     used = gpt.n_virtual_tokens + len(before)
-    cache = gpt.new_cache(used + row_tokens + int(costs.max()))
+    cache = gpt.new_cache(used + row_tokens + int(costs.max()), longest + gpt.n_virtual_tokens)
     root = _root(gpt, before, cache)
     row_of, parts = (costs.cumsum() - costs) // row_tokens, []
     for _, indices in groupby(range(len(prompts)), key=lambda i: row_of[i]):

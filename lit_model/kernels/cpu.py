@@ -19,21 +19,21 @@ def can_take(q: Tensor, lengths: Sequence[tuple[int, int]]) -> bool:
 
 
 class SegmentsAttention(torch.autograd.Function):
-    """softmax(q k^T / sqrt(hs)) v of each segment: q (T, nh, hs), k and v (S, nkv, hs); segments lie end to end
+    """softmax(scale q k^T) v of each segment: q (T, nh, hs), k and v (S, nkv, hs); segments lie end to end
     with `lengths` (queries, keys). A segment's last query sees all its keys, the one before it one fewer, ...
 
     Returns (T, nh, hs). Plain calculus: with p the softmax and y = p v,
-    dv = p^T dy,  ds = p * (dy v^T - sum(dy v^T * p)),  dq = ds k / sqrt(hs),  dk = ds^T q / sqrt(hs).
+    dv = p^T dy,  ds = p * (dy v^T - sum(dy v^T * p)),  dq = scale ds k,  dk = scale ds^T q.
     """
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[tuple[int, int]]) -> Tensor:
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[tuple[int, int]], scale: float) -> Tensor:
         (nh, hs), nkv, (n_q, n_k) = q.shape[1:], k.shape[1], zip(*lengths, strict=True)
-        ctx.lengths, y, kept = lengths, torch.empty_like(q), []
+        ctx.lengths, ctx.scale, y, kept = lengths, scale, torch.empty_like(q), []
         parts = q.split(n_q), k.split(n_k), v.split(n_k), y.split(n_q)
         for (lq, lk), q1, k1, v1, y1 in zip(lengths, *parts, strict=True):
             q1 = _heads(q1).view(nkv, -1, hs)  # the heads that share a key lie together
-            k1, v1 = _heads(k1, hs**-0.5), _heads(v1)  # (nkv, keys, hs)
+            k1, v1 = _heads(k1, scale), _heads(v1)  # (nkv, keys, hs)
             scores = (q1 @ k1.mT).view(nh, -1, k1.shape[1])
             scores += scores.new_full(scores.shape[1:], -torch.inf).triu(lk - lq + 1)
             p = scores.softmax(-1).view(nkv, -1, k1.shape[1])  # (nkv, nh / nkv * queries, keys)
@@ -55,9 +55,9 @@ class SegmentsAttention(torch.autograd.Function):
             ds = torch._softmax_backward_data(dy1 @ v.mT, p, -1, p.dtype)
             dq1.copy_((ds @ k).view(nh, -1, hs)[:, :lq].transpose(0, 1))
             # x^T p instead of p^T x: of the two, the smaller one is turned around
-            torch.mul((q.mT @ ds).permute(2, 0, 1)[:lk], hs**-0.5, out=dk1)
+            torch.mul((q.mT @ ds).permute(2, 0, 1)[:lk], ctx.scale, out=dk1)
             dv1.copy_((dy1.mT @ p).permute(2, 0, 1)[:lk])
-        return dq, dk, dv, None
+        return dq, dk, dv, None, None
 
 
 class RMSNormCPU(torch.autograd.Function):

@@ -23,7 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lit_model.packing import BLOCK, Blocks
-from lit_model.rope import Rope, rotate
+from lit_model.rope import Angles, rotate
 
 LOG2E = tl.constexpr(math.log2(math.e))
 _jit = triton.jit(do_not_specialize=("T", "S"))  # else a kernel is compiled anew for lengths that 16 divides
@@ -236,6 +236,7 @@ def _keys(prompt: Tensor | None) -> int:
 def _packed_attention(
     q: Tensor, k: Tensor, v: Tensor, pk: Tensor | None, pv: Tensor | None, gate: Tensor | None, row: Tensor,
     until: Tensor, first: Tensor, key_blocks: Tensor, work: Tensor, query_blocks: Tensor, shared: Tensor, n_slots: int,
+    scale: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     (T, nh, hs), (S, nkv, _) = q.shape, k.shape
     of_prompt = 0 if pk is None else triton.cdiv(T, BLOCK) * nh * len(pk) * hs
@@ -245,7 +246,7 @@ def _packed_attention(
     lse = torch.empty((nh, T), dtype=torch.float32, device=q.device)
     K = 0 if pk is None else len(pk)
     _forward[(triton.cdiv(T, BLOCK), nh)](
-        q, k, v, y, lse, row, until, first, key_blocks, pk, pv, gate, hs**-0.5 * LOG2E.value, T, S, K,
+        q, k, v, y, lse, row, until, first, key_blocks, pk, pv, gate, scale * LOG2E.value, T, S, K,
         *_strides(q, k, v), NH=nh, GROUP=nh // nkv, HS=hs, BLOCK=BLOCK, KEYS=_keys(pk), num_warps=4, num_stages=3,
     )  # fmt: skip
     return y, lse
@@ -260,7 +261,7 @@ def _(q, *rest):
 def _packed_attention_backward(
     dy: Tensor, q: Tensor, k: Tensor, v: Tensor, pk: Tensor | None, pv: Tensor | None, gate: Tensor | None,
     cos: Tensor | None, sin: Tensor | None, y: Tensor, lse: Tensor, row: Tensor, until: Tensor, first: Tensor,
-    key_blocks: Tensor, work: Tensor, query_blocks: Tensor, shared: Tensor, n_slots: int,
+    key_blocks: Tensor, work: Tensor, query_blocks: Tensor, shared: Tensor, n_slots: int, scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     (T, nh, hs), (S, nkv, _) = q.shape, k.shape
     n_blocks, K = triton.cdiv(T, BLOCK), 0 if pk is None else len(pk)
@@ -270,7 +271,7 @@ def _packed_attention_backward(
     part = torch.empty((n_slots, 2, nkv, BLOCK, hs), dtype=torch.float32, device=q.device)
     dpk, dpv = torch.empty((2, n_blocks, nh, K, hs), dtype=torch.float32, device=q.device)
     dgate = torch.empty((n_blocks, nh), dtype=torch.float32, device=q.device)
-    scale, sizes = hs**-0.5 * LOG2E.value, dict(HS=hs, BLOCK=BLOCK, ROPE=cos is not None)
+    scale, sizes = scale * LOG2E.value, dict(HS=hs, BLOCK=BLOCK, ROPE=cos is not None)
     _backward_q[(n_blocks, nh)](
         q, k, v, y, dy, lse, sums, dq, row, until, first, key_blocks, pk, pv, gate, dpk, dpv, dgate, cos, sin,
         scale, T, S, K, *_strides(q, k, v, dy), NH=nh, GROUP=nh // nkv, **sizes, KEYS=_keys(pk), num_warps=4,
@@ -296,18 +297,18 @@ def _(dy, q, k, v, pk, pv, gate, *rest):
 class _PackedAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, *rest: Any) -> Tensor:
-        v, pk, pv, gate, cos, sin, *lists, n_slots = rest
+        v, pk, pv, gate, cos, sin, *lists, n_slots, scale = rest
         if cos is not None:
-            q, k = rotate(q, (cos, sin)), rotate(k, (cos, sin))
-        y, lse = _packed_attention(q, k, v, pk, pv, gate, *lists, n_slots)
+            q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        y, lse = _packed_attention(q, k, v, pk, pv, gate, *lists, n_slots, scale)
         ctx.save_for_backward(q, k, v, pk, pv, gate, cos, sin, y, lse, *lists)
-        ctx.n_slots = n_slots
+        ctx.numbers = n_slots, scale
         return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple:
-        dq, dk, dv, *of_prompt = _packed_attention_backward(dy, *ctx.saved_tensors, ctx.n_slots)
-        return dq, dk, dv, *(of_prompt if any(ctx.needs_input_grad[3:6]) else (None,) * 3), *(None,) * 10
+        dq, dk, dv, *of_prompt = _packed_attention_backward(dy, *ctx.saved_tensors, *ctx.numbers)
+        return dq, dk, dv, *(of_prompt if any(ctx.needs_input_grad[3:6]) else (None,) * 3), *(None,) * 11
 
 
 def packed_attention(
@@ -315,7 +316,8 @@ def packed_attention(
     k: Tensor,
     v: Tensor,
     blocks: Blocks,
-    rope: Rope | None = None,
+    scale: float,
+    rope: Angles | None = None,
     prompt: tuple[Tensor, Tensor, Tensor] | None = None,
 ) -> Tensor:
     """Softmax attention of the queries q (T, nh, hs) over those of the keys k, v (S, nkv, hs) that each may see.
@@ -323,6 +325,7 @@ def packed_attention(
     On a GPU; 16 bit; hs a power of two, from 16 to 128: more does not fit into the shared memory of every GPU.
 
     Args:
+        scale: of the scores q k^T before the softmax.
         rope: to rotate q and k by first, which are of the same tokens then. Their gradients are turned back before
             they leave the kernel.
         prompt: k, v (K, nkv, hs) that every query sees in a softmax of its own, and the gate (nh,) that this is
@@ -334,4 +337,4 @@ def packed_attention(
     pk, pv, gate = prompt or (None, None, None)
     if prompt:
         pk, pv, gate = pk.contiguous(), pv.contiguous(), gate.float()
-    return _PackedAttention.apply(q, k, v, pk, pv, gate, *(rope or (None, None)), *lists, b.n_slots)
+    return _PackedAttention.apply(q, k, v, pk, pv, gate, *(rope or (None, None))[:2], *lists, b.n_slots, scale)

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lit_model.files import require_positive
-from lit_model.model import GPT, Linear
+from lit_model.model import GPT, MLP, Linear
 
 
 @dataclass
@@ -55,8 +55,11 @@ def install(gpt: GPT, options: Bottleneck) -> None:
     """Adds one or two adapters to every block. Raises ValueError for a size below 1."""
     require_positive(options, "size")
     for block in gpt.blocks:
-        for linear in (block.attn.o_proj, block.mlp.down_proj)[options.where == "mlp" :]:
+        linears = [] if options.where == "mlp" else [block.attn.o_proj]
+        if isinstance(block.mlp, MLP):  # none in a mixture of experts
+            linears.append(block.mlp.down_proj)
+        for linear in linears:
             linear.deltas["bottleneck"] = BottleneckDelta(gpt.config.n_embd, options.size)
         if options.norms:
-            block.norm_1.requires_grad_(True)
-            block.norm_2.requires_grad_(True)
+            for norm in (block.norm_1, block.post_norm_1, block.norm_2, block.post_norm_2):
+                norm.requires_grad_(True)

@@ -51,5 +51,5 @@ class DoRADelta(LoRADelta):
 
 def install(gpt: GPT, options: DoRA) -> None:
     """Adds a DoRA to every linear layer that `options.targets` names. Raises ValueError if there is no such layer."""
-    for linear in target_layers(gpt, options).values():
+    for linear in target_layers(gpt, options, experts=False).values():
         linear.deltas["dora"] = DoRADelta(linear, options)

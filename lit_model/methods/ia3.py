@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from lit_model.model import GPT, Linear
+from lit_model.model import GPT, MLP, Linear
 
 
 @dataclass
@@ -46,11 +46,11 @@ class InputScale(OutputScale):
 
 
 def install(gpt: GPT, options: IA3) -> None:
-    """Adds the three scales to every block."""
+    """Adds the three scales to every block; two where the MLP is a mixture of experts."""
     for block in gpt.blocks:
         for linear in (block.attn.k_proj, block.attn.v_proj):
             linear.deltas["ia3"] = OutputScale(linear.out_features)
-        if block.mlp.gate_proj is not None:
+        if isinstance(block.mlp, MLP) and block.mlp.gate_proj is not None:
             block.mlp.up_proj.deltas["ia3"] = OutputScale(block.mlp.up_proj.out_features)
-        else:
+        elif isinstance(block.mlp, MLP):
             block.mlp.down_proj.deltas["ia3"] = InputScale(block.mlp.down_proj.in_features)

@@ -51,18 +51,19 @@ class LoRADelta(nn.Module):
         super().__init__()
         self.scale = options.alpha / (math.sqrt(options.r) if options.rslora else options.r)
         self.dropout = options.dropout
-        self.A = nn.Parameter(torch.empty(options.r, linear.in_features))
-        self.B = nn.Parameter(torch.empty(linear.out_features, options.r))
+        n = linear.weight.shape[:-2]  # (); of all experts (n,)
+        self.A = nn.Parameter(torch.empty(*n, options.r, linear.in_features))
+        self.B = nn.Parameter(torch.empty(*n, linear.out_features, options.r))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))
+        nn.init.uniform_(self.A, -(self.A.shape[-1] ** -0.5), self.A.shape[-1] ** -0.5)
         nn.init.zeros_(self.B)
 
     def forward(self, linear: Linear, x: Tensor, y: Tensor) -> Tensor:  # x (T, n_in), y (T, n_out)
         A, B = self.factors()
         x = F.dropout(x, self.dropout, self.training)
-        return y + F.linear(F.linear(x, A.to(x.dtype)) * self.scale, B.to(x.dtype))
+        return y + linear.times(linear.times(x, A.to(x.dtype)) * self.scale, B.to(x.dtype))
 
     def factors(self) -> tuple[Tensor, Tensor]:
         return self.A, self.B
@@ -78,10 +79,10 @@ def install(gpt: GPT, options: LoRA) -> None:
         linear.deltas["lora"] = LoRADelta(linear, options)
 
 
-def target_layers(gpt: GPT, options: LoRA) -> dict[str, Linear]:
-    """The layers that `options.targets` names. Raises ValueError, with the names that there are, for an unknown one."""
+def target_layers(gpt: GPT, options: LoRA, experts: bool = True) -> dict[str, Linear]:
+    """The layers that `options.targets` names, those of experts among them. Raises ValueError for an unknown name."""
     require_positive(options, "r", "alpha", "lr_ratio")
-    linears = {name: m for name, m in gpt.named_modules() if isinstance(m, Linear)}
+    linears = {n: m for n, m in gpt.named_modules() if isinstance(m, Linear) or (experts and hasattr(m, "n_experts"))}
     targets = [target.strip() for target in re.split(r",(?![^{]*})", options.targets)]  # not at the comma of {1,3}
     layers = {}
     for target in targets:
@@ -102,9 +103,8 @@ def lr_scale(options: LoRA) -> Callable[[str], float]:
 
 def validate_rank(gpt: GPT) -> None:
     """Raises ValueError for a rank that adds nothing. Files may have one: PiSSA's doubles when it is saved."""
-    for name, delta in gpt.named_modules():
-        if isinstance(delta, LoRADelta) and len(delta.A) > (most := min(delta.A.shape[1], len(delta.B))):
+    for name, delta in ((name, m) for name, m in gpt.named_modules() if isinstance(m, LoRADelta)):
+        r, most = delta.A.shape[-2], min(delta.A.shape[-1], delta.B.shape[-2])
+        if r > most:
             layer = name.rsplit(".deltas.")[0]
-            raise ValueError(
-                f"lora.r is {len(delta.A)}, but {layer} is a matrix of rank {most} at most: more adds nothing"
-            )
+            raise ValueError(f"lora.r is {r}, but {layer} is a matrix of rank {most} at most: more adds nothing")

@@ -38,7 +38,7 @@ class PiSSADelta(LoRADelta):
 
     def with_start(self, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
         A0, B0 = self.A0.to(A.device), self.B0.to(B.device)
-        return torch.cat((A, A0)), torch.cat((B, -B0), dim=1)  # (2r, n_in), (n_out, 2r)
+        return torch.cat((A, A0), dim=-2), torch.cat((B, -B0), dim=-1)  # (2r, n_in), (n_out, 2r)
 
 
 def install(gpt: GPT, options: PiSSA) -> None:
@@ -54,13 +54,13 @@ def init_from_base(gpt: GPT, options: PiSSA) -> None:
         delta, weight, r = linear.deltas["pissa"], linear.dense(), options.r
         if options.init == "pissa":
             u, s, v = torch.linalg.svd(weight, full_matrices=False)
-            root = (s[:r] / delta.scale).sqrt()
-            delta.A.copy_(root[:, None] * v[:r])
-            delta.B.copy_(u[:, :r] * root)
+            root = (s[..., :r] / delta.scale).sqrt()
+            delta.A.copy_(root[..., None] * v[..., :r, :])
+            delta.B.copy_(u[..., :r] * root[..., None, :])
         else:
             q, upper = torch.linalg.qr(weight)
-            delta.A.copy_(upper[:r])
-            delta.B.copy_(q[:, :r])
+            delta.A.copy_(upper[..., :r, :])
+            delta.B.copy_(q[..., :r])
         delta.A0, delta.B0 = delta.A.detach().clone(), delta.B.detach().clone()
 
 

@@ -58,4 +58,4 @@ def init_from_base(gpt: GPT, ids: Sequence[int]) -> None:
     if not ids:
         ids = torch.randint(gpt.config.vocab_size, (prompt.length,)).tolist()
     chosen = torch.tensor(list(islice(cycle(ids), prompt.length)), device=gpt.device)
-    prompt.embedding.copy_(gpt.wte(chosen))
+    prompt.embedding.copy_(gpt.embed_tokens(chosen))

@@ -10,9 +10,11 @@ Other files (consolidated.*, original/, GGUF) are ignored.
 
 import hashlib
 import json
+import re
+import sys
 import warnings
 import zipfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -23,7 +25,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from lit_model.families import Family, Source, read_config, write_config
+from lit_model.families import Family, read_config, write_config
 from lit_model.files import DTYPES, read_json, reading, refuse_pointer, replacing, stream_tensors
 from lit_model.model import GPT, Config
 
@@ -31,11 +33,14 @@ TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
     "chat_template.jinja", "generation_config.json",
 )  # fmt: skip
+OF_ALL_PARTS = "bos_token_id", "eos_token_id", "pad_token_id", "tie_word_embeddings", "quantization_config"
+LANGUAGE = r"(?:language_model\.model|model\.language_model)\.(.+)|(?:language_model\.)?(lm_head\..+)"  # its tensors
 SAMPLES, SAMPLE = 64, 32  # pieces of a tensor that its identity is made of, and numbers in a piece
 
 
 class Folder:
-    """An opened checkpoint folder. Tensors have our names and lie in the mapped files until they are read.
+    """An opened checkpoint folder. Tensors have our names and lie in the mapped files until they are read. Of a network
+    with several parts (`text_config`) the language network is read, and a line on stderr says what is not.
 
     Raises FileNotFoundError: a file is missing. ValueError: config.json or the tensors are not of a supported kind.
     """
@@ -47,13 +52,25 @@ class Folder:
             hint = "a checkpoint folder comes from scripts/download.py or scripts/convert.py"
             raise FileNotFoundError(f"{file} is not there; {hint}")
         self.hf = read_json(file)
+        is_wrapper = isinstance(self.hf.get("text_config"), dict)  # of a network that also sees or hears
+        if is_wrapper:
+            self.hf = {name: self.hf[name] for name in OF_ALL_PARTS if name in self.hf} | self.hf["text_config"]
         with reading(file):
-            self.family, self.config = read_config(self.hf)
+            self.family, config = read_config(self.hf)
         self._shards: dict[Path, Any] = {}  # opened files
-        self._file_of = {name.removeprefix(self.family.prefix): (name, path) for name, path in self._stored().items()}
-        self.config.n_layer = min(self.config.n_layer, len(self._file_of))  # a billion would take long to miss
+        own = re.compile(LANGUAGE if is_wrapper else rf"(?:{re.escape(self.family.prefix)})?(.+)()")
+        self._file_of, skipped = {}, set()
+        for name, path in self._stored().items():
+            if match := own.fullmatch(name):
+                self._file_of[match[1] or match[2]] = name, path
+            else:
+                skipped.add(".".join(name.split(".")[:2]))
+        if skipped:
+            print(f"{self.path}: read without {', '.join(sorted(skipped))}", file=sys.stderr)
+        # a billion layers would take long to miss
+        self.config = replace(config, n_layer=min(config.n_layer, len(self._file_of) or 1))
         self._shapes = network_shapes(self.config)
-        sources = [self.family.source(name).name for name in self._shapes]
+        sources = [stored for name in self._shapes for stored in self._sources(name)]
         if missing := [name for name in sources if name not in self._file_of]:
             raise ValueError(f"{self._weights} lacks {len(missing)} tensors, such as {self.family.prefix}{missing[0]}")
         others = self._file_of.keys() - {*sources, "lm_head.weight"}
@@ -67,7 +84,8 @@ class Folder:
     def tensor(self, name: str) -> Tensor:
         """Our tensor of this name, on the CPU: a view of the mapped file where it is stored as we have it."""
         is_tied = name == "lm_head.weight" and self.config.tie
-        return self._view("wte.weight" if is_tied else name).contiguous()
+        views = self._views("wte.weight" if is_tied else name)
+        return torch.stack(views) if len(views) > 1 else views[0].contiguous()
 
     @cached_property
     def identity(self) -> str:
@@ -79,11 +97,13 @@ class Folder:
         return identity.hexdigest()
 
     def _sample(self, name: str) -> bytes:
-        t = self._view(name)
-        starts = torch.linspace(0, max(t.numel() - SAMPLE, 0), SAMPLES, dtype=torch.float64).long()
-        index = (starts[:, None] + torch.arange(SAMPLE)).clamp(max=t.numel() - 1).flatten()
-        values = t[torch.unravel_index(index, t.shape)].view(torch.uint8)
-        return f" {t.dtype} {tuple(t.shape)} ".encode() + values.numpy().tobytes()
+        content = b""
+        for t in self._views(name):
+            starts = torch.linspace(0, max(t.numel() - SAMPLE, 0), SAMPLES, dtype=torch.float64).long()
+            index = (starts[:, None] + torch.arange(SAMPLE)).clamp(max=t.numel() - 1).flatten()
+            values = t[torch.unravel_index(index, t.shape)].view(torch.uint8)
+            content += f" {t.dtype} {tuple(t.shape)} ".encode() + values.numpy().tobytes()
+        return content
 
     def _stored(self) -> dict[str, Path]:
         """Their name -> file of each tensor."""
@@ -107,19 +127,33 @@ class Folder:
                 self._shards[path] = unpickled(path) if path.suffix == ".bin" else safe_open(path, framework="pt")
         return self._shards[path]
 
-    def _view(self, name: str) -> Tensor:
-        source = self.family.source(name)
-        their_name, path = self._file_of[source.name]
+    def _sources(self, name: str) -> list[str]:
+        """The stored tensors that our tensor `name` lies in: one, or one for each expert."""
+        return expert_names(self.family.stored(name), self._shapes[name])
+
+    def _views(self, name: str) -> list[Tensor]:
+        fused = self.family.fused(name)
+        shape = self._shapes[name][-2:] if len(self._shapes[name]) == 3 else self._shapes[name]
+        return [self._view(name, source, fused, shape) for source in self._sources(name)]
+
+    def _view(self, name: str, source: str, fused: list[str], shape: torch.Size) -> Tensor:
+        their_name, path = self._file_of[source]
         shard = self._open(path)
         with reading(path):
             t = shard[their_name] if isinstance(shard, dict) else shard.get_tensor(their_name)
-            t = t.T if source.transposed else t  # first, so that q, k and v lie one below the other
-            t = t.chunk(len(self.family.fused))[source.part] if source.part is not None else t
-            if t.shape != self._shapes[name] or t.dtype not in DTYPES:
+            t = t.T if self.family.is_transposed(name) else t  # first, so that q, k and v lie one below the other
+            rows = [self._shapes[other][0] for other in fused]
+            if t.dim() > 0 and len(t) == sum(rows):
+                t = t.split(rows)[fused.index(name)]
+            if t.shape != shape or t.dtype not in DTYPES:
                 what = f"{tuple(t.shape)} of {t.dtype}".replace("torch.", "")
-                wanted = tuple(self._shapes[name])
-                raise ValueError(f"{path}: {their_name} is {what}; the model wants {wanted}, not quantized")
+                raise ValueError(f"{path}: {their_name} is {what}; the model wants {tuple(shape)}, not quantized")
         return t
+
+
+def expert_names(stored: str, shape: Sequence[int]) -> list[str]:
+    """Names of the tensors that hold one of ours, of this shape."""
+    return [stored.format(i) for i in range(shape[0])] if len(shape) == 3 else [stored]
 
 
 def network_shapes(config: Config) -> dict[str, torch.Size]:
@@ -190,7 +224,10 @@ def save_folder(
     is_new = not out_dir.exists()
     out_dir.mkdir(parents=True, exist_ok=True)
     try:
-        names = {family.full_name(family.source(name)): shape for name, shape in shapes.items()}
+        names = {
+            family.full_name(stored): shape
+            for name, shape in shapes.items() for stored in expert_names(family.stored(name), shape)
+        }  # fmt: skip
         stream_tensors(out_dir / "model.safetensors", _theirs(family, checked()), names, dict(format="pt"))
     except BaseException:
         if is_new:
@@ -206,14 +243,13 @@ def save_folder(
 
 def _theirs(family: Family, tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
     """Each tensor under transformers' name, fused and transposed as there."""
-    waiting: dict[Source, dict[int, Tensor]] = {}
+    waiting: dict[str, Tensor] = {}
     for name, t in tensors:
-        source = family.source(name)
-        if source.part is not None:
-            parts = waiting.setdefault(source._replace(part=None), {})
-            parts[source.part] = t
-            if len(parts) < len(family.fused):
+        if len(fused := family.fused(name)) > 1:
+            waiting[name] = t
+            if not waiting.keys() >= {*fused}:
                 continue
-            t = torch.cat([parts[i] for i in range(len(parts))])
-            parts.clear()
-        yield family.full_name(source), t.T if source.transposed else t
+            t = torch.cat([waiting.pop(other) for other in fused])
+        t = t.T if family.is_transposed(name) else t
+        stored = expert_names(family.full_name(family.stored(name)), t.shape)
+        yield from zip(stored, t if len(stored) > 1 else [t], strict=True)

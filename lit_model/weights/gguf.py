@@ -1,14 +1,16 @@
-"""Weights in: a GGUF file becomes a Hugging Face folder, with its tokenizer and chat template.
+"""Weights in: a GGUF file, whole or in parts, becomes a Hugging Face folder, with its tokenizer and chat template.
 
 The format (https://github.com/ggml-org/ggml/blob/master/docs/gguf.md): fields, a table of tensors, their data. Every
 text and list states its length; each is read from the mapped file, which ends where a length lies. The gguf package
-dequantizes. For the llama architecture q and k stand in Meta's rope order, for qwen2 in ours.
+dequantizes. For the llama architecture q and k stand in Meta's rope order, for the others in ours; Gemma's norms are
+stored as 1 + weight.
 """
 
 import json
 import math
 import re
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,24 +20,30 @@ from gguf import GGMLQuantizationType, dequantize, quant_shape_to_byte_shape
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from torch import Tensor
 
+from lit_model.config import Config
+from lit_model.families import FAMILIES, read_config
 from lit_model.files import cast, reading, refuse_pointer, refuse_used
-from lit_model.model import Config
-from lit_model.rope import RopeScaling, rope_frequencies
+from lit_model.rope import Llama3Scaling, Rope
 from lit_model.weights.folder import save_folder
 from lit_model.weights.sentencepiece import begin_with, tokenizer_of, with_added_tokens
 
 NAMES = {  # GGUF's modules -> ours
     "token_embd": "wte", "position_embd": "wpe", "output_norm": "norm_f", "output": "lm_head",
     "attn_norm": "norm_1", "ffn_norm": "norm_2", "attn_output": "attn.o_proj",
-    **{f"attn_{p}": f"attn.{p}_proj" for p in "qkv"},
+    "post_attention_norm": "post_norm_1", "post_ffw_norm": "post_norm_2",
+    **{f"attn_{p}": f"attn.{p}_proj" for p in "qkv"}, **{f"attn_{p}_norm": f"attn.{p}_norm" for p in "qk"},
     **{f"ffn_{p}": f"mlp.{p}_proj" for p in ("gate", "up", "down")},
 }  # fmt: skip
+ARCHITECTURES = dict(  # GGUF's -> model_type
+    llama="llama", qwen2="qwen2", qwen3="qwen3", gemma3="gemma3_text", phi3="phi3", olmo2="olmo2", gpt2="gpt2",
+)  # fmt: skip
 NUMBERS = dict(enumerate(("<u1", "<i1", "<u2", "<i2", "<u4", "<i4", "<f4", "?"))) | {10: "<u8", 11: "<i8", 12: "<f8"}
 STRING, ARRAY = 8, 9
 
 
 def convert_gguf(src: Path, out_dir: Path, dtype: torch.dtype = torch.bfloat16) -> None:
-    """Converts a GGUF file of the architectures llama, qwen2 and gpt2, its weights dequantized into `dtype`.
+    """Converts a GGUF file of one of ARCHITECTURES, its weights dequantized into `dtype`. Of several parts `src` is the
+    first.
 
     Raises FileNotFoundError or ValueError: no such file, no GGUF file, or of an unknown kind.
     """
@@ -44,18 +52,19 @@ def convert_gguf(src: Path, out_dir: Path, dtype: torch.dtype = torch.bfloat16) 
         refuse_pointer(src)
         gguf = GGUF(src)
         arch = gguf.fields["general.architecture"]
-        if arch not in ("llama", "qwen2", "gpt2"):
-            raise ValueError(f"its architecture is {arch!r}; known are llama, qwen2 and gpt2")
+        if arch not in ARCHITECTURES:
+            raise ValueError(f"its architecture is {arch!r}; known are {', '.join(ARCHITECTURES)}")
         config = _config(gguf, arch)
-        names = (name for name in gguf.shapes if name != "rope_freqs.weight")
-        tensors = (pair for name in names for pair in _ours(name, cast(name, gguf.tensor(name), dtype), config, arch))
+        names = (name for name in gguf.shapes if not name.startswith("rope_"))
+        ours = (pair for name in names for pair in _ours(name, gguf.tensor(name), config, arch))
+        tensors = ((name, cast(name, t, dtype)) for name, t in ours)
         save_folder(out_dir, config, tensors, _tokenizer_files(gguf.fields, arch))
 
 
 class GGUF:
-    """An opened file: `fields` by name, `shapes` of the tensors by name."""
+    """An opened file: `fields` by name, `shapes` of the tensors by name, those of its other parts among them."""
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, is_first: bool = True):
         self._data, self._at = np.memmap(path, np.uint8, "r"), 0
         if self._data[:4].tobytes() != b"GGUF" or self._data[4:8].tobytes() not in (b"\2\0\0\0", b"\3\0\0\0"):
             raise ValueError("it is no GGUF file of version 2 or 3")
@@ -66,9 +75,19 @@ class GGUF:
         self.shapes = {name: shape for name, (shape, *_) in self._tensors.items()}
         alignment = self.fields.get("general.alignment", 32)
         self._start = -(-self._at // alignment) * alignment
+        self._part_of = dict.fromkeys(self.shapes, self)  # name of a tensor -> the part that it lies in
+        if is_first and self.fields.get("split.no"):
+            raise ValueError("it is a part of several: name the first one")
+        for i in range(2, self.fields.get("split.count", 1) * is_first + 1):
+            part = GGUF(path.with_name(path.name.replace("-00001-of-", f"-{i:05}-of-")), is_first=False)
+            self.shapes |= part.shapes
+            self._part_of |= part._part_of
 
     def tensor(self, name: str) -> Tensor:
         """The tensor in float32."""
+        return self._part_of[name]._own_tensor(name)
+
+    def _own_tensor(self, name: str) -> Tensor:
         shape, kind, offset = self._tensors[name]
         in_bytes = quant_shape_to_byte_shape(shape, kind)
         self._at = self._start + offset
@@ -103,46 +122,71 @@ class GGUF:
 
 def _config(gguf: GGUF, arch: str) -> Config:
     fields = {name.removeprefix(f"{arch}."): value for name, value in gguf.fields.items()}
-    if {fields.get("rope.scaling.factor", 0.0), fields.get("rope.scale_linear", 0.0)} - {0.0, 1.0}:
-        raise ValueError(f"rope scaling of type {fields.get('rope.scaling.type', 'linear')!r} is not supported")
-    config = Config(
-        arch="gpt2" if arch == "gpt2" else "llama",
+    family, n_embd, n_head = FAMILIES[ARCHITECTURES[arch]], fields["embedding_length"], fields["attention.head_count"]
+    head_size, context = fields.get("attention.key_length", n_embd // n_head), fields["context_length"]
+    shape = dict(
         vocab_size=gguf.shapes["token_embd.weight"][0],
-        block_size=fields["context_length"],
+        block_size=context,
         n_layer=min(fields["block_count"], len(gguf.shapes)),  # a billion would take long to miss
-        n_head=fields["attention.head_count"],
+        n_head=n_head,
         n_kv_head=fields.get("attention.head_count_kv"),
-        n_embd=fields["embedding_length"],
+        n_embd=n_embd,
         n_hidden=fields["feed_forward_length"],
-        head_size=fields.get("attention.key_length"),
-        rope_base=fields.get("rope.freq_base", 10000.0),
+        head_size=head_size,
         norm_eps=round(fields[f"attention.layer_norm{'' if arch == 'gpt2' else '_rms'}_epsilon"], 12),  # of a float32
-        qkv_bias="blk.0.attn_q.bias" in gguf.shapes or None,
         tie="output.weight" not in gguf.shapes,
     )
+    hf = {theirs: shape[ours] for ours, theirs in family.fields.items() if ours in shape}
+    if arch != "gpt2":
+        hf |= dict(rope_theta=fields.get("rope.freq_base", 10000.0), rope_scaling=_rope_scaling(gguf, fields))
+    if "sliding_window" in family.defaults and not arch.startswith("qwen"):
+        hf["sliding_window"] = fields.get("attention.sliding_window") or None
+    if arch == "gemma3":  # what the 27b has of its own is not stated
+        hf["query_pre_attn_scalar"] = n_embd // n_head if shape["n_layer"] == 62 else head_size
+    if arch == "phi3":
+        hf["partial_rotary_factor"] = fields.get("rope.dimension_count", head_size) / head_size
+        hf["original_max_position_embeddings"] = fields.get("rope.scaling.original_context_length", context)
+    _, config = read_config(hf | dict(model_type=ARCHITECTURES[arch]))
+    return replace(config, qkv_bias="blk.0.attn_q.bias" in gguf.shapes or config.bias)
+
+
+def _rope_scaling(gguf: GGUF, fields: dict[str, Any]) -> dict[str, Any] | None:
+    """As config.json states it."""
+    original = fields.get("rope.scaling.original_context_length")
+    if "rope_factors_long.weight" in gguf.shapes:
+        short, long = (gguf.tensor(f"rope_factors_{name}.weight").tolist() for name in ("short", "long"))
+        factor = fields.get("rope.scaling.attn_factor")
+        return dict(short_factor=short, long_factor=long, attention_factor=factor)
     if "rope_freqs.weight" in gguf.shapes:
-        config.rope_scaling = _rope_scaling(config, gguf.tensor("rope_freqs.weight").double())
-    return config
+        return _llama_3(fields.get("rope.freq_base", 10000.0), gguf.tensor("rope_freqs.weight").double())
+    factor = fields.get("rope.scaling.factor") or fields.get("rope.scale_linear") or 1.0
+    kind = fields.get("rope.scaling.type", "linear")  # as llama.cpp takes a factor without a type
+    return None if factor == 1 else dict(rope_type=kind, factor=factor, original_max_position_embeddings=original)
 
 
-def _rope_scaling(config: Config, slower: Tensor) -> RopeScaling:
+def _llama_3(base: float, slower: Tensor) -> dict[str, Any]:
     """LLaMA 3.1's and 3.2's scaling: the file has only its effect on each frequency, slower (hs / 2,)."""
     for factor in (8.0, 32.0):
-        scaling = RopeScaling(factor, low_freq_factor=1.0, high_freq_factor=4.0, original_block_size=8192)
-        scaled = Config(head_size=config.head_size, rope_base=config.rope_base, rope_scaling=scaling)
-        if torch.allclose(rope_frequencies(config) / rope_frequencies(scaled), slower, rtol=1e-3):
-            return scaling
+        stated = dict(factor=factor, low_freq_factor=1.0, high_freq_factor=4.0)
+        scaled = Rope(base, scaling=Llama3Scaling(**stated, original_block_size=8192)).frequencies(2 * len(slower))
+        if torch.allclose(Rope(base).frequencies(2 * len(slower)) / scaled, slower, rtol=1e-3):
+            return dict(rope_type="llama3", original_max_position_embeddings=8192) | stated
     raise ValueError("rope_freqs.weight is not the rope scaling of LLaMA 3.1 or 3.2")
 
 
 def _ours(name: str, t: Tensor, config: Config, arch: str) -> Iterator[tuple[str, Tensor]]:
     """Under our names, in our order of rows."""
-    if ".attn_qkv." in name:  # of gpt2, one below the other
-        for p, part in zip("qkv", t.chunk(3), strict=True):
+    if ".attn_qkv." in name:  # one below the other, as gpt2 and phi3 have them
+        kv = (len(t) - config.n_head * config.head_size) // 2
+        for p, part in zip("qkv", t.split((len(t) - 2 * kv, kv, kv)), strict=True):
             yield our_name(name.replace("qkv", p), NAMES), part
-        return
-    is_turned = arch == "llama" and re.search(r"attn_[qk]\.", name)
-    yield our_name(name, NAMES), half_split(t, config.head_size) if is_turned else t
+    elif ".ffn_up." in name and arch == "phi3":
+        for p, part in zip(("gate", "up"), t.chunk(2), strict=True):
+            yield our_name(name.replace("up", p), NAMES), part
+    elif arch == "llama" and re.search(r"attn_[qk]\.", name):
+        yield our_name(name, NAMES), half_split(t, config.head_size)
+    else:
+        yield our_name(name, NAMES), t - 1 if arch == "gemma3" and "norm" in name else t
 
 
 def our_name(name: str, names: dict[str, str]) -> str:
@@ -205,6 +249,7 @@ _SPLITS = {  # tokenizer.ggml.pre: how text is split before pairs merge
     "smollm": [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)],
     "qwen2": _words(""),
     "llama-bpe": _words("{1,3}"),
+    "dbrx": _words("{1,3}"),
 }
 
 

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lit_model.config import Config, Layer
 from lit_model.files import cast, read_json, reading, refuse_used
-from lit_model.model import Config
-from lit_model.rope import RopeScaling
+from lit_model.rope import Llama3Scaling, Rope
 from lit_model.weights.folder import save_folder, tokenizer_files, unpickled
 from lit_model.weights.gguf import files_of, half_split, our_name
 from lit_model.weights.sentencepiece import read_model
@@ -58,6 +58,8 @@ def _config(params: dict[str, Any], slices: list[dict[str, Tensor]], block_size:
         vocab_size = len(slices[0]["tok_embeddings.weight"])
     if block_size is None:
         block_size = 131072 if is_long else 8192 if vocab_size > 100_000 else 2048
+    scaling = Llama3Scaling(32.0 if n_embd < 4096 else 8.0, 1.0, 4.0, 8192) if is_long else None
+    rope = Rope(params.get("rope_theta", 10000.0), scaling=scaling)
     return Config(
         vocab_size=vocab_size,
         block_size=block_size,
@@ -66,9 +68,7 @@ def _config(params: dict[str, Any], slices: list[dict[str, Tensor]], block_size:
         n_kv_head=params.get("n_kv_heads"),
         n_embd=n_embd,
         n_hidden=len(slices[0]["layers.0.feed_forward.w1.weight"]) * len(slices),
-        rope_base=params.get("rope_theta", 10000.0),
-        rope_scaling=RopeScaling(32.0 if n_embd < 4096 else 8.0, 1.0, 4.0, 8192) if is_long else None,
-        window=params.get("sliding_window"),  # Mistral's
+        layers=(Layer(params.get("sliding_window"), rope),),  # Mistral's window
         norm_eps=params["norm_eps"],
         tie="output.weight" not in slices[0],
     )

@@ -47,7 +47,7 @@ class Options:
     """What to measure."""
 
     preset: str = "llama-7b"
-    """shape of the network: a name in lit_model/families.py"""
+    """shape of the network: a name in lit_model/presets.json"""
     methods: str = "adapter,lora"
     """names of methods, such as full or lora (rank 8 on q and v); also lora-all, dora-all (rank 16 on all linear
     layers)"""

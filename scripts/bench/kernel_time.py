@@ -37,10 +37,11 @@ def products(gpt: GPT, n_computed: float, n_targets: float) -> Iterator[tuple[Li
     if len(gpt.virtual_tokens) or len(gpt.virtual_keys):
         lowest = 0
     for i, block in enumerate(gpt.blocks):
-        for linear in (m for m in block.modules() if isinstance(m, Linear)):
+        for linear in (m for m in block.modules() if isinstance(m, Linear) or hasattr(m, "n_experts")):
             in_last = i == len(gpt.blocks) - 1 and linear not in (block.attn.k_proj, block.attn.v_proj)
             is_trained = linear.weight is not None and linear.weight.requires_grad
-            yield linear, n_targets if in_last else n_computed, i >= lowest, is_trained
+            n = (n_targets if in_last else n_computed) * (block.mlp.n_active if hasattr(linear, "n_experts") else 1)
+            yield linear, n, i >= lowest, is_trained
     yield gpt.head, n_targets, True, gpt.head.weight.requires_grad
 
 

@@ -29,7 +29,7 @@ class Options:
     """Options."""
 
     preset: str = "llama-7b"
-    """shape of the network: a name in lit_model/families.py"""
+    """shape of the network: a name in lit_model/presets.json"""
     out_dir: Path = Path("checkpoints/random")
     """folder for the checkpoint; the rows are in it too, as rows.json"""
     n_rows: int = 52_002
