@@ -20,7 +20,7 @@ from lit_model.families import PRESETS, read_config, write_config
 from lit_model.load import method_header
 from lit_model.merge import merge as merge_folder
 from lit_model.rope import Rope
-from lit_model.weights.folder import Folder
+from lit_model.weights.folder import Folder, save_folder
 from scripts import merge
 
 transformers.logging.disable_progress_bar()
@@ -270,6 +270,46 @@ def test_an_output_layer_stored_beside_the_embedding_is_taken_as_transformers_ta
         assert gpt.config.tie == tied
         with torch.no_grad():
             same("a stored output layer", gpt(idx), AutoModelForCausalLM.from_pretrained(folder).eval()(idx).logits)
+
+
+def gemma_that_sees() -> transformers.PreTrainedModel:
+    text = FAMILIES["gemma3"][1] | SIZES
+    sees = dict(hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, image_size=32)
+    config = transformers.Gemma3Config(text_config=text, vision_config=sees | dict(patch_size=8), mm_tokens_per_image=4)
+    return transformers.Gemma3ForConditionalGeneration(config)
+
+
+def mistral_that_sees() -> transformers.PreTrainedModel:
+    text = FAMILIES["ministral3"][1] | SIZES | dict(model_type="ministral3", tie_word_embeddings=False)
+    sees = dict(hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, image_size=32)
+    config = transformers.Mistral3Config(
+        text_config=text, vision_config=sees | dict(patch_size=8, head_dim=16, model_type="pixtral"),
+        tie_word_embeddings=False,
+    )  # fmt: skip
+    return transformers.Mistral3ForConditionalGeneration(config)
+
+
+@pytest.mark.parametrize("new_names", [False, True], ids=["language_model.model", "model.language_model"])
+@pytest.mark.parametrize("build_whole", [gemma_that_sees, mistral_that_sees])
+def test_of_a_network_that_also_sees_the_language_network_is_read(build_whole, new_names, tmp_path, capsys):
+    torch.manual_seed(0)
+    hf, idx = randomize(build_whole(), std=0.1).eval(), torch.randint(0, 400, (2, 30))
+    hf.save_pretrained(tmp_path / "hf")
+    file = tmp_path / "hf/model.safetensors"
+    tensors = load_file(file)
+    assert any(name.startswith("language_model.model.") for name in tensors)
+    if new_names:
+        tensors = {f"model.{name}".replace("language_model.model", "language_model"): t for name, t in tensors.items()}
+        tensors = {name.replace("model.language_model.lm_head", "lm_head"): t for name, t in tensors.items()}
+    save_file(tensors, file, dict(format="pt"))
+    capsys.readouterr()
+    gpt = load(tmp_path / "hf")
+    assert "hf: read without " in (err := capsys.readouterr().err) and "vision_tower" in err and "projector" in err
+    with torch.no_grad():
+        same(build_whole.__name__, gpt(idx), hf(idx).logits)
+    save_folder(tmp_path / "text", gpt.config, gpt.state_dict(), {}, Folder(tmp_path / "hf").hf)
+    same("its language network alone", load(tmp_path / "text")(idx), gpt(idx))
+    opened_by_transformers(tmp_path / "text")
 
 
 # ------------------------------------------------------------------------------------------------------------ identity

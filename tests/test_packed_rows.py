@@ -1,6 +1,7 @@
 """A packed row computes exactly what a naive loop over its examples computes: in float64, loss and gradients, for every
 kind of neighbour that a token can see. Everything else is built on this."""
 
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -11,10 +12,11 @@ from conftest import LLAMA, randomize
 from torch import Tensor, nn
 
 from lit_model import attention, model, packing
+from lit_model.config import Layer
 from lit_model.kernels import cpu
 from lit_model.methods import adapter, prefix, prompt
 from lit_model.packing import Example, Segment, lay_out, pack
-from lit_model.rope import YarnScaling
+from lit_model.rope import LongScaling, Rope, YarnScaling
 
 
 def naive(gpt: model.GPT, ids: torch.Tensor) -> torch.Tensor:
@@ -221,6 +223,23 @@ def test_rows_hold_every_example_once_and_no_padding():
     counts = torch.cat([idx for idx, _ in rows]).bincount()
     assert counts.tolist() == [len(e.ids) - 1 for e in data]
     assert sum(len(p.targets) for _, p in rows) == sum(e.n_targets for e in data)
+
+
+@pytest.mark.parametrize("methods", ["plain", "prompt", "prefix"])
+def test_long_examples_turn_in_another_way_than_short_ones_and_share_no_row(methods):
+    """LongRoPE has two lists of factors; each example takes the same one alone and packed."""
+    scaling = LongScaling(tuple(range(1, 9)), tuple(range(2, 18, 2)), original_block_size=12, attention_factor=1.3)
+    gpt = build(dict(LLAMA, layers=(Layer(rope=Rope(scaling=scaling)),)), methods)
+    rng, virtual = np.random.default_rng(0), (gpt.n_virtual_tokens, gpt.n_virtual_keys)
+    head = rng.integers(0, 97, 4)
+    data = [np.concatenate((head, rng.integers(0, 97, n))).astype(np.int32) for n in (3, 2, 20, 12)]
+    pack_all = partial(pack, short_context=gpt.config.short_context)
+    rows = pack_all([Example(ids, 3) for ids in data], 1000, *virtual)
+    assert len(rows) == 2
+    alone = sum(gpt(*row) for ids in data for row in pack_all([Example(ids, 3)], 1000, *virtual))
+    torch.testing.assert_close(sum(gpt(*row) for row in rows), alone, rtol=1e-10, atol=1e-10)
+    mixed = pack([Example(ids, 3) for ids in data], 1000, *virtual)
+    assert len(mixed) == 1 and abs(gpt(*mixed[0]) - alone) > 1e-3  # the test can fail
 
 
 def test_a_preamble_is_shared_up_to_the_token_before_the_first_target():
