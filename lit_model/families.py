@@ -9,6 +9,7 @@ import json
 import math
 import re
 from dataclasses import dataclass, field, fields
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from lit_model.config import Config, Experts, Layer
 from lit_model.rope import LinearScaling, Llama3Scaling, LongScaling, Rope, YarnScaling
 
 
-@dataclass(frozen=True)
+@dataclass
 class Family:
     architecture: str  # transformers' class
     fields: dict[str, str]  # field of Config -> field of config.json
@@ -28,6 +29,13 @@ class Family:
     only: dict[str, tuple] = field(default_factory=dict)  # field of config.json -> values supported; null always is
     transposed: tuple[str, ...] = ()  # their modules with weights (n_in, n_out)
     ignored: tuple[str, ...] = ("rotary_emb.inv_freq",)  # ends of tensors without parameters
+
+    @cached_property
+    def known(self) -> set[str]:
+        """The fields of config.json that are understood."""
+        more = {"rope_scaling", "rope_parameters"} if "rope_theta" in self.defaults else set()
+        more |= {"num_experts", "num_local_experts"} if "num_experts_per_tok" in self.defaults else set()
+        return {*self.fields.values(), *self.defaults, *self.only} | more
 
     def stored(self, name: str) -> str:
         """Name of the tensor that holds our tensor `name`, without the prefix."""
@@ -126,7 +134,7 @@ FAMILIES = {  # model_type -> family
     ),
     "seed_oss": _llama_like("SeedOssForCausalLM", {}, _BIAS | dict(attention_bias=True, attention_out_bias=False)),
     "ministral3": _llama_like(
-        "Ministral3ForCausalLM", {}, dict(rope_theta=1e6, sliding_window=None, llama_4_scaling_beta=None)
+        "Ministral3ForCausalLM", {}, dict(sliding_window=None, llama_4_scaling_beta=None)
     ),
     "granite": _llama_like(
         "GraniteForCausalLM",
@@ -243,16 +251,10 @@ def read_fields(hf: dict[str, Any]) -> tuple[Family, dict[str, Any]]:
     if not isinstance(kind, str) or kind not in FAMILIES:
         raise ValueError(f"model_type is {kind!r}; known are {', '.join(sorted(FAMILIES))}")
     family = FAMILIES[kind]
-    only = family.only | dict(quantization_config=())
-    known = {*family.fields.values(), *family.defaults, *only}
-    if "rope_theta" in known:
-        known |= {"rope_scaling", "rope_parameters"}
-    if "num_experts_per_tok" in known:
-        known |= {"num_experts", "num_local_experts"}
-    stated = {name: value for name, value in hf.items() if value is not None and not _NO_MATTER.fullmatch(name)}
-    odd = [name for name in stated if name not in known or (name in only and stated[name] not in only[name])]
-    if odd:
-        raise ValueError(f"{odd[0]} is {hf[odd[0]]!r:.80}, which is not supported")
+    for name, value in hf.items():
+        fits = name in family.known and value in family.only.get(name, (value,))
+        if value is not None and not fits and not _NO_MATTER.fullmatch(name):
+            raise ValueError(f"{name} is {value!r:.80}, which is not supported")
     stated = family.defaults | hf
     if missing := [theirs for theirs in family.fields.values() if theirs not in stated]:
         raise ValueError(f"it lacks {', '.join(missing)}")
@@ -270,26 +272,19 @@ def read_fields(hf: dict[str, Any]) -> tuple[Family, dict[str, Any]]:
 
 
 def write_config(config: Config, like: dict[str, Any] | None = None) -> dict[str, Any] | None:
-    """A config.json that states this shape: of the family of `like`, or else of LLaMA; without `like`, of the first one
-    that can. None if there is none."""
-    like = like or {}
+    """A config.json that states this shape. What stands there of layers, and beside the shape, is what `like` says.
+
+    It is of the family of `like`, or else of LLaMA; without `like`, of the first family that can. None if none can.
+    """
     for kind in dict.fromkeys((like["model_type"], "llama")) if like else FAMILIES:
         family = FAMILIES[kind]
-        hf = {theirs: getattr(config, ours) for ours, theirs in family.fields.items()}
+        hf = {name: value for name, value in (like or {}).items() if name in family.known or _NO_MATTER.fullmatch(name)}
+        hf |= {theirs: getattr(config, ours) for ours, theirs in family.fields.items()}
         if "mlp_bias" in family.defaults:
             hf |= dict(attention_bias=config.bias, mlp_bias=config.bias)
         if "attention_out_bias" in family.defaults:
             hf |= dict(attention_bias=config.qkv_bias, attention_out_bias=config.bias)
-        if "query_pre_attn_scalar" in family.defaults:
-            square = round(config.attn_scale**-2, 6)
-            hf |= dict(query_pre_attn_scalar=int(square) if square.is_integer() else square)
-        hf |= {name: like.get(name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-        if kind == like.get("model_type"):  # what it says of layers and beside the shape stays as it says it
-            hf = like | hf
-        elif "rope_theta" in family.defaults:
-            hf |= dict(hidden_act=family.only["hidden_act"][0]) | _write_layers(config, family)
-        else:
-            hf |= dict(activation_function="gelu_new", n_ctx=config.block_size)
+        hf = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id")) | hf  # transformers' own may not fit
         hf |= dict(architectures=[family.architecture], model_type=kind)
         try:
             if read_config(hf)[1] == config:
@@ -391,41 +386,6 @@ def _attention_factor(kind: str, rope: dict[str, Any], context: int, original: i
     if wide and all_dim:
         return (0.1 * wide * math.log(factor) + 1) / (0.1 * all_dim * math.log(factor) + 1)
     return 0.1 * math.log(factor) + 1
-
-
-def _write_layers(config: Config, family: Family) -> dict[str, Any]:
-    """What config.json says of the layers, as transformers 4 did; 5 understands it, too."""
-    local = [layer for layer in config.layers if layer.window] or config.layers
-    full = [layer for layer in config.layers if not layer.window] or config.layers
-    rope, local_rope = (next((x.rope for x in some if x.rope), Rope()) for some in (full, local))
-    experts = next((layer.experts for layer in config.layers if layer.experts), Experts(1, 1, 1))
-    original = getattr(rope.scaling, "original_block_size", None)
-    hf = dict(
-        sliding_window=local[0].window,
-        use_sliding_window=local[0].window is not None,
-        layer_types=["sliding_attention" if layer.window else "full_attention" for layer in config.layers],
-        no_rope_layers=[int(layer.rope is not None) for layer in config.layers],
-        rope_local_base_freq=local_rope.base if local_rope.base != rope.base else None,
-        partial_rotary_factor=rope.share,
-        original_max_position_embeddings=original or family.defaults.get("original_max_position_embeddings"),
-        num_experts=experts.n,
-        num_local_experts=experts.n,
-        num_experts_per_tok=experts.n_active,
-        moe_intermediate_size=experts.n_hidden,
-        norm_topk_prob=experts.normalize,
-        decoder_sparse_step=1,
-        mlp_only_layers=[i for i, layer in enumerate(config.layers) if layer.experts is None],
-    )
-    hf = {name: value for name, value in hf.items() if name in family.defaults}
-    return hf | dict(rope_theta=rope.base, rope_scaling=_write_scaling(rope))
-
-
-def _write_scaling(rope: Rope) -> dict[str, Any] | None:
-    for kind, scaling in _SCALINGS.items():
-        if type(rope.scaling) is scaling:
-            stated = {_THEIRS.get(name, name): value for name, value in vars(rope.scaling).items() if value is not None}
-            return dict(rope_type=kind) | {n: list(v) if isinstance(v, tuple) else v for n, v in stated.items()}
-    return None
 
 
 # --------------------------------------------------------------------------------------------- published networks

@@ -18,9 +18,7 @@ if not torch.cuda.is_available():  # before Triton is imported
 
 from lit_model import families, model
 from lit_model.cli import cli
-from lit_model.config import Experts, Layer
 from lit_model.data.tokenizer import Tokenizer as OurTokenizer
-from lit_model.rope import Rope, YarnScaling
 from lit_model.weights.folder import save_folder, tokenizer_files
 
 
@@ -31,19 +29,20 @@ def seeded():
 
 LLAMA = dict(arch="llama", vocab_size=97, block_size=128, n_layer=3, n_head=4, n_kv_head=2, n_embd=64, n_hidden=112)
 GPT2 = dict(arch="gpt2", vocab_size=97, block_size=128, n_layer=3, n_head=4, n_embd=64, tie=True)
-_YARN = YarnScaling(8.0, 4, attention_factor=1.2, beta_fast=0.9, beta_slow=0.1, query_growth=0.3)
-NEWER = dict(  # what came after LLaMA 2, all at once
-    LLAMA, tie=True, head_size=24, qkv_bias=True, qk_norm="all", norm_place="both", norm_plus_one=True,
-    activation="gelu", attn_scale=0.3, attn_softcap=3.0, logit_softcap=4.0, logit_divisor=1.5, embedding_scale=2.0,
-    residual_scale=0.7,
-    layers=(
-        Layer(11, Rope(500.0, 0.5), Experts(4, 2, 48)),
-        Layer(rope=Rope(900.0, 0.5, _YARN)),
-        Layer(rope=None),
+NEWER_SAYS = dict(  # what came after LLaMA 2, all at once, in a config.json
+    model_type="newer", vocab_size=97, max_position_embeddings=128, num_hidden_layers=3, num_attention_heads=4,
+    num_key_value_heads=2, hidden_size=64, intermediate_size=112, head_dim=24, rms_norm_eps=1e-5,
+    tie_word_embeddings=True, sliding_window=11, no_rope_layers=[1, 1, 0],
+    layer_types=["sliding_attention", "full_attention", "full_attention"],
+    rope_theta=900.0, rope_local_base_freq=500.0, partial_rotary_factor=0.5,
+    rope_scaling=dict(
+        rope_type="yarn", factor=8.0, original_max_position_embeddings=4, attention_factor=1.2, beta_fast=0.9,
+        beta_slow=0.1, llama_4_scaling_beta=0.3,
     ),
+    mlp_only_layers=[1, 2], moe_intermediate_size=48, attn_scale=0.3, logit_divisor=1.5, embedding_scale=2.0,
+    residual_scale=0.7, attn_logit_softcapping=3.0, final_logit_softcapping=4.0,
 )  # fmt: skip
-FAMILIES = {"llama": LLAMA, "gpt2": GPT2, "newer": NEWER}
-NEWER_FAMILY = families._llama_like(  # no network has all of it: a family of its own, for its folders
+families.FAMILIES["newer"] = families._llama_like(  # no network has all of it: a family of its own
     "NewerForCausalLM",
     {},
     dict(
@@ -57,6 +56,8 @@ NEWER_FAMILY = families._llama_like(  # no network has all of it: a family of it
     qk_norm="all",
     **families._GEMMA,
 )  # fmt: skip
+NEWER = dict(arch="llama") | families.read_fields(NEWER_SAYS)[1]
+FAMILIES = {"llama": LLAMA, "gpt2": GPT2, "newer": NEWER}
 
 
 @pytest.fixture(params=FAMILIES, scope="module")
@@ -80,10 +81,8 @@ def checkpoint(family, tmp_path_factory):
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp(family["arch"]) / "base"
     base = randomize(model.GPT(model.Config(**family)), std=0.05)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(families.FAMILIES, "newer", NEWER_FAMILY)
-        save_folder(folder, base.config, base.state_dict(), {})
-        yield folder
+    save_folder(folder, base.config, base.state_dict(), {}, NEWER_SAYS if family is NEWER else None)
+    return folder
 
 
 ROOT = Path(__file__).resolve().parents[1]

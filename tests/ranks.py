@@ -9,10 +9,10 @@ import os
 import sys
 from pathlib import Path
 
+import conftest  # noqa: F401  (the family "newer")
 import numpy as np
 import torch
 import torch.nn.functional as F
-from conftest import NEWER_FAMILY
 from lightning_fabric import Fabric
 from test_methods import METHODS, settings, shake
 from torch import Tensor
@@ -23,7 +23,6 @@ from finetune.devices import launch, whole
 from finetune.loop import evaluate, the_same, train_step
 from finetune.report import Ask
 from finetune.run import Run, RunOptions, Train, build, prepare
-from lit_model import families
 from lit_model.load import method_module, save_method
 from lit_model.methods.lora import LoRA
 from lit_model.packing import Example, Packed, pack
@@ -162,7 +161,6 @@ def compute_all(folder: Path, strategy: str, out: Path) -> None:
 
 
 if __name__ == "__main__":
-    families.FAMILIES["newer"] = NEWER_FAMILY
     atexit.register(no_thread_of_gloo_is_left)  # the first to register is the last to run
     job = read_slices if sys.argv[3].endswith("slices") else compute_all
     job(Path(sys.argv[1]), sys.argv[2], Path(sys.argv[3]))

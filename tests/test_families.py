@@ -448,7 +448,7 @@ def test_config_json_of_transformers_4_says_the_same(download):
 def test_a_preset_is_written_and_read_as_itself(name):
     """By us, as transformers understands it, and over the config.json of a network of its kind."""
     config = Config.from_name(name)
-    stated = write_config(config)
+    stated = write_config(config, PRESETS[name])
     assert read_config(json.loads(json.dumps(stated)))[1] == config
     theirs = AutoConfig.for_model(**stated)
     assert theirs.architectures == stated["architectures"]
@@ -461,7 +461,7 @@ def test_a_preset_is_written_and_read_as_itself(name):
 def test_a_config_is_written_over_its_source_as_it_was(name, downloads):
     folder = Folder(downloads(name)[1])
     kept_as_it_was(write_config(folder.config, folder.hf), folder.hf)
-    assert read_config(write_config(folder.config))[1] == folder.config
+    assert read_config(write_config(folder.config, folder.hf))[1] == folder.config
 
 
 @pytest.mark.parametrize(

@@ -15,13 +15,13 @@ from pathlib import Path
 import pytest
 import ranks
 import torch
-from conftest import FAMILIES, NEWER_FAMILY, ROOT, randomize
+from conftest import FAMILIES, NEWER_SAYS, ROOT, randomize
 from safetensors.torch import load_file
 
 from finetune import full, lora
 from finetune.devices import launch
 from finetune.run import Train
-from lit_model import GPT, Config, families
+from lit_model import GPT, Config
 from lit_model.weights.folder import save_folder
 
 PATIENCE = 1800  # seconds
@@ -32,13 +32,11 @@ TORCHRUN = "torch.distributed.run --standalone"
 def folder(tmp_path_factory):
     """A network of each family."""
     folder = tmp_path_factory.mktemp("ranks")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(families.FAMILIES, "newer", NEWER_FAMILY)
-        for name, fields in FAMILIES.items():
-            torch.manual_seed(0)
-            base = randomize(GPT(Config(**fields)), std=0.05)
-            save_folder(folder / name, base.config, base.state_dict(), {})
-        yield folder
+    for name, fields in FAMILIES.items():
+        torch.manual_seed(0)
+        base = randomize(GPT(Config(**fields)), std=0.05)
+        save_folder(folder / name, base.config, base.state_dict(), {}, NEWER_SAYS if name == "newer" else None)
+    return folder
 
 
 @pytest.fixture(scope="module")

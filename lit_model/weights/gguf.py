@@ -54,11 +54,11 @@ def convert_gguf(src: Path, out_dir: Path, dtype: torch.dtype = torch.bfloat16) 
         arch = gguf.fields["general.architecture"]
         if arch not in ARCHITECTURES:
             raise ValueError(f"its architecture is {arch!r}; known are {', '.join(ARCHITECTURES)}")
-        config = _config(gguf, arch)
+        config, hf = _config(gguf, arch)
         names = (name for name in gguf.shapes if not name.startswith("rope_"))
         ours = (pair for name in names for pair in _ours(name, gguf.tensor(name), config, arch))
         tensors = ((name, cast(name, t, dtype)) for name, t in ours)
-        save_folder(out_dir, config, tensors, _tokenizer_files(gguf.fields, arch))
+        save_folder(out_dir, config, tensors, _tokenizer_files(gguf.fields, arch), hf)
 
 
 class GGUF:
@@ -120,7 +120,8 @@ class GGUF:
         return name, (shape, GGMLQuantizationType(self._number("<u4")), self._number("<u8"))
 
 
-def _config(gguf: GGUF, arch: str) -> Config:
+def _config(gguf: GGUF, arch: str) -> tuple[Config, dict[str, Any]]:
+    """The shape, and config.json."""
     fields = {name.removeprefix(f"{arch}."): value for name, value in gguf.fields.items()}
     family, n_embd, n_head = FAMILIES[ARCHITECTURES[arch]], fields["embedding_length"], fields["attention.head_count"]
     head_size, context = fields.get("attention.key_length", n_embd // n_head), fields["context_length"]
@@ -137,6 +138,7 @@ def _config(gguf: GGUF, arch: str) -> Config:
         tie="output.weight" not in gguf.shapes,
     )
     hf = {theirs: shape[ours] for ours, theirs in family.fields.items() if ours in shape}
+    hf["model_type"] = ARCHITECTURES[arch]
     if arch != "gpt2":
         hf |= dict(rope_theta=fields.get("rope.freq_base", 10000.0), rope_scaling=_rope_scaling(gguf, fields))
     if "sliding_window" in family.defaults and not arch.startswith("qwen"):
@@ -146,8 +148,8 @@ def _config(gguf: GGUF, arch: str) -> Config:
     if arch == "phi3":
         hf["partial_rotary_factor"] = fields.get("rope.dimension_count", head_size) / head_size
         hf["original_max_position_embeddings"] = fields.get("rope.scaling.original_context_length", context)
-    _, config = read_config(hf | dict(model_type=ARCHITECTURES[arch]))
-    return replace(config, qkv_bias="blk.0.attn_q.bias" in gguf.shapes or config.bias)
+    _, config = read_config(hf)
+    return replace(config, qkv_bias="blk.0.attn_q.bias" in gguf.shapes or config.bias), hf
 
 
 def _rope_scaling(gguf: GGUF, fields: dict[str, Any]) -> dict[str, Any] | None:

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lit_model.config import Config, Layer
+from lit_model.config import Config
+from lit_model.families import read_config
 from lit_model.files import cast, read_json, reading, refuse_used
-from lit_model.rope import Llama3Scaling, Rope
 from lit_model.weights.folder import save_folder, tokenizer_files, unpickled
 from lit_model.weights.gguf import files_of, half_split, our_name
 from lit_model.weights.sentencepiece import read_model
@@ -47,31 +47,35 @@ def convert_meta(src_dir: Path, out_dir: Path, dtype: torch.dtype | None = None,
             yield our_name(name, NAMES), cast(name, t, dtype) if dtype and t.is_floating_point() else t
 
     with reading(src_dir):
-        config = _config(params, slices, block_size)
-        save_folder(out_dir, config, tensors(), _tokenizer_files(src_dir))
+        hf = _config(params, slices, block_size)
+        _, config = read_config(hf)
+        save_folder(out_dir, config, tensors(), _tokenizer_files(src_dir), hf)
 
 
-def _config(params: dict[str, Any], slices: list[dict[str, Tensor]], block_size: int | None) -> Config:
-    is_long = params.get("use_scaled_rope", False)
+def _config(params: dict[str, Any], slices: list[dict[str, Tensor]], block_size: int | None) -> dict[str, Any]:
+    """config.json."""
+    is_long, window = params.get("use_scaled_rope", False), params.get("sliding_window")  # Mistral's
     vocab_size, n_embd = params.get("vocab_size", -1), params["dim"]
     if vocab_size < 0:  # not stated before LLaMA 3
         vocab_size = len(slices[0]["tok_embeddings.weight"])
     if block_size is None:
         block_size = 131072 if is_long else 8192 if vocab_size > 100_000 else 2048
-    scaling = Llama3Scaling(32.0 if n_embd < 4096 else 8.0, 1.0, 4.0, 8192) if is_long else None
-    rope = Rope(params.get("rope_theta", 10000.0), scaling=scaling)
-    return Config(
+    scaling = dict(rope_type="llama3", low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=8192)
+    hf = dict(
+        model_type="mistral" if window else "llama",
         vocab_size=vocab_size,
-        block_size=block_size,
-        n_layer=min(params["n_layers"], len(slices[0])),  # a billion would take long to miss
-        n_head=params["n_heads"],
-        n_kv_head=params.get("n_kv_heads"),
-        n_embd=n_embd,
-        n_hidden=len(slices[0]["layers.0.feed_forward.w1.weight"]) * len(slices),
-        layers=(Layer(params.get("sliding_window"), rope),),  # Mistral's window
-        norm_eps=params["norm_eps"],
-        tie="output.weight" not in slices[0],
+        max_position_embeddings=block_size,
+        num_hidden_layers=min(params["n_layers"], len(slices[0])),  # a billion would take long to miss
+        num_attention_heads=params["n_heads"],
+        num_key_value_heads=params.get("n_kv_heads"),
+        hidden_size=n_embd,
+        intermediate_size=len(slices[0]["layers.0.feed_forward.w1.weight"]) * len(slices),
+        rope_theta=params.get("rope_theta", 10000.0),
+        rope_scaling=scaling | dict(factor=32.0 if n_embd < 4096 else 8.0) if is_long else None,
+        rms_norm_eps=params["norm_eps"],
+        tie_word_embeddings="output.weight" not in slices[0],
     )
+    return hf | dict(sliding_window=window) if window else hf
 
 
 def _joined(name: str, parts: list[Tensor], config: Config) -> Tensor:

@@ -219,7 +219,7 @@ def theirs(case: Case) -> Result:
     from scripts.bench import peers  # only this needs transformers and peft
 
     options, device = case.options, case.device
-    network = peers.random_network(case.config, torch.float32 if case.method == "full" else case.dtype, device)
+    network = peers.random_network(case.options.preset, torch.float32 if case.method == "full" else case.dtype, device)
     if case.precision == "nf4":
         peers.to_nf4(network)
     network = network.train() if case.method == "full" else peers.attach(network, case.method, case.method_options)

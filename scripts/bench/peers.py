@@ -18,8 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from finetune.report import Diverged
 from finetune.run import Run, Train, batches, learning_rate
 from lit_model.data.labels import Task, Verdict, numbers, verdict
-from lit_model.families import write_config
-from lit_model.model import Config
+from lit_model.families import PRESETS
 from lit_model.packing import Example
 
 
@@ -36,9 +35,9 @@ def padded(batch: Sequence[Example], size: int, device: torch.device) -> Iterato
         yield dict(input_ids=ids.to(device), attention_mask=mask.to(device), labels=labels.to(device))
 
 
-def random_network(config: Config, dtype: torch.dtype, device: torch.device) -> torch.nn.Module:
+def random_network(preset: str, dtype: torch.dtype, device: torch.device) -> torch.nn.Module:
     """transformers' network of this shape, with random weights."""
-    shape = AutoConfig.for_model(**write_config(config), use_cache=False)
+    shape = AutoConfig.for_model(**PRESETS[preset], use_cache=False)
     with torch.device(device):
         return AutoModelForCausalLM.from_config(shape, dtype=dtype, attn_implementation="sdpa")
 

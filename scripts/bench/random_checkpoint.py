@@ -14,6 +14,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from lit_model.cli import choose_device, cli
 from lit_model.data.examples import render
+from lit_model.families import PRESETS
 from lit_model.files import refuse_used, write_text
 from lit_model.model import Config
 from lit_model.weights.folder import save_folder
@@ -38,12 +39,12 @@ class Options:
 
 def main(options: Options) -> None:
     refuse_used(options.out_dir)
-    config = Config.from_name(options.preset)
+    config, hf = Config.from_name(options.preset), PRESETS[options.preset]
     tokenizer = train_tokenizer(config.vocab_size)
     stated = {"bos_token": "<s>", "eos_token": "</s>", "add_bos_token": True}
     files = {"tokenizer.json": tokenizer.to_str().encode(), "tokenizer_config.json": json.dumps(stated).encode()}
     folder = RandomFolder(config, torch.bfloat16, choose_device("auto"))  # a GPU draws them in a moment
-    save_folder(options.out_dir, config, ((name, folder.tensor(name)) for name in folder.names), files)
+    save_folder(options.out_dir, config, ((name, folder.tensor(name)) for name in folder.names), files, hf)
     write_text(options.out_dir / "rows.json", json.dumps(random_rows(tokenizer, options.n_rows)))
     print(f"made {options.out_dir}/: {options.preset} with random weights, and rows.json of {options.n_rows:,} rows")
 
