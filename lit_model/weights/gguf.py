@@ -158,7 +158,7 @@ def _rope_scaling(gguf: GGUF, fields: dict[str, Any]) -> dict[str, Any] | None:
     if "rope_factors_long.weight" in gguf.shapes:
         short, long = (gguf.tensor(f"rope_factors_{name}.weight").tolist() for name in ("short", "long"))
         factor = fields.get("rope.scaling.attn_factor")
-        return dict(short_factor=short, long_factor=long, attention_factor=factor)
+        return dict(rope_type="longrope", short_factor=short, long_factor=long, attention_factor=factor)
     if "rope_freqs.weight" in gguf.shapes:
         return _llama_3(fields.get("rope.freq_base", 10000.0), gguf.tensor("rope_freqs.weight").double())
     factor = fields.get("rope.scaling.factor") or fields.get("rope.scale_linear") or 1.0
