@@ -52,12 +52,17 @@ def step(gpt: model.GPT, data: list[Example]) -> tuple[float, torch.Tensor]:
     return total, torch.cat([p.grad.flatten().cpu() for p in gpt.parameters() if p.requires_grad])
 
 
+def rounding(family: dict, usual: float) -> float:
+    """Share by which bfloat16 may change gradients. In a random network with everything new every rounding grows: on a
+    CPU, too, they differ by 0.06 to 0.26 from those in float32."""
+    return 0.5 if "norm_place" in family else usual
+
+
 @pytest.mark.parametrize("method", ["adapter", "lora"])
 def test_bfloat16_rows_on_the_gpu_equal_float32_on_the_cpu(family, method):
     gpt = build(family, method)
     loss, grad = step(gpt, examples(20, 1))
-    rounds = 0.5 if "norm_place" in family else 3e-2  # in bfloat16 on a CPU, too, its gradients differ by 0.06 to 0.26
-    for dtype, tolerance in ((torch.float32, 1e-4), (torch.bfloat16, rounds)):
+    for dtype, tolerance in ((torch.float32, 1e-4), (torch.bfloat16, rounding(family, 3e-2))):
         other = copy.deepcopy(gpt).cuda()
         other.dtype = dtype
         got_loss, got_grad = step(other, examples(20, 1))
@@ -90,7 +95,8 @@ def test_compiled_blocks_equal_eager_ones_and_rows_of_new_shapes_compile_nothing
     for n, (loss, grad) in zip(sizes, eager):
         got_loss, got_grad = step(gpt, examples(n, n))
         made.append(graphs["unique_graphs"])
-        assert abs(got_loss - loss) < 1e-2 * loss and (got_grad - grad).norm() < 5e-2 * grad.norm()
+        assert abs(got_loss - loss) < 1e-2 * loss
+        assert (got_grad - grad).norm() < rounding(family, 5e-2) * grad.norm()
     print(f"{method}: {made} graphs for {len(gpt.blocks)} blocks")
     assert made[-1] == made[1]
 
