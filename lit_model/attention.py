@@ -85,8 +85,7 @@ class PackedRow:
         if not _VARLEN_GQA:
             k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], dim=1) for t in (k, v))
         options = {"enable_gqa": True} if _VARLEN_GQA else {}
-        options |= dict(scale=self.scale, window_size=(-1 if window is None else window - 1, 0))  # causal, aligned at
-        # the last query and the last key
+        options |= dict(scale=self.scale, window_size=(-1 if window is None else window - 1, 0))  # causal
         return varlen_attn(q, k, v, packed.cu_q, packed.cu_k, packed.max_q, packed.max_k, **options)
 
     def behind_virtual(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:

@@ -8,6 +8,7 @@ shapes of published networks stand in presets.json, as their config.json states 
 import json
 import math
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
@@ -63,24 +64,20 @@ def _parts(name: str) -> tuple[str | None, str, str]:
 
 
 _LLAMA_NAMES = {
-    "wte": "embed_tokens",
-    "norm_f": "norm",
-    "lm_head": "lm_head",
-    "norm_1": "input_layernorm",
-    "norm_2": "post_attention_layernorm",
+    "wte": "embed_tokens", "norm_f": "norm", "lm_head": "lm_head",
+    "norm_1": "input_layernorm", "norm_2": "post_attention_layernorm", "mlp.router": "mlp.gate",
     **{f"attn.{p}_proj": f"self_attn.{p}_proj" for p in "qkvo"},
     **{f"attn.{p}_norm": f"self_attn.{p}_norm" for p in "qk"},
     **{f"mlp.{p}_proj": f"mlp.{p}_proj" for p in ("gate", "up", "down")},
-    "mlp.router": "mlp.gate",
     **{f"mlp.experts.{p}_proj": f"mlp.experts.{{}}.{p}_proj" for p in ("gate", "up", "down")},
-}
+}  # fmt: skip
 _FOUR_NORMS = {
     "norm_2": "pre_feedforward_layernorm", "post_norm_1": "post_attention_layernorm",
     "post_norm_2": "post_feedforward_layernorm",
 }  # fmt: skip
 _NORMS_AFTER = _FOUR_NORMS | {"norm_1": "", "norm_2": ""}  # there are none
-_MIXTRAL = {
-    f"mlp.experts.{p}_proj": f"block_sparse_moe.experts.{{}}.w{i}" for p, i in dict(gate=1, down=2, up=3).items()
+_MIXTRAL = {"mlp.router": "block_sparse_moe.gate"} | {
+    f"mlp.experts.{p}_proj": f"block_sparse_moe.experts.{{}}.w{i}" for i, p in enumerate(("gate", "down", "up"), 1)
 }
 _FUSED = {f"attn.{p}_proj": "self_attn.qkv_proj" for p in "qkv"} | {
     f"mlp.{p}_proj": "mlp.gate_up_proj" for p in ("gate", "up")
@@ -90,31 +87,28 @@ _LLAMA_FIELDS = dict(
     n_head="num_attention_heads", n_kv_head="num_key_value_heads", n_embd="hidden_size", n_hidden="intermediate_size",
     head_size="head_dim", norm_eps="rms_norm_eps", tie="tie_word_embeddings",
 )  # fmt: skip
-_OPTIONAL = {"num_key_value_heads": None, "head_dim": None, "tie_word_embeddings": False, "rope_theta": 10000.0}
-_QWEN_WINDOW = dict(use_sliding_window=False, sliding_window=4096, max_window_layers=28, layer_types=None)
-_NO_WINDOW = dict(use_sliding_window=(False,))
-_NO_BIAS = dict(attention_bias=(False,))
-_BIAS = dict(attention_bias=False, mlp_bias=False)
+_MULTIPLIERS = dict(
+    embedding_scale="embedding_multiplier", residual_scale="residual_multiplier", attn_scale="attention_multiplier",
+    logit_divisor="logits_scaling",
+)  # fmt: skip
+_CAPS = dict(attn_softcap="attn_logit_softcapping", logit_softcap="final_logit_softcapping")
 
 
 def _llama_like(
-    architecture: str,
-    only: dict[str, tuple],
-    defaults: dict[str, Any] | None = None,
-    names: dict[str, str] | None = None,
-    more_fields: dict[str, str] | None = None,
-    **fixed: Any,
-) -> Family:
-    return Family(
-        architecture, _LLAMA_FIELDS | (more_fields or {}), _LLAMA_NAMES | (names or {}),
-        defaults=_OPTIONAL | (defaults or {}), fixed=fixed, only=dict(hidden_act=("silu", "swish")) | only,
-    )  # fmt: skip
+    architecture: str, only: Mapping[str, tuple], defaults: Mapping[str, Any], names: Mapping[str, str] = {},
+    more_fields: Mapping[str, str] = {}, **fixed: Any,
+) -> Family:  # fmt: skip
+    stated = dict(num_key_value_heads=None, head_dim=None, tie_word_embeddings=False, rope_theta=10000.0) | defaults
+    only, names = dict(hidden_act=("silu", "swish")) | only, _LLAMA_NAMES | names
+    return Family(architecture, _LLAMA_FIELDS | more_fields, names, "layers", "model.", stated, fixed, only)
 
 
+_BIAS, _NO_BIAS = dict(attention_bias=False, mlp_bias=False), dict(attention_bias=(False,))
+_QWEN_WINDOW = dict(use_sliding_window=False, sliding_window=4096, max_window_layers=28, layer_types=None)
+_NO_WINDOW = dict(use_sliding_window=(False,))
 _GELU = dict.fromkeys(("hidden_act", "hidden_activation"), ("gelu_pytorch_tanh",)) | _NO_BIAS
 _GEMMA = dict(norm_place="both", norm_plus_one=True, activation="gelu")
-_CAPS = dict(attn_softcap="attn_logit_softcapping", logit_softcap="final_logit_softcapping")
-_GEMMA_2_SAYS = dict(  # what a config.json that says nothing means
+_GEMMA_SAYS = dict(  # what a config.json that says nothing means
     hidden_size=2304, num_hidden_layers=26, intermediate_size=9216, num_attention_heads=8, num_key_value_heads=4,
     head_dim=256, rms_norm_eps=1e-6, query_pre_attn_scalar=256, sliding_window=4096, layer_types=None,
     tie_word_embeddings=True,
@@ -123,88 +117,43 @@ _GEMMA_2_SAYS = dict(  # what a config.json that says nothing means
 FAMILIES = {  # model_type -> family
     "llama": _llama_like("LlamaForCausalLM", dict(activation=("swiglu",)), _BIAS),
     "mistral": _llama_like("MistralForCausalLM", {}, dict(sliding_window=4096)),
+    "ministral3": _llama_like("Ministral3ForCausalLM", {}, dict(sliding_window=None, llama_4_scaling_beta=None)),
     "qwen2": _llama_like("Qwen2ForCausalLM", dict(use_mrope=(False,)), _QWEN_WINDOW, qkv_bias=True),
     "qwen3": _llama_like("Qwen3ForCausalLM", _NO_BIAS, _QWEN_WINDOW, qk_norm="head"),
-    "smollm3": _llama_like(
-        "SmolLM3ForCausalLM",
-        _NO_WINDOW,
-        _BIAS | dict(
-            tie_word_embeddings=True, rope_theta=2e6, no_rope_layer_interval=4, no_rope_layers=None, layer_types=None
-        ),
-    ),
+    "smollm3": _llama_like("SmolLM3ForCausalLM", _NO_WINDOW, _BIAS | dict(
+        tie_word_embeddings=True, rope_theta=2e6, no_rope_layer_interval=4, no_rope_layers=None, layer_types=None,
+    )),
     "seed_oss": _llama_like("SeedOssForCausalLM", {}, _BIAS | dict(attention_bias=True, attention_out_bias=False)),
-    "ministral3": _llama_like(
-        "Ministral3ForCausalLM", {}, dict(sliding_window=None, llama_4_scaling_beta=None)
-    ),
     "granite": _llama_like(
-        "GraniteForCausalLM",
-        {},
-        _BIAS | dict.fromkeys(
-            ("embedding_multiplier", "residual_multiplier", "attention_multiplier", "logits_scaling"), 1.0
-        ),
-        more_fields=dict(
-            embedding_scale="embedding_multiplier", residual_scale="residual_multiplier",
-            attn_scale="attention_multiplier", logit_divisor="logits_scaling",
-        ),
+        "GraniteForCausalLM", {}, _BIAS | dict.fromkeys(_MULTIPLIERS.values(), 1.0), {}, _MULTIPLIERS,
     ),
     "olmo2": _llama_like("Olmo2ForCausalLM", _NO_BIAS, {}, _NORMS_AFTER, norm_place="after", qk_norm="all"),
-    "olmo3": _llama_like(
-        "Olmo3ForCausalLM",
-        _NO_BIAS,
-        dict(rope_theta=5e5, rope_local_base_freq=None, sliding_window=4096, sliding_window_pattern=4,
-             layer_types=None),
-        _NORMS_AFTER,
-        norm_place="after",
-        qk_norm="all",
-    ),
-    "gemma2": _llama_like(
-        "Gemma2ForCausalLM",
-        _GELU,
-        _GEMMA_2_SAYS | dict(
-            max_position_embeddings=8192, sliding_window_pattern=2, attn_logit_softcapping=50.0,
-            final_logit_softcapping=30.0,
-        ),
-        _FOUR_NORMS,
-        _CAPS,
-        **_GEMMA,
-    ),
+    "olmo3": _llama_like("Olmo3ForCausalLM", _NO_BIAS, dict(
+        rope_theta=5e5, rope_local_base_freq=None, sliding_window=4096, sliding_window_pattern=4, layer_types=None,
+    ), _NORMS_AFTER, norm_place="after", qk_norm="all"),
+    "gemma2": _llama_like("Gemma2ForCausalLM", _GELU, _GEMMA_SAYS | dict(
+        max_position_embeddings=8192, sliding_window_pattern=2, attn_logit_softcapping=50.0,
+        final_logit_softcapping=30.0,
+    ), _FOUR_NORMS, _CAPS, **_GEMMA),
     "gemma3_text": _llama_like(
-        "Gemma3ForCausalLM",
-        _GELU | dict(use_bidirectional_attention=(False,)),
-        _GEMMA_2_SAYS | dict(
+        "Gemma3ForCausalLM", _GELU | dict(use_bidirectional_attention=(False,)), _GEMMA_SAYS | dict(
             vocab_size=262208, max_position_embeddings=131072, sliding_window_pattern=6, rope_theta=1e6,
             rope_local_base_freq=1e4, attn_logit_softcapping=None, final_logit_softcapping=None,
-        ),
-        _FOUR_NORMS,
-        _CAPS,
-        qk_norm="head",
-        **_GEMMA,
+        ), _FOUR_NORMS, _CAPS, qk_norm="head", **_GEMMA,
     ),
-    "phi3": _llama_like(
-        "Phi3ForCausalLM",
-        _NO_BIAS,
-        dict(sliding_window=None, partial_rotary_factor=1.0, original_max_position_embeddings=4096),
-        _FUSED,
-    ),
-    "qwen3_moe": _llama_like(
-        "Qwen3MoeForCausalLM",
-        _NO_BIAS | _NO_WINDOW,
-        dict(num_experts=128, num_experts_per_tok=8, moe_intermediate_size=768, norm_topk_prob=False,
-             decoder_sparse_step=1, mlp_only_layers=None, sliding_window=None, max_window_layers=None),
-        qk_norm="head",
-    ),
-    "olmoe": _llama_like(
-        "OlmoeForCausalLM",
-        _NO_BIAS | dict(clip_qkv=()),
-        dict(num_experts=64, num_experts_per_tok=8, norm_topk_prob=False),
-        qk_norm="all",
-    ),
-    "mixtral": _llama_like(
-        "MixtralForCausalLM",
-        {},
-        dict(num_local_experts=8, num_experts_per_tok=2, sliding_window=None, rope_theta=1e6),
-        _MIXTRAL | {"mlp.router": "block_sparse_moe.gate"},
-    ),
+    "phi3": _llama_like("Phi3ForCausalLM", _NO_BIAS, dict(
+        sliding_window=None, partial_rotary_factor=1.0, original_max_position_embeddings=4096,
+    ), _FUSED),
+    "qwen3_moe": _llama_like("Qwen3MoeForCausalLM", _NO_BIAS | _NO_WINDOW, dict(
+        num_experts=128, num_experts_per_tok=8, moe_intermediate_size=768, norm_topk_prob=False, decoder_sparse_step=1,
+        mlp_only_layers=None, sliding_window=None, max_window_layers=None,
+    ), qk_norm="head"),
+    "olmoe": _llama_like("OlmoeForCausalLM", _NO_BIAS | dict(clip_qkv=()), dict(
+        num_experts=64, num_experts_per_tok=8, norm_topk_prob=False,
+    ), qk_norm="all"),
+    "mixtral": _llama_like("MixtralForCausalLM", {}, dict(
+        num_local_experts=8, num_experts_per_tok=2, sliding_window=None, rope_theta=1e6,
+    ), _MIXTRAL),
     "gpt2": Family(
         "GPT2LMHeadModel",
         fields=dict(

@@ -88,9 +88,9 @@ class MoE(nn.Module):
         self.activation = ACTIVATIONS[config.activation]
         self.router = Router(config.n_embd, shape.n)
         self.experts = nn.ModuleDict()
-        for name in ("gate_proj", "up_proj"):
-            self.experts[name] = Experts(shape.n, config.n_embd, shape.n_hidden)
-        self.experts["down_proj"] = Experts(shape.n, shape.n_hidden, config.n_embd)
+        sizes = config.n_embd, shape.n_hidden
+        for name, (n_in, n_out) in dict(gate_proj=sizes, up_proj=sizes, down_proj=sizes[::-1]).items():
+            self.experts[name] = Experts(shape.n, n_in, n_out)
 
     def forward(self, x: Tensor) -> Tensor:
         k, gate, up, down = self.n_active, *self.experts.values()

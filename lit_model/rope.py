@@ -92,15 +92,11 @@ class Rope:
             if part is not None:
                 validate_fields(part)
 
-    def frequencies(
-        self, head_size: int, length: int = 0, dtype: torch.dtype = torch.float64, device: Any = None
-    ) -> Tensor:
-        """(r / 2,) radians that each pair of a head's first r numbers turns from one position to the next.
-
-        length: tokens of the longest example of the row.
-        """
+    def frequencies(self, head_size: int, length: int = 0, dtype: Any = torch.float64, on: Any = None) -> Tensor:
+        """(r / 2,) radians that each pair of a head's first r numbers turns from one position to the next, in a row
+        whose longest example has `length` tokens; on: a device."""
         size = int(head_size * self.share)
-        plain = self.base ** (-torch.arange(0, size, 2, device=device).to(dtype) / size)
+        plain = self.base ** (-torch.arange(0, size, 2, device=on).to(dtype) / size)
         return plain if self.scaling is None else self.scaling.frequencies(plain, self.base, length)
 
 

@@ -132,23 +132,20 @@ class Folder:
         return expert_names(self.family.stored(name), self._shapes[name])
 
     def _views(self, name: str) -> list[Tensor]:
-        fused = self.family.fused(name)
-        shape = self._shapes[name][-2:] if len(self._shapes[name]) == 3 else self._shapes[name]
-        return [self._view(name, source, fused, shape) for source in self._sources(name)]
-
-    def _view(self, name: str, source: str, fused: list[str], shape: torch.Size) -> Tensor:
-        their_name, path = self._file_of[source]
-        shard = self._open(path)
-        with reading(path):
-            t = shard[their_name] if isinstance(shard, dict) else shard.get_tensor(their_name)
-            t = t.T if self.family.is_transposed(name) else t  # first, so that q, k and v lie one below the other
-            rows = [self._shapes[other][0] for other in fused]
-            if t.dim() > 0 and len(t) == sum(rows):
-                t = t.split(rows)[fused.index(name)]
-            if t.shape != shape or t.dtype not in DTYPES:
-                what = f"{tuple(t.shape)} of {t.dtype}".replace("torch.", "")
-                raise ValueError(f"{path}: {their_name} is {what}; the model wants {tuple(shape)}, not quantized")
-        return t
+        fused, shape, views = self.family.fused(name), self._shapes[name], []
+        rows, wanted = [self._shapes[other][0] for other in fused], shape[len(shape) == 3 :]  # of one expert
+        for their_name, path in (self._file_of[source] for source in self._sources(name)):
+            shard = self._open(path)
+            with reading(path):
+                t = shard[their_name] if isinstance(shard, dict) else shard.get_tensor(their_name)
+                t = t.T if self.family.is_transposed(name) else t  # first, so that q, k and v lie one below the other
+                if len(fused) > 1 and t.dim() and len(t) == sum(rows):
+                    t = t.split(rows)[fused.index(name)]
+                if t.shape != wanted or t.dtype not in DTYPES:
+                    what = f"{tuple(t.shape)} of {t.dtype}".replace("torch.", "")
+                    raise ValueError(f"{path}: {their_name} is {what}; the model wants {tuple(wanted)}, not quantized")
+            views.append(t)
+        return views
 
 
 def expert_names(stored: str, shape: Sequence[int]) -> list[str]:
