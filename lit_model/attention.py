@@ -81,7 +81,7 @@ class PackedRow:
         if packed.kv_index is not None:
             k, v = k.index_select(0, packed.kv_index), v.index_select(0, packed.kv_index)  # (S, nkv, hs)
         if self.softcap is not None or not _fast_16_bit(q):
-            return _attend_each(q, k, v, packed.lengths, self.scale, window, self.softcap)
+            return _attend_each(q, k, v, packed, self.scale, window, self.softcap)
         if not _VARLEN_GQA:
             k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], dim=1) for t in (k, v))
         options = {"enable_gqa": True} if _VARLEN_GQA else {}
@@ -136,12 +136,12 @@ def _has_kernels(q: Tensor) -> bool:
 
 @torch.compiler.disable  # every row has other segments: it would be compiled anew for each
 def _attend_each(
-    q: Tensor, k: Tensor, v: Tensor, lengths: list[tuple[int, int]], scale: float, window: int | None = None,
+    q: Tensor, k: Tensor, v: Tensor, packed: Packed, scale: float, window: int | None = None,
     softcap: float | None = None,
 ) -> Tensor:  # fmt: skip
-    if window is None and softcap is None and can_take(q, lengths):
-        return SegmentsAttention.apply(q, k, v, lengths, scale)
-    n_q, n_k = zip(*lengths, strict=True)
+    if window is None and softcap is None and can_take(q, packed.lengths):
+        return SegmentsAttention.apply(q, k, v, packed.lengths, scale)
+    n_q, n_k = zip(*packed.lengths, strict=True)
     parts = zip(q.split(n_q), k.split(n_k), v.split(n_k), strict=True)
     return torch.cat([_attend_one(*qkv, scale, window, softcap) for qkv in parts])
 

@@ -60,7 +60,7 @@ def test_packed_attention(n_tokens, nh, nkv, hs, n_virtual, only_some, monkeypat
     packed = packed.to(torch.device(DEVICE))
     n_keys = len(packed.blocks.until)
     q, k, v = random(len(packed.pos), nh, hs), random(n_keys, nkv, hs), random(n_keys, nkv, hs)
-    expected = attention._attend_each(q, k[packed.kv_index], v[packed.kv_index], packed.lengths, SCALE)
+    expected = attention._attend_each(q, k[packed.kv_index], v[packed.kv_index], packed, SCALE)
     got = kernels.packed_attention(q, k, v, packed.blocks, SCALE)
     towards = torch.randn_like(q)
     grads, expected_grads = (torch.autograd.grad(y, (q, k, v), towards) for y in (got, expected))
@@ -74,9 +74,8 @@ def test_rope_in_packed_attention(n_tokens, nh, nkv, hs, monkeypatch):
     T = len(packed.pos)
     rope = rope_angles(packed.pos, Rope(), hs, T, torch.float32)
     q, k, v = random(T, nh, hs), random(T, nkv, hs), random(T, nkv, hs)
-    expected = attention._attend_each(
-        rope.queries(q), rope.keys(k)[packed.kv_index], v[packed.kv_index], packed.lengths, SCALE
-    )
+    keys = rope.keys(k)[packed.kv_index]
+    expected = attention._attend_each(rope.queries(q), keys, v[packed.kv_index], packed, SCALE)
     got = kernels.packed_attention(q, k, v, packed.blocks, SCALE, rope)
     towards = torch.randn_like(q)
     grads, expected_grads = (torch.autograd.grad(y, (q, k, v), towards) for y in (got, expected))
@@ -99,7 +98,7 @@ def test_packed_attention_reads_heads_of_a_wider_tensor():
     packed = lay_out([Segment(40), Segment(30)]).to(torch.device(DEVICE))
     qkv = random(70, 3 * 2 * 16)
     q, k, v = (t.unflatten(-1, (2, 16)) for t in qkv.chunk(3, dim=-1))
-    expected = attention._attend_each(q, k, v, packed.lengths, SCALE)
+    expected = attention._attend_each(q, k, v, packed, SCALE)
     got = kernels.packed_attention(q, k, v, packed.blocks, SCALE)
     close([(got, expected), *zip(*(torch.autograd.grad(y.square().sum(), qkv) for y in (got, expected)))])
 
@@ -110,9 +109,7 @@ def test_a_prompt_that_every_token_sees(n_tokens, K, nh, nkv):
     q, k, v = (random(n_tokens, n, 16) for n in (nh, nkv, nkv))
     prompt = random(K, nkv, 16), random(K, nkv, 16), random(nh)
     pk, pv, gate = prompt
-    expected = attention._attend_each(q, k, v, packed.lengths, SCALE) + gate[:, None] * plain_attention(
-        q, pk, pv, SCALE
-    )
+    expected = attention._attend_each(q, k, v, packed, SCALE) + gate[:, None] * plain_attention(q, pk, pv, SCALE)
     got = kernels.packed_attention(q, k, v, packed.blocks, SCALE, prompt=prompt)
     towards = torch.randn_like(q)
     grads, expected_grads = (torch.autograd.grad(out, (q, k, v, *prompt), towards) for out in (got, expected))

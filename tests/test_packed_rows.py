@@ -278,7 +278,7 @@ def test_training_attention_on_the_cpu_agrees_with_the_fused_one(monkeypatch):
     lengths = [(40, 40), (1, 12), (7, 12), (64, 64), (33, 50)]
     n_q, n_k = (sum(n) for n in zip(*lengths))
     q, k, v = (torch.randn(n, heads, 16).double().requires_grad_() for n, heads in ((n_q, 4), (n_k, 2), (n_k, 2)))
-    expected = attention._attend_each(q, k, v, lengths, 0.2)
+    expected = attention._attend_each(q, k, v, SimpleNamespace(lengths=lengths), 0.2)
     got = cpu.SegmentsAttention.apply(q, k, v, lengths, 0.2)
     towards = torch.randn_like(expected)
     torch.testing.assert_close(got, expected)
@@ -287,7 +287,7 @@ def test_training_attention_on_the_cpu_agrees_with_the_fused_one(monkeypatch):
 
     short = [t.detach().bfloat16().requires_grad_() for t in (q, k, v)]
     assert cpu.can_take(short[0], lengths) and not cpu.can_take(q, lengths)
-    taken = attention._attend_each(*short, lengths, 0.2)
+    taken = attention._attend_each(*short, SimpleNamespace(lengths=lengths), 0.2)
     assert type(taken.grad_fn).__name__ == "SegmentsAttentionBackward"
     assert (taken.double() - expected).norm() / expected.norm() < 1e-2
     monkeypatch.setattr(cpu, "MOST_SCORES", 1000)
