@@ -6,11 +6,13 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import NEWER
 from torch import Tensor
 
 from lit_model import GPT, Config, attention, loss, packing
 from lit_model.attention import plain_attention
 from lit_model.load import method_module, method_options
+from lit_model.methods import lora
 from lit_model.packing import Example, Segment, lay_out
 from lit_model.quantize import _to_fp8
 from lit_model.rope import Rope, rope_angles
@@ -120,6 +122,30 @@ def test_a_prompt_that_every_token_sees(n_tokens, K, nh, nkv):
     close([(torch.autograd.grad(got, gate, towards)[0], expected_grads[-1])])  # where only the gate is trained
 
 
+def count_only(monkeypatch):
+    """How often something is compiled is Dynamo's matter, whatever the backend."""
+    compile = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda f, dynamic, options=None: compile(f, dynamic=dynamic, backend="eager"))
+
+
+def test_nothing_is_compiled_anew_for_other_segments_where_there_is_no_kernel(monkeypatch):
+    """Rows of 1, 2, 3 and more examples through windows, soft-caps and experts."""
+    count_only(monkeypatch)
+    gpt = GPT(Config(**NEWER)).requires_grad_(False)
+    lora.install(gpt, lora.LoRA())
+    counters = torch._dynamo.utils.counters
+    torch._dynamo.reset()
+    counters.clear()
+    gpt.compile()
+    graphs = []
+    for n in (2, 5, 9, 3, 7):
+        ((idx, packed),) = packing.pack([Example(np.arange(8 + i, dtype=np.int32), 2) for i in range(n)], 400)
+        gpt(idx, packed).backward()
+        graphs.append(counters["stats"]["unique_graphs"])
+    torch._dynamo.reset()
+    assert len(set(graphs[2:])) == 1, graphs  # the second row says which sizes vary
+
+
 GRAPHS = dict(adapter=5, adapter_v2=5, bottleneck=4, dora=4, ia3=4, lora=4, pissa=4, prefix=4, prompt=3)
 
 
@@ -132,8 +158,7 @@ def test_nothing_is_compiled_anew_for_rows_of_another_length(method, monkeypatch
         for name in ("_forward", "_backward_q", "_backward_kv", "_add_parts"):
             monkeypatch.setattr(kernels, name, defaultdict(lambda: lambda *args, **options: None))
     monkeypatch.setattr(loss, "CPU_ROWS", 1000)  # all targets at a time, as on a GPU
-    compile = torch.compile  # how often is Dynamo's matter, whatever the backend
-    monkeypatch.setattr(torch, "compile", lambda f, dynamic, options=None: compile(f, dynamic=dynamic, backend="eager"))
+    count_only(monkeypatch)
     shape = dict(vocab_size=97, n_layer=5, n_head=2, n_embd=32, n_hidden=48)
     gpt = GPT(Config(**shape)).requires_grad_(False)
     method_module(method).install(gpt, method_options(method))
