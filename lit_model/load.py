@@ -12,7 +12,7 @@ the keys that are missing afterwards are exactly the method's own.
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from importlib import import_module
 from itertools import groupby
 from pathlib import Path
@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from lit_model.files import reading, refuse_pointer, stream_tensors
@@ -129,15 +129,16 @@ def install_saved(gpt: GPT, method_dir: Path | str, base: Folder) -> list[str]:
 
     Raises ValueError if it was trained on another base, or its tensors are not those of the method.
     """
-    header, path = method_header(method_dir), method_file(method_dir)
+    (header, tensors), path = read_method(method_dir, base), method_file(method_dir)
     if header["base"] != base.identity:
         raise ValueError(f"{method_dir} was trained on another base than {base.path}")
     before = gpt.state_dict().keys()
     with reading(path):
         name = header["method"]
         install_method(gpt, name, method_options(name, **header["options"]), header["task"], header["tokens"])
-        # clones: products depend in the last bit on how tensors are aligned, and those of a mapped file lie anyhow
-        tensors = {name: t.clone() for name, t in load_file(path).items()}
+        if gpt.config.tie and "lm_head.weight" in tensors and "wte.weight" not in tensors:
+            gpt.config = replace(gpt.config, tie=False)
+            gpt.lm_head.weight = nn.Parameter(gpt.wte.weight, requires_grad=False)
         absent, strange = gpt.load_state_dict(tensors, strict=False, assign=True)
         once = {name for name, _ in gpt.named_parameters()}  # what is shared has two names, and one in the file
         if odd := strange or [name for name in absent if name in once and name not in before]:
@@ -195,14 +196,34 @@ def is_base(name: str) -> bool:
 # ----------------------------------------------------------------------------------------------------- method folders
 
 
+def is_peft(method_dir: Path | str) -> bool:
+    """Whether it is a folder of PEFT's, see weights/peft.py."""
+    return (Path(method_dir) / "adapter_config.json").is_file()
+
+
 def method_file(method_dir: Path | str) -> Path:
     path = Path(method_dir)
     return path if path.suffix == ".safetensors" else path / "lit_method.safetensors"
 
 
+def read_method(method_dir: Path | str, base: Folder) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """`method_header`, and the tensors by name."""
+    if is_peft(method_dir):
+        from lit_model.weights.peft import read_peft
+
+        return read_peft(Path(method_dir), base)
+    header, path = method_header(method_dir), method_file(method_dir)
+    with reading(path):
+        # clones: products depend in the last bit on how tensors are aligned, and those of a mapped file lie anyhow
+        return header, {name: t.clone() for name, t in load_file(path).items()}
+
+
 def method_header(method_dir: Path | str) -> dict[str, Any]:
     """What a method folder says of itself: `method`, `options`, `base` (identity), `task` (what it was trained to
-    classify; None for text), `tokens` (id of each token that it adds) and `quantize` (the form that the base had)."""
+    classify; None for text), `tokens` (id of each token that it adds) and `quantize` (the form that the base had).
+    PEFT's folders name neither options nor base."""
+    if is_peft(method_dir):
+        return dict(method=Path(method_dir).name, options={}, base=None, task=None, tokens={}, quantize="none")
     path = method_file(method_dir)
     refuse_pointer(path)
     with reading(path):
