@@ -4,19 +4,25 @@ import json
 
 import pytest
 import torch
+from conftest import randomize
 from peft import (
     AdaptionPromptConfig,
     IA3Config,
     LNTuningConfig,
     LoraConfig,
+    PeftModel,
     PrefixTuningConfig,
     PromptTuningConfig,
     get_peft_model,
 )
 from safetensors.torch import load_file, save_file
-from test_parity import difference, make
+from test_parity import built, difference, make
+from transformers import AutoModelForCausalLM
 
 from lit_model import load
+from lit_model.load import method_options, read_method, save_method
+from lit_model.weights.folder import Folder
+from lit_model.weights.peft import write_peft
 
 GPT2 = dict(fan_in_fan_out=True)
 Q_V_DOWN = dict(r=4, lora_alpha=16, target_modules=["q_proj", "v_proj", "down_proj"], init_lora_weights=False)
@@ -108,3 +114,62 @@ def test_what_is_not_understood_is_refused_by_its_name(saved):
     config.write_text(config.read_text().replace('"LORA"', '"VERA"'))
     with pytest.raises(ValueError, match="adapter_config.json: its peft_type is 'VERA'; known are LORA"):
         load(checkpoint, folder)
+
+
+@pytest.mark.parametrize("exact", [True, False])
+@pytest.mark.parametrize("name", CASES)
+def test_a_method_is_a_peft_folder(name, exact, saved, tmp_path):
+    """What was read is written, and peft answers with it as ours does."""
+    checkpoint, folder, peft = saved(name)
+    base = Folder(checkpoint)
+    header, tensors = read_method(folder, base)
+    if "dora" in name and not exact:
+        with pytest.raises(ValueError, match="a DoRA is read by peft alone"):
+            write_peft(tmp_path / "out", header, tensors, base, exact)
+        return
+    write_peft(tmp_path / "out", header, tensors, base, exact)
+    hf = AutoModelForCausalLM.from_pretrained(checkpoint)
+    same(name, checkpoint, folder, PeftModel.from_pretrained(hf, tmp_path / "out").eval())
+    assert json.loads((tmp_path / "out/adapter_config.json").read_text()).get("lora_alpha", 1) > 0
+    same(name, checkpoint, tmp_path / "out", peft)
+
+
+OURS = {
+    "q and v of gpt2": ("gpt2", "lora", dict(targets="q_proj,v_proj,o_proj")),
+    "dora on k of gpt2": ("gpt2", "dora", dict(targets="k_proj")),
+    "ia3 of gpt2": ("gpt2", "ia3", {}),
+    "some layers": ("llama-gqa", "lora", dict(targets="blocks.[02].mlp.*,lm_head")),
+    "norms": ("gpt2", "selective", dict(what="norms")),
+}
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_what_is_trained_here_is_a_peft_folder(name, tmp_path):
+    family, method, options = OURS[name]
+    hf, checkpoint = make(family, tmp_path)
+    gpt, base = built(checkpoint, method, **options), Folder(checkpoint)
+    with torch.no_grad():
+        for p in gpt.parameters():
+            if p.requires_grad:
+                p.add_(0.2 * torch.randn_like(p))
+    ours = tmp_path / "lit_method.safetensors"
+    save_method(ours, gpt, method, method_options(method, **options), base.identity)
+    write_peft(tmp_path / "out", *read_method(ours, base), base, exact=True)
+    same(name, checkpoint, ours, PeftModel.from_pretrained(hf, tmp_path / "out").eval())
+
+
+@pytest.mark.parametrize(
+    "method, options, reason",
+    [
+        ("adapter", {}, "a gate for each head; serve it with --method_dir"),
+        ("bottleneck", {}, "peft cannot say bottleneck; merge it with --to hf, or serve it with --method_dir"),
+        ("selective", dict(what="head"), "peft cannot say a trained lm_head.weight"),
+    ],
+)
+def test_what_peft_cannot_say_is_refused(method, options, reason, tmp_path):
+    _, checkpoint = make("llama-gqa", tmp_path)
+    gpt, base = randomize(built(checkpoint, method, **options)), Folder(checkpoint)
+    save_method(tmp_path / "m.safetensors", gpt, method, method_options(method, **options), base.identity)
+    with pytest.raises(ValueError, match=reason):
+        write_peft(tmp_path / "out", *read_method(tmp_path / "m.safetensors", base), base)
+    assert not (tmp_path / "out").exists()

@@ -9,18 +9,20 @@ Where transformers fuses layers (GPT-2's c_attn) a LoRA of ours on each of k of 
 one below the other, the Bs along the diagonal.
 """
 
+import json
 import math
 import re
+from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lit_model.data.tokenizer import Tokenizer
-from lit_model.files import read_json, reading
+from lit_model.files import read_json, reading, refuse_used
 from lit_model.methods import ia3
 from lit_model.methods.adapter import Adapter
 from lit_model.methods.dora import DoRA
@@ -51,7 +53,20 @@ class Modules:
             self.ours[self.theirs(f"blocks.{i}.attn.q_proj").rpartition(".")[0]] = [f"blocks.{i}.attn"]
 
     def theirs(self, name: str) -> str:
+        """Their module that our module `name` lies in."""
         return self.family.stored(f"{name}.weight").removesuffix(".weight")
+
+    def full(self, theirs: str) -> str:
+        """Its name in PEFT's network."""
+        return "base_model.model." + self.family.full_name(f"{theirs}.").removesuffix(".")
+
+    def targets(self, chosen: Iterable[str]) -> list[str]:
+        """The shortest names for PEFT that mean the modules `chosen`, and no others."""
+        for n in (1, 2):
+            ends = {".".join(name.split(".")[-n:]) for name in chosen}
+            if {name for name in self.ours if name.endswith(tuple(ends))} == {*chosen}:
+                return sorted(ends)
+        return sorted(chosen)
 
     def split(self, theirs: str, t: Tensor) -> list[tuple[str, Tensor]]:
         """The rows of t that are of each of our modules in theirs."""
@@ -114,7 +129,7 @@ def _read_lora(config: dict[str, Any], theirs: Named, modules: Modules) -> tuple
             config["lora_alpha"],
         )
         for ours, B in modules.split(name, Bs.pop(name)):
-            layers[ours] = A, B, alpha / (math.sqrt(len(A)) if rslora else len(A))
+            layers[ours] = A, B, alpha / _rank_root(len(A), rslora)
     ranks, scales = {len(A) for A, _, _ in layers.values()}, {scale for _, _, scale in layers.values()}
     r, is_one = max(ranks), len(ranks) == len(scales) == 1
     tensors = {}
@@ -126,11 +141,16 @@ def _read_lora(config: dict[str, Any], theirs: Named, modules: Modules) -> tuple
             norms = modules.base.tensor(f"{ours}.weight").float().norm(dim=-1)
             tensors[f"{ours}.deltas.dora.magnitude"] = part - norms
     head = {name: theirs.pop(name) for name in list(theirs) if name == "lm_head.weight"}  # of modules_to_save
-    alpha = scales.pop() * (math.sqrt(r) if rslora else r) if is_one else r
+    alpha = scales.pop() * _rank_root(r, rslora) if is_one else r
     kind = LoRA if method == "lora" else DoRA
     theirs |= Bs
     options = kind(r, alpha, ",".join(layers), config.get("lora_dropout") or 0.0, rslora and is_one)
     return method, options, tensors | head
+
+
+def _rank_root(r: int, rslora: bool) -> float:
+    """What alpha is divided by."""
+    return math.sqrt(r) if rslora else r
 
 
 def _padded(t: Tensor, dim: int, n: int) -> Tensor:
@@ -186,4 +206,146 @@ def _read_adapter(config: dict[str, Any], theirs: Named, modules: Modules) -> tu
 READERS = dict(
     LORA=_read_lora, PREFIX_TUNING=_read_prefix, PROMPT_TUNING=_read_prompt, IA3=_read_ia3, LN_TUNING=_read_norms,
     ADAPTION_PROMPT=_read_adapter,
+)  # fmt: skip
+
+
+# ----------------------------------------------------------------------------------------------------------------- out
+
+
+def write_peft(out_dir: Path, header: dict[str, Any], tensors: Named, base: Folder, exact: bool = False) -> None:
+    """Writes a method (`load.read_method`) as a PEFT folder.
+
+    Args:
+        exact: a LoRA keeps alpha, rslora and DoRA's magnitudes, which PEFT reads; else its scale lies in B and alpha is
+            its rank, so that all that read PEFT's LoRAs agree on it.
+    Raises:
+        ValueError: PEFT has no such method, or `out_dir` is in use.
+    """
+    refuse_used(out_dir)
+    method, options, modules = header["method"], header["options"], Modules(base)
+    if method not in WRITERS or header["task"]:
+        raise ValueError(f"peft cannot say {method}; merge it with --to hf, or serve it with --method_dir")
+    config, stored = WRITERS[method](options | dict(kind=method, exact=exact), dict(tensors), modules)
+    if header["tokens"]:
+        config |= _write_tokens(header["tokens"], tensors, stored, modules)
+    if odd := next((name for name in tensors if name == "lm_head.weight"), None):
+        config["modules_to_save"], stored["base_model.model.lm_head.weight"] = ["lm_head"], tensors[odd]
+    common = dict(task_type="CAUSAL_LM", base_model_name_or_path=str(base.path), inference_mode=True)
+    out_dir.mkdir(parents=True, exist_ok=True)
+    save_file({name: t.contiguous() for name, t in stored.items()}, out_dir / WEIGHTS, dict(format="pt"))
+    (out_dir / CONFIG).write_text(json.dumps(common | config, indent=2, sort_keys=True) + "\n")
+
+
+def lora_layers(options: dict[str, Any], tensors: Named, modules: Modules) -> dict[str, tuple[Tensor, Tensor]]:
+    """Their module -> (A, scale * B) of the LoRAs on ours in it, all of one rank. Raises ValueError for experts'."""
+    kind, scale, layers = options["kind"], options["alpha"] / _rank_root(options["r"], options["rslora"]), {}
+    for theirs, ours in modules.ours.items():
+        As = {name: tensors[f"{name}.deltas.{kind}.A"] for name in ours if f"{name}.deltas.{kind}.A" in tensors}
+        if not As:
+            continue
+        if "experts" in theirs:
+            raise ValueError(f"a LoRA on {theirs} is read by nobody else; merge it with --to hf")
+        A, n = torch.cat([*As.values()]), 0
+        B = A.new_zeros(sum(modules.n_out[name] for name in ours), len(A))
+        for name, rows in modules.split(theirs, B):
+            if name in As:
+                rows[:, n : n + len(As[name])] = tensors[f"{name}.deltas.{kind}.B"] * scale
+                n += len(As[name])
+        layers[theirs] = A, B
+    r = max(len(A) for A, _ in layers.values())
+    return {name: (_padded(A, 0, r), _padded(B, 1, r)) for name, (A, B) in layers.items()}
+
+
+def _write_lora(options: dict[str, Any], tensors: Named, modules: Modules) -> tuple[dict[str, Any], Named]:
+    is_dora, layers = options["kind"] == "dora", lora_layers(options, tensors, modules)
+    if is_dora and not options["exact"]:
+        raise ValueError("a DoRA is read by peft alone: --peft_exact true, or merge it with --to hf")
+    stored, r = {}, len(next(iter(layers.values()))[0])
+    for theirs, (A, B) in layers.items():
+        start, ours = modules.full(theirs), modules.ours[theirs]
+        stored |= {f"{start}.lora_A.weight": A, f"{start}.lora_B.weight": B}
+        if is_dora:
+            norms = torch.cat([modules.base.tensor(f"{name}.weight").float().norm(dim=-1) for name in ours])
+            for name, size in modules.split(theirs, norms):
+                size += tensors.get(f"{name}.deltas.dora.magnitude", 0)
+            stored[f"{start}.lora_magnitude_vector"] = norms
+    alpha, rslora = float(r), options["exact"] and options["rslora"] and r == options["r"]
+    if options["exact"] and r == options["r"]:  # of no layer that is fused
+        alpha = options["alpha"]
+        for name in (name for name in stored if "lora_B" in name):
+            stored[name] = stored[name] / (alpha / _rank_root(r, rslora))
+    return dict(
+        peft_type="LORA", r=r, lora_alpha=alpha, lora_dropout=options["dropout"], bias="none", use_rslora=rslora,
+        target_modules=modules.targets(layers), fan_in_fan_out=bool(modules.family.transposed), use_dora=is_dora,
+    ), stored  # fmt: skip
+
+
+def _write_tokens(tokens: dict[str, int], tensors: Named, stored: Named, modules: Modules) -> dict[str, Any]:
+    ids = sorted(tokens.values())
+    if ids[-1] >= modules.base.config.vocab_size:
+        raise ValueError("peft cannot say tokens beyond the vocabulary of the base: merge them with --to hf")
+    places = ["wte"] if modules.base.config.tie else ["wte", "lm_head"]
+    for name in places:
+        stored[f"{modules.full(modules.theirs(name))}.{TOKENS}"] = tensors[f"{name}.deltas.tokens.rows"]
+    return dict(trainable_token_indices={modules.theirs(name): ids for name in places})
+
+
+def _virtual(t: Tensor, modules: Modules, kind: str, heads: int, size: int) -> tuple[dict[str, Any], Named]:
+    config = dict(peft_type=kind, num_virtual_tokens=len(t), num_layers=modules.base.config.n_layer)
+    config |= dict(token_dim=size, num_attention_heads=heads, num_transformer_submodules=1)
+    return config, dict(prompt_embeddings=t)
+
+
+def _write_prefix(options: dict[str, Any], tensors: Named, modules: Modules) -> tuple[dict[str, Any], Named]:
+    shape, kv = modules.base.config, tensors["virtual_keys.prefix.kv"]  # (L, 2, P, nkv, hs)
+    t = kv.permute(2, 0, 1, 3, 4).flatten(1)  # (P, L 2 nkv hs)
+    return _virtual(t, modules, "PREFIX_TUNING", shape.n_kv_head, shape.n_kv_head * shape.head_size)
+
+
+def _write_prompt(options: dict[str, Any], tensors: Named, modules: Modules) -> tuple[dict[str, Any], Named]:
+    shape, t = modules.base.config, tensors["virtual_tokens.prompt.embedding"]
+    return _virtual(t, modules, "PROMPT_TUNING", shape.n_head, shape.n_embd)
+
+
+def _write_ia3(options: dict[str, Any], tensors: Named, modules: Modules) -> tuple[dict[str, Any], Named]:
+    scales, stored, inner = {name.removesuffix(".deltas.ia3.scale"): t for name, t in tensors.items()}, {}, []
+    for theirs, ours in modules.ours.items():
+        if (inside := scales.get(ours[0], scales.get(ours[0].replace("down", "up")))) is not None and "down" in ours[0]:
+            inner.append(theirs)
+            stored[theirs] = inside[None]
+        elif "attn" in theirs and any(name in scales for name in ours):
+            parts = [scales.get(name, torch.ones(modules.n_out[name])) for name in ours]
+            stored[theirs] = torch.cat(parts)[:, None]
+    names = dict(target_modules=modules.targets(stored), feedforward_modules=modules.targets(inner))
+    config = dict(peft_type="IA3", fan_in_fan_out=bool(modules.family.transposed)) | names
+    return config, {f"{modules.full(theirs)}.ia3_l": t for theirs, t in stored.items()}
+
+
+def _write_norms(options: dict[str, Any], tensors: Named, modules: Modules) -> tuple[dict[str, Any], Named]:
+    if odd := next((name for name in tensors if "norm" not in name), None):
+        raise ValueError(f"peft cannot say a trained {odd}; merge it with --to hf")
+    stored, chosen = {}, set()
+    for name, t in tensors.items():
+        module, _, kind = name.rpartition(".")
+        chosen.add(modules.theirs(module))
+        stored[f"{modules.full(modules.theirs(module))}.ln_tuning_layers.{kind}"] = t
+    return dict(peft_type="LN_TUNING", target_modules=modules.targets(chosen)), stored
+
+
+def _write_adapter(options: dict[str, Any], tensors: Named, modules: Modules) -> tuple[dict[str, Any], Named]:
+    stored, n_layer = {}, modules.base.config.n_layer
+    for name, t in tensors.items():
+        layer, kind = f"blocks.{name.split('.')[1]}.attn.q_proj", name.rpartition(".")[2]
+        t = t.tanh() if kind == "gate" and options["gate"] == "tanh" else t
+        if kind == "gate" and not (t == t[0]).all():
+            raise ValueError("peft cannot say an adapter with a gate for each head; serve it with --method_dir")
+        start = modules.full(modules.theirs(layer).rpartition(".")[0])
+        stored[f"{start}.adaption_{kind}"] = t[:1] if kind == "gate" else t[None]
+    config = dict(adapter_len=options["prompt_length"], adapter_layers=n_layer - options["start_layer"])
+    return config | dict(peft_type="ADAPTION_PROMPT", target_modules="self_attn"), stored
+
+
+WRITERS = dict(
+    lora=_write_lora, dora=_write_lora, prefix=_write_prefix, prompt=_write_prompt, ia3=_write_ia3,
+    selective=_write_norms, adapter=_write_adapter,
 )  # fmt: skip
