@@ -120,7 +120,7 @@ def chat_checkpoint(tiny, tmp_path):
     def make(template: str) -> OurTokenizer:
         folder = tmp_path / "model"
         tokenizer = OurTokenizer(tiny / "base")
-        tokenizer._hf.add_special_tokens(["<|im_start|>", "<|im_end|>", "<think>", "</think>"])
+        tokenizer.hf.add_special_tokens(["<|im_start|>", "<|im_end|>", "<think>", "</think>"])
         gpt = model.GPT(model.Config(**{**LLAMA, "vocab_size": 410, "block_size": 512}))
         stated = dict(bos_token="<bos>", eos_token="<|im_end|>", chat_template=template)
         files = tokenizer.files() | {"tokenizer_config.json": json.dumps(stated).encode()}

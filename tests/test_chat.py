@@ -58,12 +58,12 @@ def chatty(tiny, tmp_path):
 def test_only_the_assistants_turns_are_learned(chatty, template):
     tokenizer = chatty(template)
     (e,) = tokenize([{"messages": CHAT}], tokenizer, ExampleOptions(max_length=500))
-    hf = PreTrainedTokenizerFast(tokenizer_file=None, tokenizer_object=tokenizer._hf, bos_token="<bos>")
+    hf = PreTrainedTokenizerFast(tokenizer_file=None, tokenizer_object=tokenizer.hf, bos_token="<bos>")
     whole = hf.apply_chat_template(CHAT, chat_template=template or CHATML, tokenize=False)
     first = tokenizer.bos if template is None else []  # a template writes it, or there is none
     assert e.ids.tolist() == first + hf.encode(whole.rstrip("\n"), add_special_tokens=False)
     learned = e.ids[e.first_target :][e.learned].tolist()
-    assert tokenizer._hf.decode(learned, skip_special_tokens=False) == "seven green<|im_end|>quiet above<|im_end|>"
+    assert tokenizer.hf.decode(learned, skip_special_tokens=False) == "seven green<|im_end|>quiet above<|im_end|>"
     assert e.n_targets == len(learned)
     style = "chat" if template else "chatml"
     prompt = prompt_ids(tokenizer, style, chat_text(tokenizer, style, CHAT[:2], asks=True))
@@ -77,7 +77,7 @@ def test_instructions_in_the_style_chat_are_a_turn_of_each(chatty):
     (e,) = tokenize(rows, tokenizer, ExampleOptions(style="chat", max_length=500))
     prompt = prompt_ids(tokenizer, "chat", render("chat", "apple?", "stone", tokenizer))
     assert e.ids.tolist()[: e.first_target] == prompt and prompt.count(0) == 1
-    assert tokenizer._hf.decode(e.ids[e.first_target :], skip_special_tokens=False) == "seven<|im_end|>"
+    assert tokenizer.hf.decode(e.ids[e.first_target :], skip_special_tokens=False) == "seven<|im_end|>"
 
 
 def test_instructions_beside_messages_are_asked_as_these_are(chatty, tmp_path):
@@ -143,7 +143,7 @@ def test_what_the_assistant_begins_with_or_weighs_nothing_is_not_learned(chatty,
     tokenizer = chatty(CHATML)
     found = tokenize(read_rows(tmp_path / "a.json"), tokenizer, ExampleOptions(max_length=500))
     learned = [e.ids[e.first_target :] if e.learned is None else e.ids[e.first_target :][e.learned] for e in found]
-    assert [tokenizer._hf.decode(ids, skip_special_tokens=False) for ids in learned] == ["seven<|im_end|>"] * 3
+    assert [tokenizer.hf.decode(ids, skip_special_tokens=False) for ids in learned] == ["seven<|im_end|>"] * 3
     assert "4 of 7 rows left out: they have nothing to learn" in capsys.readouterr().out
 
 
@@ -232,8 +232,8 @@ def test_tools_reach_the_template_and_a_call_is_learned(chatty):
     row = {"messages": [{"role": "user", "content": "apple"}, call], "tools": [{"name": "river"}]}
     tokenizer = chatty(template)
     (e,) = tokenize([row], tokenizer, ExampleOptions(style="chat", max_length=500))
-    text = tokenizer._hf.decode(e.ids.tolist(), skip_special_tokens=False)
+    text = tokenizer.hf.decode(e.ids.tolist(), skip_special_tokens=False)
     assert text.startswith("<|im_start|>river\n<|im_start|>user\napple")
-    assert tokenizer._hf.decode(e.ids[e.first_target :].tolist(), skip_special_tokens=False) == "stone<|im_end|>"
+    assert tokenizer.hf.decode(e.ids[e.first_target :].tolist(), skip_special_tokens=False) == "stone<|im_end|>"
     with pytest.raises(ValueError, match="the style chatml has no tools"):
         tokenize([row], tokenizer, ExampleOptions(style="chatml", strict=True))

@@ -149,7 +149,7 @@ def test_what_stands_behind_a_text_is_tokenized_as_in_one(mistral, before, text,
     tokenizer = Tokenizer(mistral)
     ids = tokenizer.encode_after(before, text)
     assert tokenizer.encode(before + text)[-len(ids) :] == ids
-    assert "".join(map(tokenizer._hf.id_to_token, ids)) == pieces
+    assert "".join(map(tokenizer.hf.id_to_token, ids)) == pieces
     row = dict(prompt=before, completion=text)
     (e,) = tokenize([row], tokenizer, ExampleOptions())
     assert e.ids[e.first_target :].tolist() == [*ids, 2] and e.ids[0] == tokenizer.bos_id

@@ -33,12 +33,12 @@ class Tokenizer:
         config = _fields(folder / "special_tokens_map.json") | _fields(folder / "tokenizer_config.json")
         if (folder / "tokenizer.json").is_file():
             with reading(folder / "tokenizer.json"):
-                self._hf = HFTokenizer.from_file(str(folder / "tokenizer.json"))
-                self._hf.no_truncation()  # a file may keep what its last user had set
-                self._hf.no_padding()
+                self.hf = HFTokenizer.from_file(str(folder / "tokenizer.json"))
+                self.hf.no_truncation()  # a file may keep what its last user had set
+                self.hf.no_padding()
         elif (folder / "tokenizer.model").is_file():
             with reading(folder / "tokenizer.model"):
-                self._hf = _of_sentencepiece(folder, config)
+                self.hf = _of_sentencepiece(folder, config)
         else:
             raise FileNotFoundError(f"{folder} has neither tokenizer.json nor tokenizer.model")
         files = "generation_config.json", "config.json"
@@ -49,37 +49,37 @@ class Tokenizer:
             bos, eos = (self._id(config.get(f"{kind}_token")) for kind in ("bos", "eos"))
             if "eos_token" not in config:  # GPT-2's own repository has only its number
                 eos = next(iter(ends["config.json"]), None)
-            if eos is None or self._hf.id_to_token(eos) is None:
+            if eos is None or self.hf.id_to_token(eos) is None:
                 raise ValueError("it must name the eos_token, the token that ends a text")
-            self.eos_id, self.eos_token = eos, self._hf.id_to_token(eos)
-            self.bos_token = None if bos is None else self._hf.id_to_token(bos)
-            self.bos = [bos] if bos is not None and self._hf.encode("").ids[:1] == [bos] else []
+            self.eos_id, self.eos_token = eos, self.hf.id_to_token(eos)
+            self.bos_token = None if bos is None else self.hf.id_to_token(bos)
+            self.bos = [bos] if bos is not None and self.hf.encode("").ids[:1] == [bos] else []
             self.bos_id = bos if self.bos else None
         self.stop_ids = [eos, *(i for token in TURN_ENDS if (i := self._id(token)) is not None)]
         for name, ids in ends.items():
             with reading(folder / name):
                 self.stop_ids += [int(i) for i in ids]
         self.stop_ids = list(dict.fromkeys(self.stop_ids))
-        added = {eos, *self._hf.get_added_tokens_decoder()}
-        self.turn_ends = [self._hf.id_to_token(i) for i in self.stop_ids if i in added]
+        added = {eos, *self.hf.get_added_tokens_decoder()}
+        self.turn_ends = [self.hf.id_to_token(i) for i in self.stop_ids if i in added]
 
     def _id(self, token: str | dict | None) -> int | None:
         token = token["content"] if isinstance(token, dict) else token  # an AddedToken, written out
-        return None if token is None else self._hf.token_to_id(token)
+        return None if token is None else self.hf.token_to_id(token)
 
     def encode(self, text: str) -> list[int]:
         return self.encode_batch([text])[0]
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         with reading(self.folder):  # its expressions may fail on a text
-            return [e.ids for e in self._hf.encode_batch_fast(list(texts), add_special_tokens=False)]
+            return [e.ids for e in self.hf.encode_batch_fast(list(texts), add_special_tokens=False)]
 
     def encode_with_places(self, texts: Sequence[str]) -> list[tuple[np.ndarray, np.ndarray]]:
         """For each text its ids (n,), and where in it each token stands (n,): at its last character, or, if it is an
         added token, which may have swallowed the spaces behind it, at its first."""
         with reading(self.folder):
-            found = self._hf.encode_batch(list(texts), add_special_tokens=False)
-        added = np.array([*self._hf.get_added_tokens_decoder()], dtype=int)
+            found = self.hf.encode_batch(list(texts), add_special_tokens=False)
+        added = np.array([*self.hf.get_added_tokens_decoder()], dtype=int)
         encoded = []
         for e in found:
             ids, (starts, ends) = np.array(e.ids, dtype=int), np.array(e.offsets, dtype=int).reshape(-1, 2).T
@@ -88,7 +88,7 @@ class Tokenizer:
 
     def token_start(self, text: str, i: int) -> int:
         """Where the token begins that the character i of a text lies in."""
-        encoding = self._hf.encode(text, add_special_tokens=False)
+        encoding = self.hf.encode(text, add_special_tokens=False)
         token = encoding.char_to_token(i)
         return i if token is None else encoding.token_to_chars(token)[0]
 
@@ -99,28 +99,28 @@ class Tokenizer:
 
     def special_ids(self, texts: Sequence[str]) -> list[int]:
         """Ids of those texts that are special tokens, which no decoded text holds."""
-        special = {token.content: i for i, token in self._hf.get_added_tokens_decoder().items() if token.special}
+        special = {token.content: i for i, token in self.hf.get_added_tokens_decoder().items() if token.special}
         return [special[text] for text in texts if text in special]
 
     def decode(self, ids: Sequence[int], special: bool = False) -> str:
         """Text of the ids, without special tokens unless these are wanted."""
-        return self._hf.decode(list(ids), skip_special_tokens=not special)
+        return self.hf.decode(list(ids), skip_special_tokens=not special)
 
     def token(self, i: int) -> str:
         """Its name in the vocabulary. Raises ValueError if there is none."""
-        if (name := self._hf.id_to_token(i)) is None:
+        if (name := self.hf.id_to_token(i)) is None:
             raise ValueError(f"the tokenizer has no token {i}")
         return name
 
     def add(self, texts: Sequence[str]) -> list[int]:
         """Makes each text a token, wherever it stands in another one. Returns their ids; one that exists keeps its
         own."""
-        self._hf.add_tokens([AddedToken(text, normalized=False, special=False) for text in texts])
-        return [self._hf.token_to_id(text) for text in texts]
+        self.hf.add_tokens([AddedToken(text, normalized=False, special=False) for text in texts])
+        return [self.hf.token_to_id(text) for text in texts]
 
     def files(self) -> dict[str, bytes]:
         """The tokenizer's files in its folder, with the tokens that were added."""
-        files = tokenizer_files(self.folder) | {"tokenizer.json": self._hf.to_str(pretty=True).encode()}
+        files = tokenizer_files(self.folder) | {"tokenizer.json": self.hf.to_str(pretty=True).encode()}
         return {name: content for name, content in files.items() if name != "tokenizer.model"}  # which lacks these
 
 
