@@ -20,7 +20,7 @@ class Options:
     """Options."""
 
     src: Path
-    """a .gguf file of llama, qwen2 or gpt2, or a folder with params.json and consolidated.*.pth"""
+    """a .gguf file (of several parts the first), or a folder with params.json and consolidated.*.pth"""
     out_dir: Path
     """folder for the checkpoint"""
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"

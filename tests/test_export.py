@@ -2,15 +2,19 @@
 
 import pytest
 import torch
-from conftest import randomize
+import xllamacpp
+from conftest import randomize, say
 from test_convert import OTHERS, SIZES, TEXTS, bpe_fields
 from test_convert import write_gguf as write_by_hand
+from test_parity import built
 
-from lit_model import GPT, Config
+from lit_model import GPT, Config, generate, load
 from lit_model.data.tokenizer import Tokenizer
+from lit_model.load import method_options, save_method
 from lit_model.weights.folder import Folder
 from lit_model.weights.gguf import convert_gguf
 from lit_model.weights.to_gguf import write_gguf
+from scripts import export
 
 
 def folder_of(name: str, tiny, tmp_path):
@@ -35,3 +39,63 @@ def test_a_gguf_file_is_read_as_what_it_was_written_from(name, tiny, tmp_path):
     ours, theirs = Tokenizer(folder), Tokenizer(tmp_path / "again")
     assert [ours.encode(text) for text in TEXTS] == [theirs.encode(text) for text in TEXTS]
     assert (ours.bos_id, ours.stop_ids, ours.chat_template) == (theirs.bos_id, theirs.stop_ids, theirs.chat_template)
+
+
+def llama_cpp(path, loras=(), context: int = 128, exact: bool = True) -> xllamacpp.Server:
+    """llama.cpp's own server, of one sequence at a time."""
+    params = xllamacpp.CommonParams()
+    params.model.path = str(path)
+    params.n_ctx, params.n_parallel, params.n_gpu_layers, params.warmup = context, 1, 0, False
+    params.cpuparams.n_threads = 1
+    if exact:
+        params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
+    params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
+    params.lora_adapters = [xllamacpp.CommonAdapterLoraInfo(str(lora), 1.0) for lora in loras]
+    return xllamacpp.Server(params)
+
+
+def greedy(server: xllamacpp.Server, ids: list[int], n: int) -> list[int]:
+    options = dict(max_tokens=n, temperature=0, ignore_eos=True, cache_prompt=False, logprobs=1)
+    answer = server.handle_completions(dict(prompt=ids, **options))
+    return [token["id"] for token in answer["choices"][0]["logprobs"]["content"]]
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_llama_cpp_decodes_what_we_do(name, tiny, tmp_path):
+    folder = folder_of(name, tiny, tmp_path)
+    write_gguf(tmp_path / "out.gguf", Folder(folder), "F32")
+    server = llama_cpp(tmp_path / "out.gguf", exact=name != "gpt2")  # of which its exact attention makes nan
+    ids = [3, 70, 15, 200, 9, 31]
+    expected = list(generate(load(folder), ids, max_new_tokens=50, temperature=0))
+    got, rest = greedy(server, ids, 50), iter(expected)
+    assert len(got) >= 25 and all(i in rest for i in got)  # it says no ids of bytes that make no character
+
+
+@pytest.mark.parametrize("name", ["llama-3.1", "qwen3", "gpt2", "phi3-partial"])
+def test_llama_cpp_decodes_with_a_lora_of_ours(name, tiny, tmp_path, capsys, monkeypatch):
+    """Its file beside the base's, merged into one file, and read by peft: the same answer."""
+    folder = folder_of(name, tiny, tmp_path)
+    base, ids = Folder(folder), [3, 70, 15, 200, 9, 31]
+    gpt = built(folder, "lora", targets="q_proj,k_proj,o_proj,down_proj")
+    with torch.no_grad():
+        for p in gpt.parameters():
+            if p.requires_grad:
+                p.add_(0.1 * torch.randn_like(p))
+    options = method_options("lora", targets="q_proj,k_proj,o_proj,down_proj")
+    (tmp_path / "lora").mkdir()
+    save_method(tmp_path / "lora/lit_method.safetensors", gpt, "lora", options, base.identity)
+    expected = list(generate(gpt, ids, max_new_tokens=50, temperature=0))
+    assert expected != list(generate(load(folder), ids, max_new_tokens=50, temperature=0))
+    args = f"--checkpoint_dir {folder} --method_dir {tmp_path / 'lora'} --gguf_type F32 --out_dir {tmp_path}"
+    assert "llama-server -m" in say(export, capsys, monkeypatch, f"--to gguf {args}/merged")
+    assert "--lora" in say(export, capsys, monkeypatch, f"--to gguf-lora {args}/alone")
+    say(export, capsys, monkeypatch, f"--to gguf --gguf_type F32 --checkpoint_dir {folder} --out_dir {tmp_path}/base")
+    for server in (
+        llama_cpp(tmp_path / "merged/hf-F32.gguf", exact=name != "gpt2"),
+        llama_cpp(tmp_path / "base/hf-F32.gguf", [tmp_path / "alone/lora.gguf"], exact=name != "gpt2"),
+    ):
+        got, rest = greedy(server, ids, 50), iter(expected)
+        assert len(got) >= 25 and all(i in rest for i in got)
+    say(export, capsys, monkeypatch, f"--to mlx {args}/mlx")
+    say(export, capsys, monkeypatch, f"--to peft {args}/peft")
+    assert list(generate(load(folder, tmp_path / "peft"), ids, max_new_tokens=50, temperature=0)) == expected

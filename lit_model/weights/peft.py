@@ -280,6 +280,28 @@ def _write_lora(options: dict[str, Any], tensors: Named, modules: Modules) -> tu
     ), stored  # fmt: skip
 
 
+def plain_lora(header: dict[str, Any], tensors: Named, base: Folder) -> dict[str, tuple[Tensor, Tensor]]:
+    """`lora_layers` for formats that know nothing else. Raises ValueError if the method is more than a LoRA."""
+    if header["method"] != "lora" or header["task"] or any(".deltas.lora." not in name for name in tensors):
+        raise ValueError(f"{header['method']} is more than a LoRA: merge it with --to hf or --to gguf")
+    return lora_layers(header["options"] | dict(kind="lora"), tensors, Modules(base))
+
+
+def write_mlx(out_dir: Path, header: dict[str, Any], tensors: Named, base: Folder) -> None:
+    """Writes a LoRA as mlx-lm's adapter folder. Raises ValueError if it is none, or `out_dir` is in use."""
+    refuse_used(out_dir)
+    layers, stored = plain_lora(header, tensors, base), {}
+    for theirs, (A, B) in layers.items():
+        name = base.family.full_name(f"{theirs}.")
+        stored |= {f"{name}lora_a": A.T.contiguous(), f"{name}lora_b": B.T.contiguous()}
+    keys = sorted({re.sub(r"^.*?\.\d+\.", "", theirs) for theirs in layers})
+    parameters = dict(rank=len(A), scale=1.0, dropout=0.0, keys=keys)
+    config = dict(fine_tune_type="lora", num_layers=base.config.n_layer, lora_parameters=parameters)
+    out_dir.mkdir(parents=True, exist_ok=True)
+    save_file(stored, out_dir / "adapters.safetensors", dict(format="mlx"))
+    (out_dir / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+
+
 def _write_tokens(tokens: dict[str, int], tensors: Named, stored: Named, modules: Modules) -> dict[str, Any]:
     ids = sorted(tokens.values())
     if ids[-1] >= modules.base.config.vocab_size:

@@ -21,6 +21,7 @@ from lit_model.files import replacing
 from lit_model.rope import LinearScaling, Llama3Scaling, LongScaling, Rope, YarnScaling
 from lit_model.weights.folder import Folder, network_shapes
 from lit_model.weights.gguf import _SPLITS, ARCHITECTURES, NAMES
+from lit_model.weights.peft import Modules, plain_lora
 from lit_model.weights.sentencepiece import CONTROL, NORMAL, UNKNOWN, USER_DEFINED
 
 ARCH_OF = {kind: arch for arch, kind in ARCHITECTURES.items()} | dict(mistral="llama")
@@ -38,9 +39,7 @@ def write_gguf(out: Path, base: Folder, kind: str = "Q8_0") -> None:
     Raises:
         ValueError: llama.cpp has no such network, or no such tokenizer.
     """
-    if base.hf["model_type"] not in ARCH_OF:
-        raise ValueError(f"a GGUF file of {base.hf['model_type']} is not supported; known are {', '.join(ARCH_OF)}")
-    arch = ARCH_OF[base.hf["model_type"]]
+    arch = _arch(base)
     fields = _sizes(base.config, arch) | _tokenizer(Tokenizer(base.path), base.config)
     with replacing(out) as aside:
         writer = gguf.GGUFWriter(aside, arch)
@@ -63,6 +62,35 @@ def write_gguf(out: Path, base: Folder, kind: str = "Q8_0") -> None:
         for name, (_, dtype) in plan:
             writer.write_tensor_data(quantize(_stored(name, base, arch).float().numpy(), dtype))
         writer.close()
+
+
+def write_gguf_lora(out: Path, header: dict[str, Any], tensors: dict[str, Tensor], base: Folder) -> None:
+    """Writes a LoRA (`load.read_method`) alone. Raises ValueError if it is none, or one that llama.cpp cannot take."""
+    arch, modules = _arch(base), Modules(base)
+    layers = plain_lora(header, tensors, base)
+    if base.config.tie and "lm_head" in layers:
+        raise ValueError("llama.cpp takes no LoRA on an output layer that is the embedding: merge it with --to gguf")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(out) as aside:
+        writer = gguf.GGUFWriter(aside, arch)
+        writer.add_string("general.type", "adapter")
+        writer.add_string("adapter.type", "lora")
+        writer.add_float32("adapter.lora.alpha", float(len(next(iter(layers.values()))[0])))
+        for theirs, (A, B) in layers.items():
+            name = f"{modules.ours[theirs][0]}.weight"
+            writer.add_tensor(f"{their_name(name, arch)}.lora_a", A.numpy())
+            writer.add_tensor(f"{their_name(name, arch)}.lora_b", _rows(name, B, base.config, arch).numpy())
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+
+
+def _arch(base: Folder) -> str:
+    kind = base.hf["model_type"]
+    if kind not in ARCH_OF:
+        raise ValueError(f"a GGUF file of {kind} is not supported; known are {', '.join(ARCH_OF)}")
+    return ARCH_OF[kind]
 
 
 def _add(writer: gguf.GGUFWriter, name: str, value: Any) -> None:
@@ -101,9 +129,14 @@ def their_name(name: str, arch: str) -> str:
 def _stored(name: str, base: Folder, arch: str) -> Tensor:
     """The tensor that begins with ours of this name, with rows as llama.cpp has them."""
     t = torch.cat([base.tensor(other) for other in base.family.fused(name)])
+    return t.float() + 1 if arch == "gemma3" and "norm" in name else _rows(name, t, base.config, arch)
+
+
+def _rows(name: str, t: Tensor, config: Config, arch: str) -> Tensor:
+    """The rows of q and k in Meta's rope order where llama.cpp has them so."""
     if arch == "llama" and name.split(".")[-2] in ("q_proj", "k_proj"):
-        return t.unflatten(0, (-1, 2, base.config.head_size // 2)).transpose(1, 2).flatten(0, 2)  # Meta's rope order
-    return t.float() + 1 if arch == "gemma3" and "norm" in name else t
+        return t.unflatten(0, (-1, 2, config.head_size // 2)).transpose(1, 2).flatten(0, 2)
+    return t
 
 
 def _sizes(config: Config, arch: str) -> dict[str, Any]:

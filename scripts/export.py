@@ -1,0 +1,81 @@
+"""Export what a finetuning run has trained to what serves it.
+
+python scripts/export.py --method_dir out/lora --to gguf --out_dir out/gguf
+python scripts/export.py --method_dir out/lora --to peft --out_dir out/peft
+
+hf         the merged network, a Hugging Face folder: vLLM, transformers, mlx-lm
+gguf       the merged network in one file: llama.cpp, Ollama, LM Studio
+gguf-lora  the LoRA alone, for llama.cpp beside a GGUF file of the base
+peft       the method alone, a PEFT folder: transformers + peft, vLLM (a LoRA)
+mlx        the LoRA alone, for mlx-lm
+"""
+
+import shlex
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Literal
+
+from lit_model.cli import cli
+from lit_model.load import read_method
+from lit_model.merge import merge
+from lit_model.weights import demo
+from lit_model.weights.folder import Folder
+from lit_model.weights.peft import write_mlx, write_peft
+from lit_model.weights.to_gguf import write_gguf, write_gguf_lora
+
+
+@dataclass
+class Options:
+    """Options."""
+
+    to: Literal["hf", "gguf", "gguf-lora", "peft", "mlx"]
+    """the format, see above"""
+    out_dir: Path
+    """folder for what is written"""
+    method_dir: Path | None = None
+    """out_dir of the finetuning run, or a PEFT folder; null: the base itself, for gguf"""
+    checkpoint_dir: Path = demo.DEMO_CHECKPOINT
+    """Hugging Face folder of the base network that it was trained on"""
+    gguf_type: Literal["F32", "F16", "BF16", "Q8_0", "Q5_1", "Q5_0", "Q4_1", "Q4_0"] = "Q8_0"
+    """how a GGUF file stores matrices"""
+    peft_exact: bool = False
+    """keep DoRA, rslora and alpha as PEFT reads them; false: one plain LoRA that vLLM reads right, too"""
+
+
+def main(options: Options) -> None:
+    base_dir, method_dir, out_dir = options.checkpoint_dir, options.method_dir, options.out_dir
+    base, quoted = Folder(base_dir), shlex.quote(str(base_dir))
+    if options.to == "gguf":
+        out = out_dir / f"{base_dir.name}-{options.gguf_type}.gguf"
+        out_dir.mkdir(parents=True, exist_ok=True)
+        if method_dir is None:
+            write_gguf(out, base, options.gguf_type)
+        else:
+            with TemporaryDirectory(dir=out_dir) as merged:
+                merge(base_dir, method_dir, Path(merged) / "hf")
+                write_gguf(out, Folder(Path(merged) / "hf"), options.gguf_type)
+        return print(f"serve it with: llama-server -m {shlex.quote(str(out))}")
+    if method_dir is None:
+        raise ValueError(f"--to {options.to} wants a --method_dir")
+    out = shlex.quote(str(out_dir))
+    if options.to == "hf":
+        merge(base_dir, method_dir, out_dir)
+        return print(f"serve it with: vllm serve {out}")
+    header, tensors = read_method(method_dir, base)
+    if options.to == "peft":
+        write_peft(out_dir, header, tensors, base, options.peft_exact)
+        if header["method"] == "lora":
+            print(f"serve it with: vllm serve {quoted} --enable-lora --lora-modules tuned={out}")
+        network = f"AutoModelForCausalLM.from_pretrained({str(base_dir)!r})"
+        print(f"in Python: peft.PeftModel.from_pretrained({network}, {str(out_dir)!r})")
+    elif options.to == "gguf-lora":
+        write_gguf_lora(out_dir / "lora.gguf", header, tensors, base)
+        print(f"serve it with: llama-server -m BASE.gguf --lora {out}/lora.gguf")
+    else:
+        write_mlx(out_dir, header, tensors, base)
+        print(f"serve it with: mlx_lm.server --model {quoted} --adapter-path {out}")
+
+
+if __name__ == "__main__":
+    cli(main, Options, __doc__)
