@@ -7,10 +7,12 @@ from conftest import randomize, say
 from test_convert import OTHERS, SIZES, TEXTS, bpe_fields
 from test_convert import write_gguf as write_by_hand
 from test_parity import built
+from transformers import AutoTokenizer
 
 from lit_model import GPT, Config, generate, load
 from lit_model.data.tokenizer import Tokenizer
 from lit_model.load import method_options, save_method
+from lit_model.weights import demo
 from lit_model.weights.folder import Folder
 from lit_model.weights.gguf import convert_gguf
 from lit_model.weights.to_gguf import write_gguf
@@ -99,3 +101,17 @@ def test_llama_cpp_decodes_with_a_lora_of_ours(name, tiny, tmp_path, capsys, mon
     say(export, capsys, monkeypatch, f"--to mlx {args}/mlx")
     say(export, capsys, monkeypatch, f"--to peft {args}/peft")
     assert list(generate(load(folder, tmp_path / "peft"), ids, max_new_tokens=50, temperature=0)) == expected
+
+
+@pytest.mark.slow
+def test_a_chat_with_smollm2_in_llama_cpp_is_the_chat_here(tmp_path, capsys, monkeypatch):
+    demo.fetch_if_demo(demo.DEMO_CHECKPOINT)
+    say(export, capsys, monkeypatch, f"--to gguf --gguf_type F32 --out_dir {tmp_path}")
+    server = llama_cpp(next(tmp_path.glob("*.gguf")), context=1024)
+    messages = [dict(role="user", content="Give three tips for staying healthy.")]
+    answer = server.handle_chat_completions(dict(messages=messages, max_tokens=50, temperature=0, logprobs=True))
+    got = [token["id"] for token in answer["choices"][0]["logprobs"]["content"]]
+    tokenizer = AutoTokenizer.from_pretrained(demo.DEMO_CHECKPOINT)
+    ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]
+    assert answer["usage"]["prompt_tokens"] == len(ids)
+    assert got == list(generate(load(demo.DEMO_CHECKPOINT), ids, max_new_tokens=50, temperature=0))
