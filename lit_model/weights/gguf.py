@@ -37,6 +37,11 @@ NAMES = {  # GGUF's modules -> ours
 ARCHITECTURES = dict(  # GGUF's -> model_type
     llama="llama", qwen2="qwen2", qwen3="qwen3", gemma3="gemma3_text", phi3="phi3", olmo2="olmo2", gpt2="gpt2",
 )  # fmt: skip
+SIZES = {  # a field, after the name of the architecture -> Config's
+    "context_length": "block_size", "block_count": "n_layer", "embedding_length": "n_embd",
+    "feed_forward_length": "n_hidden", "attention.head_count": "n_head", "attention.head_count_kv": "n_kv_head",
+    "attention.key_length": "head_size",
+}  # fmt: skip
 NUMBERS = dict(enumerate(("<u1", "<i1", "<u2", "<i2", "<u4", "<i4", "<f4", "?"))) | {10: "<u8", 11: "<i8", 12: "<f8"}
 STRING, ARRAY = 8, 9
 
@@ -125,14 +130,9 @@ def _config(gguf: GGUF, arch: str) -> tuple[Config, dict[str, Any]]:
     fields = {name.removeprefix(f"{arch}."): value for name, value in gguf.fields.items()}
     family, n_embd, n_head = FAMILIES[ARCHITECTURES[arch]], fields["embedding_length"], fields["attention.head_count"]
     head_size, context = fields.get("attention.key_length", n_embd // n_head), fields["context_length"]
-    shape = dict(
+    shape = {ours: fields.get(theirs) for theirs, ours in SIZES.items()} | dict(
         vocab_size=gguf.shapes["token_embd.weight"][0],
-        block_size=context,
         n_layer=min(fields["block_count"], len(gguf.shapes)),  # a billion would take long to miss
-        n_head=n_head,
-        n_kv_head=fields.get("attention.head_count_kv"),
-        n_embd=n_embd,
-        n_hidden=fields["feed_forward_length"],
         head_size=head_size,
         norm_eps=round(fields[f"attention.layer_norm{'' if arch == 'gpt2' else '_rms'}_epsilon"], 12),  # of a float32
         tie="output.weight" not in gguf.shapes,

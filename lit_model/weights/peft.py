@@ -160,15 +160,12 @@ def _padded(t: Tensor, dim: int, n: int) -> Tensor:
     return torch.cat((t, t.new_zeros(missing)), dim)
 
 
-def _read_prefix(config: dict[str, Any], theirs: Named, modules: Modules) -> tuple[str, Prefix, Named]:
-    kv, shape = theirs.pop("prompt_embeddings"), modules.base.config
-    kv = kv.view(len(kv), shape.n_layer, 2, shape.n_kv_head, shape.head_size).permute(1, 2, 0, 3, 4)
-    return "prefix", Prefix(kv.shape[2], "zero"), {"virtual_keys.prefix.kv": kv.contiguous()}
-
-
-def _read_prompt(config: dict[str, Any], theirs: Named, modules: Modules) -> tuple[str, Prompt, Named]:
-    t = theirs.pop("prompt_embeddings")
-    return "prompt", Prompt(len(t)), {"virtual_tokens.prompt.embedding": t}
+def _read_virtual(config: dict[str, Any], theirs: Named, modules: Modules) -> tuple[str, Prefix | Prompt, Named]:
+    t, shape = theirs.pop("prompt_embeddings"), modules.base.config  # (P, C), or (P, L 2 nkv hs)
+    if config["peft_type"] == "PROMPT_TUNING":
+        return "prompt", Prompt(len(t)), {"virtual_tokens.prompt.embedding": t}
+    kv = t.view(len(t), shape.n_layer, 2, shape.n_kv_head, shape.head_size).permute(1, 2, 0, 3, 4)
+    return "prefix", Prefix(len(t), "zero"), {"virtual_keys.prefix.kv": kv.contiguous()}
 
 
 def _read_ia3(config: dict[str, Any], theirs: Named, modules: Modules) -> tuple[str, IA3, Named]:
@@ -204,7 +201,7 @@ def _read_adapter(config: dict[str, Any], theirs: Named, modules: Modules) -> tu
 
 
 READERS = dict(
-    LORA=_read_lora, PREFIX_TUNING=_read_prefix, PROMPT_TUNING=_read_prompt, IA3=_read_ia3, LN_TUNING=_read_norms,
+    LORA=_read_lora, PREFIX_TUNING=_read_virtual, PROMPT_TUNING=_read_virtual, IA3=_read_ia3, LN_TUNING=_read_norms,
     ADAPTION_PROMPT=_read_adapter,
 )  # fmt: skip
 
@@ -312,21 +309,16 @@ def _write_tokens(tokens: dict[str, int], tensors: Named, stored: Named, modules
     return dict(trainable_token_indices={modules.theirs(name): ids for name in places})
 
 
-def _virtual(t: Tensor, modules: Modules, kind: str, heads: int, size: int) -> tuple[dict[str, Any], Named]:
-    config = dict(peft_type=kind, num_virtual_tokens=len(t), num_layers=modules.base.config.n_layer)
-    config |= dict(token_dim=size, num_attention_heads=heads, num_transformer_submodules=1)
-    return config, dict(prompt_embeddings=t)
-
-
-def _write_prefix(options: dict[str, Any], tensors: Named, modules: Modules) -> tuple[dict[str, Any], Named]:
-    shape, kv = modules.base.config, tensors["virtual_keys.prefix.kv"]  # (L, 2, P, nkv, hs)
-    t = kv.permute(2, 0, 1, 3, 4).flatten(1)  # (P, L 2 nkv hs)
-    return _virtual(t, modules, "PREFIX_TUNING", shape.n_kv_head, shape.n_kv_head * shape.head_size)
-
-
-def _write_prompt(options: dict[str, Any], tensors: Named, modules: Modules) -> tuple[dict[str, Any], Named]:
-    shape, t = modules.base.config, tensors["virtual_tokens.prompt.embedding"]
-    return _virtual(t, modules, "PROMPT_TUNING", shape.n_head, shape.n_embd)
+def _write_virtual(options: dict[str, Any], tensors: Named, modules: Modules) -> tuple[dict[str, Any], Named]:
+    (t,), shape = tensors.values(), modules.base.config  # (P, C), or (L, 2, P, nkv, hs)
+    kind, heads, size = "PROMPT_TUNING", shape.n_head, shape.n_embd
+    if options["kind"] == "prefix":
+        kind, heads, size = "PREFIX_TUNING", shape.n_kv_head, shape.n_kv_head * shape.head_size
+        t = t.permute(2, 0, 1, 3, 4).flatten(1)  # (P, L 2 nkv hs)
+    return dict(
+        peft_type=kind, num_virtual_tokens=len(t), num_layers=shape.n_layer, token_dim=size, num_attention_heads=heads,
+        num_transformer_submodules=1,
+    ), dict(prompt_embeddings=t)  # fmt: skip
 
 
 def _write_ia3(options: dict[str, Any], tensors: Named, modules: Modules) -> tuple[dict[str, Any], Named]:
@@ -368,6 +360,6 @@ def _write_adapter(options: dict[str, Any], tensors: Named, modules: Modules) ->
 
 
 WRITERS = dict(
-    lora=_write_lora, dora=_write_lora, prefix=_write_prefix, prompt=_write_prompt, ia3=_write_ia3,
+    lora=_write_lora, dora=_write_lora, prefix=_write_virtual, prompt=_write_virtual, ia3=_write_ia3,
     selective=_write_norms, adapter=_write_adapter,
 )  # fmt: skip

@@ -20,7 +20,7 @@ from lit_model.data.tokenizer import Tokenizer
 from lit_model.files import replacing
 from lit_model.rope import LinearScaling, Llama3Scaling, LongScaling, Rope, YarnScaling
 from lit_model.weights.folder import Folder, network_shapes
-from lit_model.weights.gguf import _SPLITS, ARCHITECTURES, NAMES
+from lit_model.weights.gguf import _SPLITS, ARCHITECTURES, NAMES, SIZES
 from lit_model.weights.peft import Modules, plain_lora
 from lit_model.weights.sentencepiece import CONTROL, NORMAL, UNKNOWN, USER_DEFINED
 
@@ -143,12 +143,9 @@ def _sizes(config: Config, arch: str) -> dict[str, Any]:
     """The shape as GGUF's fields."""
     eps = "layer_norm_epsilon" if arch == "gpt2" else "layer_norm_rms_epsilon"
     windows = {layer.window for layer in config.layers} - {None}
-    fields = {
+    fields = {f"{arch}.{theirs}": getattr(config, ours) for theirs, ours in SIZES.items()} | {
         "general.quantization_version": 2, f"{arch}.vocab_size": config.vocab_size,
-        f"{arch}.block_count": config.n_layer, f"{arch}.embedding_length": config.n_embd,
-        f"{arch}.feed_forward_length": config.n_hidden, f"{arch}.attention.head_count": config.n_head,
-        f"{arch}.attention.head_count_kv": config.n_kv_head, f"{arch}.attention.{eps}": config.norm_eps,
-        f"{arch}.attention.key_length": config.head_size, f"{arch}.attention.value_length": config.head_size,
+        f"{arch}.attention.value_length": config.head_size, f"{arch}.attention.{eps}": config.norm_eps,
     }  # fmt: skip
     context = config.block_size
     if windows and arch in ("gemma3", "phi3"):
