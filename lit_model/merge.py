@@ -1,7 +1,8 @@
 """Merges what a finetuning run has trained into the base weights: a Hugging Face folder that needs no method folder."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,8 @@ from lit_model.files import cast, refuse_used
 from lit_model.load import (
     empty_network,
     install_method,
+    install_saved,
     is_base,
-    load,
     load_base,
     load_tokenizer,
     method_header,
@@ -40,22 +41,33 @@ def merge(
     if not overwrite:
         refuse_used(out_dir)
     base, header = Folder(checkpoint_dir), method_header(method_dir)
-    gpt = load(checkpoint_dir, method_dir)
-    gpt.merge()
-    rest = {name: t for name, t in gpt.state_dict().items() if not is_base(name)}
+    gpt = empty_network(base)
+    install_saved(gpt, method_dir, base)
+    gpt.tie()
+    merged = deepcopy(gpt).to("meta")  # its shape
+    merged.tie()
+    merged.merge()
+    rest = {name: gpt.state_dict()[name] for name in merged.state_dict() if not is_base(name)}
     name = header["method"]
     if name != "adapter_v2" and not all(key.startswith("heads.") for key in rest):
         raise ValueError(f"{name} cannot be merged into the base weights; generate with --method_dir instead")
-    biases = take_biases(gpt, base)
-    exact = {key: t for key, t in gpt.state_dict().items() if is_base(key)}
-    before = {key: _base_tensor(base, key, len(t)) for key, t in exact.items()}
-    stored = {key: cast(key, t, dtype or before[key].dtype) for key, t in exact.items()}
+    biases = dict.fromkeys(take_biases(merged, base))
+    loss = Loss()
+
+    def tensors() -> Iterator[tuple[str, Tensor]]:
+        for key, exact, before in merged_tensors(gpt, base):
+            if key.removesuffix(".bias") in biases:
+                biases[key.removesuffix(".bias")] = exact
+                continue
+            stored = cast(key, exact, dtype or before.dtype)
+            loss.add(exact, stored, before)
+            yield key, stored
+
     has_tokens = bool(header["tokens"])
     files = load_tokenizer(checkpoint_dir, method_dir).files() if has_tokens else tokenizer_files(base.path)
-    save_folder(out_dir, gpt.config, stored, files, base.hf)
-    lost = rounding_error(exact, stored, before)
-    hint = "; --dtype float32 keeps it" if lost > 0.05 else ""
-    print(f"storing the sum loses {100 * lost:.3g} % of what was trained{hint}")
+    save_folder(out_dir, merged.config, tensors(), files, base.hf)
+    hint = "; --dtype float32 keeps it" if loss.share > 0.05 else ""
+    print(f"storing the sum loses {100 * loss.share:.3g} % of what was trained{hint}")
     if (kind := header["quantize"]) != "none":
         print(f"it was trained over {kind}, and is merged into the full weights: look at what it answers now")
     print(f"checkpoint: {out_dir}; give generate/base.py the --style that it was trained with")
@@ -66,10 +78,23 @@ def merge(
         print(f"the rest of it does not merge: give generate/base.py --method_dir {out_dir / name}, too")
 
 
-def _base_tensor(base: Folder, name: str, n_out: int) -> Tensor:
-    """The base's tensor; zeros for a bias that it does not have."""
-    is_new = name.endswith(".bias") and name not in base.names
-    return base.tensor("wte.weight").new_zeros(n_out) if is_new else base.tensor(name)
+def merged_tensors(gpt: GPT, base: Folder) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """(name, merged tensor in float32, the base's) of all of a network on the meta device that has a method's tensors:
+    one at a time is in memory. A bias that the base does not have is zero there."""
+    stored = {*base.names, "lm_head.weight"}
+    for path, m in gpt.named_modules():
+        own = {name: p for name, p in m.named_parameters(recurse=False) if is_base(f"{path}.{name}")}
+        if not own:
+            continue
+        before = {name: base.tensor(f"{path}.{name}") for name in own if f"{path}.{name}" in stored}
+        after = {name: before[name] if p.is_meta else p for name, p in own.items()}
+        after = {name: t.float() for name, t in after.items()}
+        for delta in getattr(m, "deltas", {}).values():
+            if hasattr(delta, "merged"):
+                pair = delta.merged(after["weight"], after.get("bias"))
+                after = {name: t for name, t in zip(("weight", "bias"), pair, strict=True) if t is not None}
+        for name, t in after.items():
+            yield f"{path}.{name}", t.detach(), before.get(name, before["weight"].new_zeros(len(t)))
 
 
 def take_biases(gpt: GPT, base: Folder) -> dict[str, Tensor]:
@@ -102,12 +127,18 @@ def _save_rest(
     save_method(out_dir / name / "lit_method.safetensors", gpt, name, options, merged.identity, header["task"])
 
 
-def rounding_error(exact: Mapping[str, Tensor], stored: Mapping[str, Tensor], base: Mapping[str, Tensor]) -> float:
+class Loss:
     """|stored - exact| / |exact - base| over all tensors that training has changed, without rows of new tokens."""
-    error = change = 0.0
-    for name, t in exact.items():
-        n = len(base[name])
-        if (moved := (t[:n] - base[name].float()).square().sum().item()) > 0:
-            change += moved
-            error += (stored[name].float() - t)[:n].square().sum().item()
-    return math.sqrt(error / change) if change else 0.0
+
+    def __init__(self):
+        self.error = self.change = 0.0
+
+    def add(self, exact: Tensor, stored: Tensor, base: Tensor) -> None:
+        n = len(base)
+        if (moved := (exact[:n] - base.float()).square().sum().item()) > 0:
+            self.change += moved
+            self.error += (stored.float() - exact)[:n].square().sum().item()
+
+    @property
+    def share(self) -> float:
+        return math.sqrt(self.error / self.change) if self.change else 0.0

@@ -25,7 +25,7 @@ from lit_model.load import (
     method_options,
     save_method,
 )
-from lit_model.merge import rounding_error
+from lit_model.merge import Loss
 from lit_model.methods import lora, prefix, prompt
 from lit_model.model import CausalSelfAttention, Linear
 from lit_model.packing import Example, Segment, lay_out, pack
@@ -376,10 +376,11 @@ def test_merge_reports_what_bfloat16_loses(checkpoint):
             p.data = torch.randn_like(p) * size
         gpt.merge()
         exact = gpt.state_dict()
-        errors += [
-            rounding_error(exact, {k: t.to(dt) for k, t in exact.items()}, base)
-            for dt in (torch.bfloat16, torch.float32)
-        ]
+        for dtype in (torch.bfloat16, torch.float32):
+            loss = Loss()
+            for name, t in exact.items():
+                loss.add(t, t.to(dtype), base[name])
+            errors.append(loss.share)
     assert errors[1] == errors[3] == 0
     assert 0 < errors[0] < 0.5 < errors[2]
 
