@@ -29,9 +29,10 @@ from lit_model.weights.folder import Folder, network_shapes, save_folder, tokeni
 
 def merge(
     checkpoint_dir: Path, method_dir: Path, out_dir: Path, dtype: torch.dtype | None = None, overwrite: bool = False
-) -> None:
-    """Writes `out_dir`. What does not merge, and what the fields of transformers cannot say (a bias of the output
-    layer), stays in a method folder inside it. Prints how much of what was trained the storage loses.
+) -> bool:
+    """Writes `out_dir`. Returns whether it is the whole network: what does not merge, and what the fields of
+    transformers cannot say (a bias of the output layer), stays in a method folder inside it. Prints how much of what
+    was trained the storage loses.
 
     Args:
         dtype: dtype of the stored weights; None: that of the base.
@@ -70,12 +71,12 @@ def merge(
     print(f"storing the sum loses {100 * loss.share:.3g} % of what was trained{hint}")
     if (kind := header["quantize"]) != "none":
         print(f"it was trained over {kind}, and is merged into the full weights: look at what it answers now")
-    print(f"checkpoint: {out_dir}; give generate/base.py the --style that it was trained with")
     if rest or biases:
         if not biases:
             name = {"adapter_v2": "adapter"}.get(name, "full")
         _save_rest(out_dir, name, header, rest, biases)
         print(f"the rest of it does not merge: give generate/base.py --method_dir {out_dir / name}, too")
+    return not (rest or biases)
 
 
 def merged_tensors(gpt: GPT, base: Folder) -> Iterator[tuple[str, Tensor, Tensor]]:

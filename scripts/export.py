@@ -45,23 +45,24 @@ class Options:
 
 def main(options: Options) -> None:
     base_dir, method_dir, out_dir = options.checkpoint_dir, options.method_dir, options.out_dir
-    base, quoted = Folder(base_dir), shlex.quote(str(base_dir))
+    base, quoted, out = Folder(base_dir), shlex.quote(str(base_dir)), shlex.quote(str(out_dir))
     if options.to == "gguf":
-        out = out_dir / f"{base_dir.name}-{options.gguf_type}.gguf"
+        file = out_dir / f"{base_dir.name}-{options.gguf_type}.gguf"
         out_dir.mkdir(parents=True, exist_ok=True)
-        if method_dir is None:
-            write_gguf(out, base, options.gguf_type)
-        else:
-            with TemporaryDirectory(dir=out_dir) as merged:
-                merge(base_dir, method_dir, Path(merged) / "hf")
-                write_gguf(out, Folder(Path(merged) / "hf"), options.gguf_type)
-        return print(f"serve it with: llama-server -m {shlex.quote(str(out))}")
+        with TemporaryDirectory(dir=out_dir) as folder:
+            if method_dir is not None:
+                if not merge(base_dir, method_dir, Path(folder) / "hf"):
+                    raise ValueError(f"{method_dir} does not merge as a whole: serve it with --method_dir")
+                base = Folder(f"{folder}/hf")
+            write_gguf(file, base, options.gguf_type)
+        print(f"serve it with: llama-server -m {shlex.quote(str(file))}")
+        return
     if method_dir is None:
         raise ValueError(f"--to {options.to} wants a --method_dir")
-    out = shlex.quote(str(out_dir))
     if options.to == "hf":
         merge(base_dir, method_dir, out_dir)
-        return print(f"serve it with: vllm serve {out}")
+        print(f"serve it with: vllm serve {out}")
+        return
     header, tensors = read_method(method_dir, base)
     if options.to == "peft":
         write_peft(out_dir, header, tensors, base, options.peft_exact)

@@ -33,6 +33,7 @@ class Options:
 def main(options: Options) -> None:
     dtype = None if options.dtype == "same" else getattr(torch, options.dtype)
     merge(options.checkpoint_dir, options.method_dir, options.out_dir, dtype)
+    print(f"checkpoint: {options.out_dir}; give generate/base.py the --style that it was trained with")
 
 
 if __name__ == "__main__":

@@ -1,9 +1,11 @@
 """What is exported answers elsewhere as it does here: GGUF files in a real llama.cpp."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 import xllamacpp
-from conftest import randomize, say
+from conftest import fail, randomize, say
 from test_convert import OTHERS, SIZES, TEXTS, bpe_fields
 from test_convert import write_gguf as write_by_hand
 from test_parity import built
@@ -101,6 +103,21 @@ def test_llama_cpp_decodes_with_a_lora_of_ours(name, tiny, tmp_path, capsys, mon
     say(export, capsys, monkeypatch, f"--to mlx {args}/mlx")
     say(export, capsys, monkeypatch, f"--to peft {args}/peft")
     assert list(generate(load(folder, tmp_path / "peft"), ids, max_new_tokens=50, temperature=0)) == expected
+
+
+def test_what_a_gguf_file_cannot_say_is_refused(tiny, tmp_path, capsys, monkeypatch):
+    """A method that merges in part, and a shape that the file has no field for; nothing is left."""
+    folder = folder_of("qwen3", tiny, tmp_path)
+    gpt, base = randomize(built(folder, "adapter_v2", start_layer=1)), Folder(folder)
+    options = method_options("adapter_v2", start_layer=1)
+    save_method(tmp_path / "v2.safetensors", gpt, "adapter_v2", options, base.identity)
+    args = f"--to gguf --checkpoint_dir {folder} --out_dir {tmp_path}/out"
+    line = fail(export, capsys, monkeypatch, f"{args} --method_dir {tmp_path}/v2.safetensors")
+    assert "does not merge as a whole" in line
+    base.config = replace(base.config, attn_scale=0.1)
+    with pytest.raises(ValueError, match="of qwen3 cannot say this network's shape"):
+        write_gguf(tmp_path / "out/m.gguf", base)
+    assert not any((tmp_path / "out").iterdir())
 
 
 @pytest.mark.slow

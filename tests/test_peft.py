@@ -29,13 +29,18 @@ Q_V_DOWN = dict(r=4, lora_alpha=16, target_modules=["q_proj", "v_proj", "down_pr
 FUSED = Q_V_DOWN | GPT2 | dict(target_modules=["c_attn", "mlp.c_proj"])
 IA3 = dict(target_modules=["k_proj", "v_proj", "down_proj"], feedforward_modules=["down_proj"])
 LM = dict(task_type="CAUSAL_LM")
+ALPHAS = {"down_proj": 5, "model.layers.2.self_attn.v_proj": 3}
 CASES = {
     "lora": ("llama-gqa", LoraConfig(**Q_V_DOWN, **LM)),
     "rslora": ("llama-gqa", LoraConfig(**Q_V_DOWN, use_rslora=True)),
     "dora": ("llama-gqa", LoraConfig(**Q_V_DOWN, use_dora=True)),
     "ranks and alphas": (
         "llama-gqa",
-        LoraConfig(**Q_V_DOWN, rank_pattern={"layers.1.self_attn.q_proj": 7}, alpha_pattern={"down_proj": 5}),
+        LoraConfig(
+            **Q_V_DOWN,
+            rank_pattern={"layers.1.self_attn.q_proj": 7},
+            alpha_pattern=ALPHAS,
+        ),
     ),
     "head": ("llama-gqa", LoraConfig(**Q_V_DOWN, modules_to_save=["lm_head"])),
     "tokens": ("llama-gqa", LoraConfig(**Q_V_DOWN, trainable_token_indices=[5, 3])),

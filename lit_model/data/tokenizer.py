@@ -106,12 +106,6 @@ class Tokenizer:
         """Text of the ids, without special tokens unless these are wanted."""
         return self.hf.decode(list(ids), skip_special_tokens=not special)
 
-    def token(self, i: int) -> str:
-        """Its name in the vocabulary. Raises ValueError if there is none."""
-        if (name := self.hf.id_to_token(i)) is None:
-            raise ValueError(f"the tokenizer has no token {i}")
-        return name
-
     def add(self, texts: Sequence[str]) -> list[int]:
         """Makes each text a token, wherever it stands in another one. Returns their ids; one that exists keeps its
         own."""

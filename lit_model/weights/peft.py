@@ -109,8 +109,10 @@ def _take_tokens(config: dict[str, Any], theirs: Named, modules: Modules, tokens
     if not found:
         return {}
     base, tokenizer = modules.base, Tokenizer(modules.base.path)
-    ids = indices[next(iter(indices))] if isinstance(indices, dict) else indices
-    tokens |= {tokenizer.token(i): i for i in sorted(ids)}
+    ids, *others = indices.values() if isinstance(indices, dict) else [indices]
+    if any(other != ids for other in others):
+        raise ValueError(f"trainable_token_indices are {indices!r:.80}; they must be the same in both layers")
+    tokens |= {str(tokenizer.hf.id_to_token(i)): i for i in sorted(ids)}
     order = sorted(range(len(ids)), key=ids.__getitem__)
     rows = {f"{modules.ours[name][0]}.deltas.tokens.rows": t[order] for name, t in found.items()}
     if not base.config.tie:
@@ -124,10 +126,9 @@ def _read_lora(config: dict[str, Any], theirs: Named, modules: Modules) -> tuple
     As, Bs, sizes = (_take(theirs, f"lora_{kind}") for kind in ("A.weight", "B.weight", "magnitude_vector"))
     rslora, layers = bool(config.get("use_rslora")), {}
     for name, A in As.items():
-        alpha = next(
-            (a for key, a in (config.get("alpha_pattern") or {}).items() if re.fullmatch(rf"(.*\.)?({key})", name)),
-            config["lora_alpha"],
-        )
+        patterns, full = config.get("alpha_pattern") or {}, modules.family.full_name(name)
+        own = (a for pattern, a in patterns.items() if re.fullmatch(rf"(.*\.)?({pattern})", full))
+        alpha = next(own, config["lora_alpha"])
         for ours, B in modules.split(name, Bs.pop(name)):
             layers[ours] = A, B, alpha / _rank_root(len(A), rslora)
     ranks, scales = {len(A) for A, _, _ in layers.values()}, {scale for _, _, scale in layers.values()}
@@ -225,8 +226,8 @@ def write_peft(out_dir: Path, header: dict[str, Any], tensors: Named, base: Fold
     config, stored = WRITERS[method](options | dict(kind=method, exact=exact), dict(tensors), modules)
     if header["tokens"]:
         config |= _write_tokens(header["tokens"], tensors, stored, modules)
-    if odd := next((name for name in tensors if name == "lm_head.weight"), None):
-        config["modules_to_save"], stored["base_model.model.lm_head.weight"] = ["lm_head"], tensors[odd]
+    if "lm_head.weight" in tensors:
+        config["modules_to_save"], stored["base_model.model.lm_head.weight"] = ["lm_head"], tensors["lm_head.weight"]
     common = dict(task_type="CAUSAL_LM", base_model_name_or_path=str(base.path), inference_mode=True)
     out_dir.mkdir(parents=True, exist_ok=True)
     save_file({name: t.contiguous() for name, t in stored.items()}, out_dir / WEIGHTS, dict(format="pt"))

@@ -5,6 +5,7 @@ float32, and so do positions; rows that no block of a quantized kind fits into a
 """
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +21,13 @@ from lit_model.data.tokenizer import Tokenizer
 from lit_model.files import replacing
 from lit_model.rope import LinearScaling, Llama3Scaling, LongScaling, Rope, YarnScaling
 from lit_model.weights.folder import Folder, network_shapes
-from lit_model.weights.gguf import _SPLITS, ARCHITECTURES, NAMES, SIZES
+from lit_model.weights.gguf import _SPLITS, ARCHITECTURES, GGUF, NAMES, SIZES, _config
 from lit_model.weights.peft import Modules, plain_lora
 from lit_model.weights.sentencepiece import CONTROL, NORMAL, UNKNOWN, USER_DEFINED
 
 ARCH_OF = {kind: arch for arch, kind in ARCHITECTURES.items()} | dict(mistral="llama")
 THEIRS = {ours: theirs for theirs, ours in NAMES.items()}
-KINDS = "F32", "F16", "BF16", "Q8_0", "Q5_1", "Q5_0", "Q4_1", "Q4_0"
+WINDOWED = "gemma3", "phi3"
 UNUSED, BYTE = 5, 6  # kinds of tokens, beside sentencepiece's
 PROBE = "It's 12345 of_them,\n\n\n  DON'T 7.5 \tà la carte 你好 (x)\r\n ok"
 
@@ -35,19 +36,19 @@ def write_gguf(out: Path, base: Folder, kind: str = "Q8_0") -> None:
     """Writes the network of a folder.
 
     Args:
-        kind: one of KINDS, that of matrices.
+        kind: that of matrices, as gguf calls it: F32, Q8_0, ...
     Raises:
         ValueError: llama.cpp has no such network, or no such tokenizer.
     """
-    arch = _arch(base)
+    arch, shapes = _arch(base), network_shapes(base.config)
     fields = _sizes(base.config, arch) | _tokenizer(Tokenizer(base.path), base.config)
     with replacing(out) as aside:
         writer = gguf.GGUFWriter(aside, arch)
         for name, value in fields.items():
             _add(writer, name, value)
         tensors = dict(_extra(base.config))
-        names = dict.fromkeys(base.family.fused(name)[0] for name in network_shapes(base.config))
-        plan = [(name, _plan(name, base, kind)) for name in names]
+        names = dict.fromkeys(base.family.fused(name)[0] for name in shapes)
+        plan = [(name, _plan([shapes[other] for other in base.family.fused(name)], name, kind)) for name in names]
         for name, t in tensors.items():
             writer.add_tensor_info(name, t.shape, np.dtype("f4"), t.nbytes)
         for name, (shape, dtype) in plan:
@@ -62,6 +63,11 @@ def write_gguf(out: Path, base: Folder, kind: str = "Q8_0") -> None:
         for name, (_, dtype) in plan:
             writer.write_tensor_data(quantize(_stored(name, base, arch).float().numpy(), dtype))
         writer.close()
+        written, _ = _config(GGUF(aside), arch)
+        if replace(written, layers=base.config.layers, block_size=base.config.block_size) != base.config or any(
+            isinstance(rope.scaling, YarnScaling) and rope not in written.ropes for rope in base.config.ropes
+        ):
+            raise ValueError(f"a GGUF file of {arch} cannot say this network's shape: llama.cpp would answer otherwise")
 
 
 def write_gguf_lora(out: Path, header: dict[str, Any], tensors: dict[str, Tensor], base: Folder) -> None:
@@ -99,11 +105,9 @@ def _add(writer: gguf.GGUFWriter, name: str, value: Any) -> None:
     kinds[type(value)](name, value) if type(value) in kinds else writer.add_array(name, value)
 
 
-def _plan(name: str, base: Folder, kind: str) -> tuple[tuple[int, ...], gguf.GGMLQuantizationType]:
-    """Shape and kind of the tensor that begins with ours of this name."""
-    shapes = network_shapes(base.config)
-    rows = sum(shapes[other][0] for other in base.family.fused(name))
-    shape = (rows, *shapes[name][1:])
+def _plan(fused: list[torch.Size], name: str, kind: str) -> tuple[tuple[int, ...], gguf.GGMLQuantizationType]:
+    """Shape and kind of the tensor that begins with ours of this name, and holds all of these shapes."""
+    shape = (sum(rows for rows, *_ in fused), *fused[0][1:])
     if len(shape) == 1 or name == "wpe.weight":
         kind = "F32"
     elif kind.startswith(("Q4", "Q5")) and name in ("wte.weight", "lm_head.weight"):
@@ -148,7 +152,7 @@ def _sizes(config: Config, arch: str) -> dict[str, Any]:
         f"{arch}.attention.value_length": config.head_size, f"{arch}.attention.{eps}": config.norm_eps,
     }  # fmt: skip
     context = config.block_size
-    if windows and arch in ("gemma3", "phi3"):
+    if windows and arch in WINDOWED:
         fields[f"{arch}.attention.sliding_window"] = min(windows)
     elif windows:  # llama.cpp has none here: up to there it answers as the network does
         context = min(context, *windows)
