@@ -102,7 +102,7 @@ def folder(request, templates, tiny, tmp_path_factory):
             (folder / "added_tokens.json").write_text(json.dumps({token: n + i for i, token in enumerate(more)}))
         if kind == "prepend":  # as LLaMA 2's tokenizer.json
             (folder / "tokenizer_config.json").write_text(json.dumps(stated))
-            tokenizer = Tokenizer(folder)._hf
+            tokenizer = Tokenizer(folder).hf
             tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
             tokenizer.pre_tokenizer = pre_tokenizers.Sequence([])
             tokenizer.save(str(folder / "tokenizer.json"))
