@@ -31,7 +31,7 @@ from lit_model.data.dataset import read_dataset
 from lit_model.data.examples import ExampleOptions, marked, parts, validate_options
 from lit_model.data.tokenizer import Tokenizer
 from lit_model.files import reading, refuse_used
-from lit_model.load import empty_network, install_method, is_base, load_base
+from lit_model.load import METHODS, empty_network, install_method, is_base, load_base, read_method
 from lit_model.methods.tokens import Tokens, add_tokens, init_from_base
 from lit_model.packing import Example, Packed, pack
 from lit_model.weights import demo
@@ -111,6 +111,8 @@ class RunOptions:
     inputs move to the host's memory; null: all that is free"""
     overwrite: bool = may_differ(False)
     """replace the run that out_dir holds; otherwise it is resumed if it was interrupted"""
+    init_from: Path | None = None
+    """method folder to start from, ours or one of PEFT's; its options, such as a rank, are taken"""
     dry_run: bool = may_differ(False)
     """print what the run would need of memory, time and disk, measured in three steps, and write nothing"""
 
@@ -218,6 +220,8 @@ def start(options: RunOptions) -> Run:
             refuse_used(options.out_dir)
     demo.fetch_if_demo(options.checkpoint_dir)
     base = Folder(options.checkpoint_dir)  # says what is wrong with the folder before anything else is done
+    if options.init_from is not None:
+        take_options(options, base)
     is_demo = Path(options.data).absolute() == demo.DEMO_DATA
     if is_demo:
         demo.fetch_demo_data()
@@ -264,6 +268,18 @@ def start(options: RunOptions) -> Run:
         progress=replace(progress_so_far(options, state), began=tokenizer.now.isoformat()),
         tokens=tokens,
     )
+
+
+def take_options(options: RunOptions, base: Folder) -> None:
+    """Those of the method in `init_from` that make its network. Raises ValueError for another method or base."""
+    header, _ = read_method(options.init_from, base)
+    own = getattr(options, header["method"], None)
+    if header["base"] != base.identity or (own is None and METHODS[header["method"]]):
+        what = f"{header['method']} on another base" if own else f"{header['method']}, which another script trains"
+        raise ValueError(f"--init_from {options.init_from}: it holds {what}")
+    if own:
+        made = {name: value for name, value in header["options"].items() if name not in ("dropout", "lr_ratio")}
+        setattr(options, header["method"], replace(own, **made))
 
 
 def progress_so_far(options: RunOptions, state: State) -> Progress:
@@ -332,6 +348,12 @@ def prepare(
 
     Returns the network as Fabric wraps it, to be called where gradients are wanted, and the optimizer.
     """
+    if run.options.init_from is not None:
+        tensors = read_method(run.options.init_from, run.base)[1]
+        if odd := tensors.keys() ^ {name for name, p in gpt.named_parameters() if p.requires_grad}:
+            raise ValueError(f"--init_from {run.options.init_from}: {min(odd)} is not trained in both runs")
+        with reading(run.options.init_from):
+            gpt.load_state_dict(tensors, strict=False)
     n_trained = sum(p.numel() for p in gpt.parameters() if p.requires_grad)
     added = sum(p.numel() for name, p in gpt.named_parameters() if p.requires_grad and not is_base(name))
     run.counted = n_trained, n_parameters(replace(gpt.config, vocab_size=gpt.wte.num_embeddings)) + added

@@ -19,7 +19,7 @@ from lit_model.cli import choose_device, choose_dtype, cli
 from lit_model.data.examples import prompt_ids, render, validate_style
 from lit_model.files import read_yaml, reading
 from lit_model.generate import generate, stream_text
-from lit_model.load import load_tokenizer, method_file
+from lit_model.load import load_tokenizer, method_dirs, method_file
 from lit_model.weights import demo
 
 
@@ -106,7 +106,7 @@ def prompt_style(options: Options) -> str:
     """The style that was asked for, or that of the run in method_dir, or none."""
     if options.style != "auto" or options.method_dir is None:
         return "none" if options.style == "auto" else options.style
-    path = method_file(options.method_dir).parent / "hparams.yaml"
+    path = method_file(method_dirs(options.method_dir)[0]).parent / "hparams.yaml"
     try:
         return str(read_yaml(path)["examples"]["style"])
     except (OSError, KeyError, TypeError):

@@ -49,7 +49,7 @@ def lock(path: Path, wait: bool = False) -> IO:
 def refuse_pointer(path: Path) -> None:
     """Raises ValueError if Git has left a note of where the file is; FileNotFoundError without a file."""
     if not path.is_file():  # or a device that never ends
-        raise FileNotFoundError(f"{path} is not there")
+        raise FileNotFoundError(f"{path} is {'no file' if path.exists() else 'not there'}")
     with open(path, "rb") as file:
         if file.read(40).startswith(b"version https://git-lfs"):
             raise ValueError(f"{path} is a pointer of Git LFS and not the file itself: fetch it with 'git lfs pull'")

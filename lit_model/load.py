@@ -11,7 +11,7 @@ the keys that are missing afterwards are exactly the method's own.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from importlib import import_module
 from itertools import groupby
@@ -33,6 +33,8 @@ if TYPE_CHECKING:
     from lit_model.data.labels import Task
     from lit_model.data.tokenizer import Tokenizer
     from lit_model.methods.side_by_side import SideBySide
+
+MethodDirs = Path | str | Sequence[Path | str]  # one method folder, or several: a list, or a text with commas
 
 METHODS = {  # a file in methods/ -> the dataclass of its options
     "adapter": "Adapter",
@@ -61,18 +63,18 @@ def method_options(name: str, **options: Any) -> Any:
 
 def load(
     folder: Path | str,
-    method_dir: Path | str | Mapping[str, Path | str] | None = None,
+    method_dir: MethodDirs | Mapping[str, Path | str] | None = None,
     device: torch.device | str = "cpu",
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | None = torch.float32,
     quantize: str = "none",
 ) -> "GPT | SideBySide":
     """The network in `folder`, with what `method_dir` has trained on it, in eval mode.
 
     Args:
         folder: any Hugging Face folder of a supported family.
-        method_dir: the out_dir of a finetuning run, or one .safetensors file in it; a dict puts methods side by side,
-            see methods/side_by_side.py.
-        dtype: dtype of the base weights and of all activations.
+        method_dir: the out_dir of a finetuning run, one .safetensors file in it, or a folder of PEFT's. Of a list, or
+            of a text with commas, all act together; a dict puts them side by side, see methods/side_by_side.py.
+        dtype: dtype of the base weights and of all activations; None: as they are stored.
         quantize: form of the base weights: none, nf4, int8 or fp8, see quantize.py.
     Raises:
         FileNotFoundError: a file is not there. ValueError: it is broken, or the method was trained on another base.
@@ -124,14 +126,36 @@ def install_method(gpt: GPT, name: str, options: Any, task: "Task | None", token
             method_module("tokens").install(gpt, tokens)
 
 
-def install_saved(gpt: GPT, method_dir: Path | str, base: Folder) -> list[str]:
-    """Adds the method of a folder, with its trained tensors, to a network on the meta device. Returns their names.
+def install_saved(gpt: GPT, method_dir: MethodDirs | None, base: Folder) -> list[str]:
+    """Adds the method of a folder, with its trained tensors, to a network on the meta device; of several one after the
+    other. Returns their names.
 
-    Raises ValueError if it was trained on another base, or its tensors are not those of the method.
+    Raises ValueError if one was trained on another base, its tensors are not those of the method, or it would undo
+    another one.
     """
-    (header, tensors), path = read_method(method_dir, base), method_file(method_dir)
+    found: list[str] = []
+    for i, folder in enumerate(method_dirs(method_dir)):
+        slots = {
+            path: m for path, m in gpt.named_modules() if path.endswith(("deltas", "virtual_tokens", "virtual_keys"))
+        }
+        for slot in slots.values() if i else ():
+            for name in [name for name in slot if name != "tokens"]:
+                slot[f"{name}_{i}"] = slot.pop(name)  # the next one may be of the same kind
+        names = _install_saved(gpt, folder, base)
+        undone = [name for name in names if name in found and (is_base(name) or "deltas.tokens." in name)]
+        undone += [path for path, slot in slots.items() if len(slot) > 1 and hasattr([*slot.values()][-1], "is_first")]
+        if undone:
+            raise ValueError(
+                f"{folder} would undo what another method has done to {undone[0]}: name it first, or alone"
+            )
+        found += names
+    return found
+
+
+def _install_saved(gpt: GPT, folder: Path, base: Folder) -> list[str]:
+    (header, tensors), path = read_method(folder, base), method_file(folder)
     if header["base"] != base.identity:
-        raise ValueError(f"{method_dir} was trained on another base than {base.path}")
+        raise ValueError(f"{folder} was trained on another base than {base.path}")
     before = gpt.state_dict().keys()
     with reading(path):
         name = header["method"]
@@ -196,6 +220,13 @@ def is_base(name: str) -> bool:
 # ----------------------------------------------------------------------------------------------------- method folders
 
 
+def method_dirs(method_dir: MethodDirs | None) -> list[Path]:
+    """Those of a list, of a text with commas between them, or the one; [] for None."""
+    if method_dir is None or not isinstance(method_dir, str | Path):
+        return [Path(folder) for folder in method_dir or ()]
+    return [Path(part) for part in ([method_dir] if Path(method_dir).exists() else str(method_dir).split(","))]
+
+
 def is_peft(method_dir: Path | str) -> bool:
     """Whether it is a folder of PEFT's, see weights/peft.py."""
     return (Path(method_dir) / "adapter_config.json").is_file()
@@ -238,13 +269,15 @@ def method_header(method_dir: Path | str) -> dict[str, Any]:
     return header | dict(options=options, task=task or None, tokens=tokens)
 
 
-def load_tokenizer(folder: Path | str, method_dir: Path | str | None = None) -> "Tokenizer":
-    """The tokenizer of a checkpoint folder, with the tokens of a method. Raises ValueError if their ids differ."""
+def load_tokenizer(folder: Path | str, method_dir: MethodDirs | None = None) -> "Tokenizer":
+    """The tokenizer of a checkpoint folder, with the tokens of methods. Raises ValueError if their ids differ."""
     from lit_model.data.tokenizer import Tokenizer
 
-    tokenizer, tokens = Tokenizer(folder), method_header(method_dir)["tokens"] if method_dir else {}
-    if tokens and tokenizer.add([*tokens]) != [*tokens.values()]:
-        raise ValueError(f"{folder}: its tokenizer is not the one that {method_dir} added tokens to")
+    tokenizer = Tokenizer(folder)
+    for method in method_dirs(method_dir):
+        tokens = method_header(method)["tokens"]
+        if tokens and tokenizer.add([*tokens]) != [*tokens.values()]:
+            raise ValueError(f"{folder}: its tokenizer is not the one that {method} added tokens to")
     return tokenizer
 
 

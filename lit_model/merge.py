@@ -1,24 +1,28 @@
 """Merges what a finetuning run has trained into the base weights: a Hugging Face folder that needs no method folder."""
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Sequence
 from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
+from lit_model.data.examples import ALPACA
 from lit_model.families import write_config
 from lit_model.files import cast, refuse_used
 from lit_model.load import (
+    MethodDirs,
     empty_network,
     install_method,
     install_saved,
     is_base,
+    load,
     load_base,
     load_tokenizer,
+    method_dirs,
     method_header,
     method_options,
     save_method,
@@ -26,13 +30,75 @@ from lit_model.load import (
 from lit_model.model import GPT, Linear
 from lit_model.weights.folder import Folder, network_shapes, save_folder, tokenizer_files
 
+QUESTIONS = (
+    "Give three tips for staying healthy.", "Why is the sky blue?", "Write a haiku about the sea.",
+    "Which of 17 and 71 is larger?",
+)  # fmt: skip
+
+
+class Merged:
+    """A base, and what method folders have trained for it, merged as far as that goes.
+
+    Raises ValueError if a method cannot be merged.
+    """
+
+    def __init__(self, checkpoint_dir: Path, method_dir: MethodDirs | None = None, as_a_whole: bool = False):
+        self.base, self.headers = Folder(checkpoint_dir), [method_header(folder) for folder in method_dirs(method_dir)]
+        self.gpt = empty_network(self.base)
+        install_saved(self.gpt, method_dir, self.base)
+        self.gpt.tie()
+        shape = deepcopy(self.gpt).to("meta")
+        shape.tie()
+        shape.merge()
+        self.rest = {name: self.gpt.state_dict()[name] for name in shape.state_dict() if not is_base(name)}
+        """tensors that do not merge: prompts and gates of adapter_v2, a classification layer"""
+        self.method = ",".join(header["method"] for header in self.headers)
+        self.biases: dict[str, Tensor | None] = dict.fromkeys(take_biases(shape, self.base))
+        """those that merging makes and no config.json can say; `tensors` fills them in"""
+        may_leave = self.method == "adapter_v2" or all(name.startswith("heads.") for name in self.rest)
+        if not self.is_whole and (as_a_whole or len(self.headers) > 1 or not may_leave):
+            where = f"cannot be merged{' as a whole' * as_a_whole} into the base weights"
+            raise ValueError(f"{self.method} {where}; generate with --method_dir instead")
+        self.config = shape.config
+        self.tokenizer = load_tokenizer(checkpoint_dir, method_dir)
+
+    @property
+    def is_whole(self) -> bool:
+        return not (self.rest or self.biases)
+
+    def tensors(self) -> Iterator[tuple[str, Tensor, Tensor]]:
+        """(name, merged tensor in float32, the base's), one at a time; the same one twice where nothing is merged. A
+        bias that the base does not have is zero there."""
+        stored = {*self.base.names, "lm_head.weight"}
+        for path, m in self.gpt.named_modules():
+            own = {name: p for name, p in m.named_parameters(recurse=False) if is_base(f"{path}.{name}")}
+            if not own:
+                continue
+            before = {name: self.base.tensor(f"{path}.{name}") for name in own if f"{path}.{name}" in stored}
+            after = {name: before[name] if p.is_meta else p.float() for name, p in own.items()}
+            for delta in getattr(m, "deltas", {}).values():
+                if hasattr(delta, "merged"):
+                    pair = (None if t is None else t.float() for t in (after["weight"], after.get("bias")))
+                    after = {
+                        n: t for n, t in zip(("weight", "bias"), delta.merged(*pair), strict=True) if t is not None
+                    }
+            for name, t in after.items():
+                base = before.get(name, before["weight"].new_zeros(len(t)))
+                if f"{path}.{name}".removesuffix(".bias") in self.biases and name == "bias":
+                    self.biases[path] = t
+                else:
+                    yield f"{path}.{name}", t.detach(), base
+
 
 def merge(
-    checkpoint_dir: Path, method_dir: Path, out_dir: Path, dtype: torch.dtype | None = None, overwrite: bool = False
-) -> bool:
-    """Writes `out_dir`. Returns whether it is the whole network: what does not merge, and what the fields of
-    transformers cannot say (a bias of the output layer), stays in a method folder inside it. Prints how much of what
-    was trained the storage loses.
+    checkpoint_dir: Path,
+    method_dir: MethodDirs,
+    out_dir: Path,
+    dtype: torch.dtype | None = None,
+    overwrite: bool = False,
+) -> None:
+    """Writes `out_dir`. What does not merge, and what the fields of transformers cannot say (a bias of the output
+    layer), stays in a method folder inside it. Prints how much of what was trained the storage loses.
 
     Args:
         dtype: dtype of the stored weights; None: that of the base.
@@ -41,61 +107,24 @@ def merge(
     """
     if not overwrite:
         refuse_used(out_dir)
-    base, header = Folder(checkpoint_dir), method_header(method_dir)
-    gpt = empty_network(base)
-    install_saved(gpt, method_dir, base)
-    gpt.tie()
-    merged = deepcopy(gpt).to("meta")  # its shape
-    merged.tie()
-    merged.merge()
-    rest = {name: gpt.state_dict()[name] for name in merged.state_dict() if not is_base(name)}
-    name = header["method"]
-    if name != "adapter_v2" and not all(key.startswith("heads.") for key in rest):
-        raise ValueError(f"{name} cannot be merged into the base weights; generate with --method_dir instead")
-    biases = dict.fromkeys(take_biases(merged, base))
-    loss = Loss()
+    merged, loss = Merged(checkpoint_dir, method_dir), Loss()
+    base, has_tokens = merged.base, any(header["tokens"] for header in merged.headers)
 
     def tensors() -> Iterator[tuple[str, Tensor]]:
-        for key, exact, before in merged_tensors(gpt, base):
-            if key.removesuffix(".bias") in biases:
-                biases[key.removesuffix(".bias")] = exact
-                continue
-            stored = cast(key, exact, dtype or before.dtype)
+        for name, exact, before in merged.tensors():
+            stored = cast(name, exact, dtype or before.dtype)
             loss.add(exact, stored, before)
-            yield key, stored
+            yield name, stored
 
-    has_tokens = bool(header["tokens"])
-    files = load_tokenizer(checkpoint_dir, method_dir).files() if has_tokens else tokenizer_files(base.path)
+    files = merged.tokenizer.files() if has_tokens else tokenizer_files(base.path)
     save_folder(out_dir, merged.config, tensors(), files, base.hf)
-    hint = "; --dtype float32 keeps it" if loss.share > 0.05 else ""
-    print(f"storing the sum loses {100 * loss.share:.3g} % of what was trained{hint}")
-    if (kind := header["quantize"]) != "none":
+    print(f"storing the sum {loss}{'; --dtype float32 keeps it' if loss.share > 0.05 else ''}")
+    for kind in {header["quantize"] for header in merged.headers} - {"none"}:
         print(f"it was trained over {kind}, and is merged into the full weights: look at what it answers now")
-    if rest or biases:
-        if not biases:
-            name = {"adapter_v2": "adapter"}.get(name, "full")
-        _save_rest(out_dir, name, header, rest, biases)
+    if not merged.is_whole:
+        name = merged.method if merged.biases else {"adapter_v2": "adapter"}.get(merged.method, "full")
+        _save_rest(out_dir, name, merged)
         print(f"the rest of it does not merge: give generate/base.py --method_dir {out_dir / name}, too")
-    return not (rest or biases)
-
-
-def merged_tensors(gpt: GPT, base: Folder) -> Iterator[tuple[str, Tensor, Tensor]]:
-    """(name, merged tensor in float32, the base's) of all of a network on the meta device that has a method's tensors:
-    one at a time is in memory. A bias that the base does not have is zero there."""
-    stored = {*base.names, "lm_head.weight"}
-    for path, m in gpt.named_modules():
-        own = {name: p for name, p in m.named_parameters(recurse=False) if is_base(f"{path}.{name}")}
-        if not own:
-            continue
-        before = {name: base.tensor(f"{path}.{name}") for name in own if f"{path}.{name}" in stored}
-        after = {name: before[name] if p.is_meta else p for name, p in own.items()}
-        after = {name: t.float() for name, t in after.items()}
-        for delta in getattr(m, "deltas", {}).values():
-            if hasattr(delta, "merged"):
-                pair = delta.merged(after["weight"], after.get("bias"))
-                after = {name: t for name, t in zip(("weight", "bias"), pair, strict=True) if t is not None}
-        for name, t in after.items():
-            yield f"{path}.{name}", t.detach(), before.get(name, before["weight"].new_zeros(len(t)))
 
 
 def take_biases(gpt: GPT, base: Folder) -> dict[str, Tensor]:
@@ -110,22 +139,59 @@ def take_biases(gpt: GPT, base: Folder) -> dict[str, Tensor]:
     return biases
 
 
-def _save_rest(
-    out_dir: Path, name: str, header: Mapping[str, Any], rest: Mapping[str, Tensor], biases: Mapping[str, Tensor]
-) -> None:
-    """Writes a method folder over the merged base: the method as it starts, but for `rest` and `biases`."""
-    merged, options = Folder(out_dir), method_options(name, **header["options"])
-    gpt = empty_network(merged)
+def _save_rest(out_dir: Path, name: str, merged: Merged) -> None:
+    """Writes a method folder over the merged base: the method as it starts, but for what is left of it."""
+    base, header = Folder(out_dir), merged.headers[-1]
+    gpt, options = empty_network(base), method_options(name, **header["options"])
     install_method(gpt, name, options, header["task"])
-    load_base(gpt.requires_grad_(False), merged, None)
-    gpt.load_state_dict(rest, strict=False)
-    for key, bias in biases.items():
+    load_base(gpt.requires_grad_(False), base, None)
+    gpt.load_state_dict(merged.rest, strict=False)
+    for key, bias in merged.biases.items():
         (delta,) = gpt.get_submodule(key).deltas.values()
         delta.bias.data = bias
     for key, p in gpt.named_parameters():
         p.requires_grad_(not is_base(key))  # what is saved
     (out_dir / name).mkdir(exist_ok=True)
-    save_method(out_dir / name / "lit_method.safetensors", gpt, name, options, merged.identity, header["task"])
+    save_method(out_dir / name / "lit_method.safetensors", gpt, name, options, base.identity, header["task"])
+
+
+@torch.no_grad()
+def compare(checkpoint_dir: Path, method_dir: MethodDirs, dtype: torch.dtype | None = None) -> str:
+    """A line about how `merge` into this dtype will answer beside the unmerged network. Weights stay in the mapped
+    files, and each layer is merged when its turn comes."""
+    gpt, tokenizer = load(checkpoint_dir, method_dir, dtype=None), load_tokenizer(checkpoint_dir, method_dir)
+    gpt.dtype, base = torch.float32, Folder(checkpoint_dir)
+    texts = [tokenizer.encode(ALPACA.replace("{instruction}", question)) for question in QUESTIONS]
+    idx = torch.tensor([tokenizer.bos + ids[: min(map(len, texts))] for ids in texts])
+    gpt.heads.clear()
+    before = gpt(idx)
+    for name, p in gpt.named_parameters():
+        if is_base(name) and name in base.names:
+            p.data = p.data.to(dtype or base.tensor(name).dtype).to(p.dtype)
+    for name, m in gpt.named_modules():
+        merges = [delta for delta in getattr(m, "deltas", {}).values() if hasattr(delta, "merged")]
+        if isinstance(m, Linear) and merges:
+            m.deltas = nn.ModuleDict(dict(stored=Stored(merges, dtype or base.tensor(f"{name}.weight").dtype)))
+    after = gpt(idx)
+    differs = (after - before).abs().max() / before.abs().max()
+    same = 100 * (after.argmax(-1) == before.argmax(-1)).float().mean()
+    how = f"logits differ by at most {differs:.2g} of the largest, and the likeliest token is the same for {same:.1f} %"
+    return f"merged beside unmerged, on {idx.numel()} tokens: {how}"
+
+
+class Stored(nn.Module):
+    """In the place of what merges into a layer: the layer with all of it, as it will be stored."""
+
+    def __init__(self, merges: Sequence[nn.Module], dtype: torch.dtype):
+        super().__init__()
+        self.merges, self.stored = merges, dtype
+
+    def forward(self, linear: Linear, x: Tensor, y: Tensor) -> Tensor:
+        weight, bias = linear.weight.float(), None if linear.bias is None else linear.bias.float()
+        for delta in self.merges:
+            weight, bias = delta.merged(weight, bias)
+        weight, bias = (None if t is None else t.to(self.stored).to(x.dtype) for t in (weight, bias))
+        return F.linear(x, weight, bias)
 
 
 class Loss:
@@ -136,10 +202,15 @@ class Loss:
 
     def add(self, exact: Tensor, stored: Tensor, base: Tensor) -> None:
         n = len(base)
-        if (moved := (exact[:n] - base.float()).square().sum().item()) > 0:
+        if exact is not base and (moved := (exact[:n] - base.float()).square().sum().item()) > 0:
             self.change += moved
             self.error += (stored.float() - exact)[:n].square().sum().item()
 
     @property
     def share(self) -> float:
         return math.sqrt(self.error / self.change) if self.change else 0.0
+
+    def __str__(self) -> str:
+        if self.share < 1:
+            return f"loses {100 * self.share:.3g} % of what was trained"
+        return f"changes the weights {self.share:.2g} times as much as training has"

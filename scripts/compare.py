@@ -39,7 +39,7 @@ from lit_model.data.examples import ExampleOptions
 from lit_model.data.rows import read_rows, split_rows
 from lit_model.data.score import judge
 from lit_model.data.tokenizer import Tokenizer
-from lit_model.files import reading, validate_fields, write_text
+from lit_model.files import reading, refuse_used, validate_fields, write_text
 from lit_model.load import method_file, method_options
 from lit_model.packing import Example
 from lit_model.weights.demo import DEMO_CHECKPOINT, DEMO_DATA, Asset, fetch, fetch_if_demo, once
@@ -181,8 +181,8 @@ def prepare(options: Options) -> Comparison:
     settings = {name: getattr(options, name) for name in decisive}
     settings |= dict(data=hashlib.sha256(path.read_bytes()).hexdigest(), base=base.identity)
     out_dir, path = options.out_dir, options.out_dir / "cells.jsonl"
-    if out_dir.is_dir() and any(out_dir.iterdir()) and not path.is_file():
-        raise ValueError(f"{out_dir} holds other things: name another --out_dir")
+    if not path.is_file():
+        refuse_used(out_dir)
     cells = read_cells(path) if path.is_file() else []
     if other := [name for name in settings if any(one["settings"].get(name) != settings[name] for one in cells)]:
         raise ValueError(f"{path} has cells with another {', '.join(other)}: name another --out_dir")

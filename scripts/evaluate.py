@@ -20,7 +20,7 @@ from lit_model.data.examples import ExampleOptions
 from lit_model.data.rows import read_rows
 from lit_model.data.score import judge
 from lit_model.data.tokenizer import Tokenizer
-from lit_model.load import load_tokenizer, method_header
+from lit_model.load import load_tokenizer, method_dirs, method_header
 from lit_model.weights.demo import DEMO_CHECKPOINT, fetch_if_demo
 
 
@@ -61,7 +61,7 @@ def main(options: Options) -> None:
     fetch_if_demo(options.checkpoint_dir)
     tokenizer = load_tokenizer(options.checkpoint_dir, options.method_dir)
     rows = labelled(options.data, options.examples.strict)
-    task = method_header(options.method_dir)["task"] if options.method_dir else None
+    task = next((task for d in method_dirs(options.method_dir) if (task := method_header(d)["task"])), None)
     if options.method_dir and task is None:
         raise ValueError(f"{options.method_dir} was not trained on rows of text and label")
     if options.shots and task and task.head == "linear":

@@ -13,15 +13,13 @@ mlx        the LoRA alone, for mlx-lm
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Literal
 
 from lit_model.cli import cli
-from lit_model.load import read_method
-from lit_model.merge import merge
+from lit_model.merge import Merged, merge
 from lit_model.weights import demo
 from lit_model.weights.folder import Folder
-from lit_model.weights.peft import write_mlx, write_peft
+from lit_model.weights.peft import read_sum, write_mlx, write_peft
 from lit_model.weights.to_gguf import write_gguf, write_gguf_lora
 
 
@@ -34,7 +32,8 @@ class Options:
     out_dir: Path
     """folder for what is written"""
     method_dir: Path | None = None
-    """out_dir of the finetuning run, or a PEFT folder; null: the base itself, for gguf"""
+    """out_dir of the finetuning run, or a PEFT folder; several with commas between them act together; null: the base
+    itself, for gguf"""
     checkpoint_dir: Path = demo.DEMO_CHECKPOINT
     """Hugging Face folder of the base network that it was trained on"""
     gguf_type: Literal["F32", "F16", "BF16", "Q8_0", "Q5_1", "Q5_0", "Q4_1", "Q4_0"] = "Q8_0"
@@ -48,13 +47,11 @@ def main(options: Options) -> None:
     base, quoted, out = Folder(base_dir), shlex.quote(str(base_dir)), shlex.quote(str(out_dir))
     if options.to == "gguf":
         file = out_dir / f"{base_dir.name}-{options.gguf_type}.gguf"
+        merged = Merged(base_dir, method_dir, as_a_whole=True)
         out_dir.mkdir(parents=True, exist_ok=True)
-        with TemporaryDirectory(dir=out_dir) as folder:
-            if method_dir is not None:
-                if not merge(base_dir, method_dir, Path(folder) / "hf"):
-                    raise ValueError(f"{method_dir} does not merge as a whole: serve it with --method_dir")
-                base = Folder(f"{folder}/hf")
-            write_gguf(file, base, options.gguf_type)
+        loss = write_gguf(file, merged, options.gguf_type)
+        if method_dir is not None:
+            print(f"storing the sum in {options.gguf_type} {loss}")
         print(f"serve it with: llama-server -m {shlex.quote(str(file))}")
         return
     if method_dir is None:
@@ -63,7 +60,7 @@ def main(options: Options) -> None:
         merge(base_dir, method_dir, out_dir)
         print(f"serve it with: vllm serve {out}")
         return
-    header, tensors = read_method(method_dir, base)
+    header, tensors = read_sum(method_dir, base)
     if options.to == "peft":
         write_peft(out_dir, header, tensors, base, options.peft_exact)
         if header["method"] == "lora":

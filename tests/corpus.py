@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from conftest import LLAMA, WORDS, randomize
 from safetensors.torch import load_file, save_file
-from test_convert import bpe_fields, meta_folder, sentencepiece, write_gguf
+from test_convert import bpe_fields, sentencepiece, write_gguf
 
 from finetune import lora as lora_script
 from generate import base as generate_base
@@ -47,7 +47,6 @@ READERS = {  # folder or file: script and options
     "chat": (generate_base, f"{GENERATE} chat --style chat"),
     "run": (generate_base, f"{GENERATE} base --method_dir run"),
     "m.gguf": (convert, "--src m.gguf --out_dir new"),
-    "meta": (convert, "--src meta --out_dir new --block_size 64"),
     "c.yaml": (lora_script, f"{TRAIN} --config c.yaml"),
     "data.json": (lora_script, f"{TRAIN} --examples.style {{instruction}} --examples.val_fraction 0"),
 }
@@ -70,7 +69,6 @@ def valid(folder: Path, tiny: Path) -> None:
         torch.save(tensors, folder / name / file)
     index = dict(weight_map=dict.fromkeys(tensors, "one.bin"))
     (folder / "shards/pytorch_model.bin.index.json").write_text(json.dumps(index))
-    meta_folder(folder / "meta", gpt, 1, True, pieces)
     write_gguf(folder / "m.gguf", gpt, bpe_fields(tiny))
     gpt.requires_grad_(False)
     lora.install(gpt, lora.LoRA())
@@ -120,13 +118,13 @@ NO_OBJECTS = {
     "a number of 5,000 digits": b'{"a": ' + b"9" * 5000 + b"}",
 }
 DAMAGED = """base/model.safetensors bin/pytorch_model.bin shards/one.bin run/lit_method.safetensors m.gguf
-meta/consolidated.00.pth base/config.json base/tokenizer.json base/tokenizer_config.json meta/params.json
-shards/pytorch_model.bin.index.json sp/tokenizer.model meta/tokenizer.model run/hparams.yaml data.json""".split()
+base/config.json base/tokenizer.json base/tokenizer_config.json shards/pytorch_model.bin.index.json
+sp/tokenizer.model run/hparams.yaml data.json""".split()
 
 
 def damaged() -> Iterator[Case]:
     for file in DAMAGED:
-        is_weights = file.endswith((".safetensors", ".bin", ".pth", ".gguf"))
+        is_weights = file.endswith((".safetensors", ".bin", ".gguf"))
         for what, (change, *args) in DAMAGES.items():
             yield Case(file, what, change, args, refused=is_weights and change is not flip)
         if file.endswith(".json"):
@@ -191,25 +189,25 @@ def lie(*shape: int) -> Reduces:
 
 def pickles() -> Iterator[Case]:
     runs = Reduces(os.mkdir, MARKER)
-    for file, norm in (("bin/pytorch_model.bin", "model.norm.weight"), ("meta/consolidated.00.pth", "norm.weight")):
-        for what, (change, *args) in {
-            "a pickle that runs code": (put, pickle.dumps({"a": runs}, 2)),
-            "a zip file that runs code": (save, {norm: runs}),
-            "a zip file that runs eval": (save, {norm: Reduces(eval, f"__import__('os').mkdir('{MARKER}')")}),
-            "code in the place of a name": (save, {runs: torch.zeros(1)}),
-            "the old format that runs code": (save, {norm: runs}, False),
-            "a list": (save, [torch.zeros(2)]),
-            "numbers by name": (save, {norm: 1}),
-            "tensors by number": (save, {1: torch.zeros(1)}),
-            "another shape": (with_tensor, norm, torch.zeros(3)),
-            "a sparse tensor": (with_tensor, norm, torch.zeros(32).to_sparse()),
-            "a tensor expanded to 2**40": (with_tensor, norm, torch.zeros(1).expand(2**40)),
-            "a tensor of int64": (with_tensor, norm, torch.zeros(32, dtype=torch.int64)),
-            "a tensor on the meta device": (with_tensor, norm, torch.zeros(32, device="meta")),
-            "4 numbers that are 2**40": (with_tensor, norm, lie(2**40)),
-            "4 numbers that are 2**62 by 2, the old format": (save, {norm: lie(2**62, 2)}, False),
-        }.items():
-            yield Case(file, what, change, args)
+    file, norm = "bin/pytorch_model.bin", "model.norm.weight"
+    for what, (change, *args) in {
+        "a pickle that runs code": (put, pickle.dumps({"a": runs}, 2)),
+        "a zip file that runs code": (save, {norm: runs}),
+        "a zip file that runs eval": (save, {norm: Reduces(eval, f"__import__('os').mkdir('{MARKER}')")}),
+        "code in the place of a name": (save, {runs: torch.zeros(1)}),
+        "the old format that runs code": (save, {norm: runs}, False),
+        "a list": (save, [torch.zeros(2)]),
+        "numbers by name": (save, {norm: 1}),
+        "tensors by number": (save, {1: torch.zeros(1)}),
+        "another shape": (with_tensor, norm, torch.zeros(3)),
+        "a sparse tensor": (with_tensor, norm, torch.zeros(32).to_sparse()),
+        "a tensor expanded to 2**40": (with_tensor, norm, torch.zeros(1).expand(2**40)),
+        "a tensor of int64": (with_tensor, norm, torch.zeros(32, dtype=torch.int64)),
+        "a tensor on the meta device": (with_tensor, norm, torch.zeros(32, device="meta")),
+        "4 numbers that are 2**40": (with_tensor, norm, lie(2**40)),
+        "4 numbers that are 2**62 by 2, the old format": (save, {norm: lie(2**62, 2)}, False),
+    }.items():
+        yield Case(file, what, change, args)
     file = "shards/pytorch_model.bin.index.json"
     for shard in ("../secret", "/etc/hostname", "sub/one.bin", ".", "..", "", "a\0b", "\ud800", "two.bin", 5):
         yield Case(file, f"the shard {shard!r}", fields, [{"weight_map": {"model.norm.weight": shard}}])
@@ -232,10 +230,6 @@ FIELDS = {
         rope_scaling=("linear", {"rope_type": "llama3"}, {"rope_type": []}), hidden_act=({"a": 1}, "gelu"),
         model_type=([], "\x1b[2J" + "x" * DEEP, "gpt2"), tie_word_embeddings=("yes",),
         quantization_config=({"a": 1}, [1]),
-    ),
-    "meta/params.json": dict(
-        dim=(..., 2**40, "32", [32]), n_layers=(10**9, 1, "2"), n_heads=(3, True), vocab_size=("400", 2**40),
-        norm_eps=(float("nan"),), rope_theta=([1],),
     ),
     "base/tokenizer_config.json": dict(eos_token=(..., "nothing", 1, ["<eos>"], {"a": 1}, {"content": 5}, "\ud800")),
     "base/tokenizer.json": dict(

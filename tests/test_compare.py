@@ -149,7 +149,7 @@ def test_nothing_of_a_user_is_replaced(labelled, tiny, tmp_path, capsys, monkeyp
     (mine / "run").mkdir(parents=True)
     (mine / "train.csv").write_bytes(labelled.read_bytes())
     args = f"{QUICK} --data {mine}/train.csv --checkpoint_dir {tiny}/base --out_dir {mine} --methods zero-shot"
-    assert "mine holds other things: name another --out_dir" in fail(compare, capsys, monkeypatch, args)
+    assert "mine is not empty: name another folder, or remove it" in fail(compare, capsys, monkeypatch, args)
     assert (mine / "train.csv").read_bytes() == labelled.read_bytes() and (mine / "run").is_dir()
 
 

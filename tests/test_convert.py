@@ -1,4 +1,4 @@
-"""GGUF and Meta's files in: the Hugging Face folder that comes out gives the logits it was written from and, opened by
+"""GGUF files in: the Hugging Face folder that comes out gives the logits it was written from and, opened by
 transformers, the same logits and ids; broken files leave nothing."""
 
 import json
@@ -21,8 +21,7 @@ from lit_model.data.tokenizer import Tokenizer
 from lit_model.generate import stream_text
 from lit_model.rope import LinearScaling, Llama3Scaling, LongScaling, Rope
 from lit_model.weights.folder import Folder
-from lit_model.weights.gguf import NAMES, convert_gguf
-from lit_model.weights.meta import convert_meta
+from lit_model.weights.gguf import convert_gguf
 from scripts import convert, download
 
 SIZES = {**LLAMA, "n_hidden": 96, "vocab_size": 400}  # rows of 32, the size of a quantized block
@@ -30,6 +29,13 @@ QUANTS = gguf.GGMLQuantizationType
 TEXTS = ["apple river", "Don't  stop: 日本 🙂\n\t12345", "  two  spaces", " ", "\n\n", "Ünïcode", " ".join(WORDS)]
 
 
+NAMES = {  # ours -> llama.cpp's
+    "wte": "token_embd", "wpe": "position_embd", "norm_f": "output_norm", "lm_head": "output",
+    "norm_1": "attn_norm", "norm_2": "ffn_norm", "post_norm_1": "post_attention_norm", "post_norm_2": "post_ffw_norm",
+    "attn.o_proj": "attn_output", **{f"attn.{p}_proj": f"attn_{p}" for p in "qkv"},
+    **{f"attn.{p}_norm": f"attn_{p}_norm" for p in "qk"},
+    **{f"mlp.{p}_proj": f"ffn_{p}" for p in ("gate", "up", "down")},
+}  # fmt: skip
 FUSED = {  # our modules -> the one tensor that they lie in
     "gpt2": {"attn.q_proj attn.k_proj attn.v_proj": "attn_qkv"},
     "phi3": {"attn.q_proj attn.k_proj attn.v_proj": "attn_qkv", "mlp.gate_proj mlp.up_proj": "ffn_up"},
@@ -68,13 +74,12 @@ def write_gguf(
     named = {f"{arch}.{name}": value for name, value in (fields or {}).items()}
     for name, value in (named | {f"tokenizer.{name}": value for name, value in tokenizer.items()}).items():
         add[type(value)](name, value)
-    back = {ours: theirs for theirs, ours in NAMES.items()}
     tensors = gpt.state_dict()
     if c.tie:
         del tensors["lm_head.weight"]
     for name, t in list(tensors.items()):
         prefix, stem, ending = re.fullmatch(r"(blocks\.\d+\.)?(.+)\.(\w+)", name).groups()
-        theirs = back[stem]
+        theirs = NAMES[stem]
         for modules, fused in FUSED.get(arch, {}).items():
             if stem in modules.split():
                 t = torch.cat([tensors[name.replace(stem, module)] for module in modules.split()])
@@ -293,93 +298,22 @@ def test_gguf_with_a_factor_of_its_rope_alone_is_linear(field, tiny, tmp_path):
         assert Folder(tmp_path / f"hf{factor}").config.layers[0].rope == Rope(scaling=scaling)
 
 
-# --------------------------------------------------------------------------------------------------------------- Meta
-
-
-def meta_folder(folder, gpt: model.GPT, n: int, embeddings_below: bool, tokenizer: dict[str, bytes]) -> None:
-    """Writes `gpt` as Meta does: rope's neighbours beside each other, and n slices."""
-    c, names = gpt.config, {"norm_1": "attention_norm", "norm_2": "ffn_norm"}
-    names |= {f"attn.{p}_proj": f"attention.w{p}" for p in "qkvo"}
-    names |= {"mlp.gate_proj": "feed_forward.w1", "mlp.down_proj": "feed_forward.w2", "mlp.up_proj": "feed_forward.w3"}
-    top = {"wte": "tok_embeddings", "norm_f": "norm", "lm_head": "output"}
-    slices = [{"rope.freqs": torch.zeros(3)} for _ in range(n)]
-    for name, t in gpt.state_dict().items():
-        stem = name.removesuffix(".weight")
-        if stem.startswith("blocks."):
-            _, layer, stem = stem.split(".", 2)
-            theirs = f"layers.{layer}.{names[stem]}.weight"
-        else:
-            theirs = f"{top[stem]}.weight"
-        if stem in ("attn.q_proj", "attn.k_proj"):
-            t = meta_order(t, c.head_size)
-        beside = stem in ("attn.o_proj", "mlp.down_proj") or (stem == "wte" and not embeddings_below)
-        parts = [t] * n if t.ndim == 1 else t.chunk(n, dim=1 if beside else 0)
-        for part, into in zip(parts, slices, strict=True):
-            into[theirs] = part.clone()
-    folder.mkdir()
-    for i, part in enumerate(slices):
-        torch.save(part, folder / f"consolidated.{i:02}.pth")
-    params = dict(dim=c.n_embd, n_layers=c.n_layer, n_heads=c.n_head, n_kv_heads=c.n_kv_head, norm_eps=c.norm_eps)
-    (folder / "params.json").write_text(json.dumps(params | dict(vocab_size=c.vocab_size if embeddings_below else -1)))
-    for name, content in tokenizer.items():
-        (folder / name).write_bytes(content)
-
-
-@pytest.mark.parametrize("n, embeddings_below", [(1, False), (2, False), (2, True)])
-def test_metas_slices_give_the_logits_they_were_written_from(n, embeddings_below, tmp_path):
-    sp = sentencepiece(tmp_path)
-    gpt = randomize(model.GPT(model.Config(**{**LLAMA, "vocab_size": 320})), std=0.1).eval()
-    tokenizer = {"tokenizer.model": (tmp_path / "sp.model").read_bytes()}
-    meta_folder(tmp_path / "meta", gpt, n, embeddings_below, tokenizer)
-    convert_meta(tmp_path / "meta", tmp_path / "hf", block_size=128)
-    idx = torch.randint(0, 320, (1, 30))
-    torch.testing.assert_close(load(tmp_path / "hf")(idx), gpt(idx), rtol=0, atol=1e-6)
-    opened_by_transformers(tmp_path / "hf")
-    ours = Tokenizer(tmp_path / "hf")
-    assert all(ours.encode(text) == sp.encode(text) for text in TEXTS) and (ours.bos_id, ours.eos_id) == (1, 2)
-    if n > 1:
-        (tmp_path / "meta/consolidated.00.pth").unlink()
-        with pytest.raises(ValueError, match="meta: these weights do not make the network"):
-            convert_meta(tmp_path / "meta", tmp_path / "x")
-    (tmp_path / "meta/tokenizer.model").write_bytes(b"IQ== 0\nIg== 1\n")
-    if n == 1:
-        with pytest.raises(ValueError, match="tokenizer.model: it is of tiktoken's kind: put tokenizer.json"):
-            convert_meta(tmp_path / "meta", tmp_path / "x")
-
-
-def test_what_metas_files_do_not_say_is_guessed_by_generation(tmp_path):
-    gpt = model.GPT(model.Config(**{**LLAMA, "vocab_size": 96}))
-    meta_folder(tmp_path / "meta", gpt, 1, True, {})
-    params = json.loads((tmp_path / "meta/params.json").read_text())
-    (tmp_path / "meta/params.json").write_text(json.dumps(params | dict(rope_theta=5e5, use_scaled_rope=True)))
-    convert_meta(tmp_path / "meta", tmp_path / "hf")
-    config = Folder(tmp_path / "hf").config
-    rope = config.layers[0].rope
-    assert (config.block_size, rope.base, rope.scaling.factor) == (131072, 5e5, 32.0)
-    opened_by_transformers(tmp_path / "hf")
-
-
 # ------------------------------------------------------------------------------------------------------------- script
 
 
 def test_the_script_sees_what_it_is_given(tiny, tmp_path, capsys, monkeypatch):
-    gpt = model.GPT(model.Config(**SIZES))
-    write_gguf(tmp_path / "m.gguf", gpt, bpe_fields(tiny))
-    meta_folder(tmp_path / "meta", gpt, 1, True, {})
-    for source, dtype in (("m.gguf", "bfloat16"), ("meta", "float32")):
-        args = f"--src {tmp_path / source} --out_dir {tmp_path}/{source}-out --dtype {dtype}"
-        assert say(convert, capsys, monkeypatch, args) == f"checkpoint: {tmp_path}/{source}-out\n"
-        assert {str(t.dtype) for t in load_file(tmp_path / f"{source}-out/model.safetensors").values()} == {
-            f"torch.{dtype}"
-        }
-    before = {path: path.read_bytes() for path in (tmp_path / "meta-out").iterdir()}
-    line = fail(convert, capsys, monkeypatch, f"--src {tmp_path}/m.gguf --out_dir {tmp_path}/meta-out")
-    assert "meta-out is not empty" in line
-    assert before == {path: path.read_bytes() for path in (tmp_path / "meta-out").iterdir()}
-    line = fail(convert, capsys, monkeypatch, f"--src {tmp_path}/meta-out --out_dir {tmp_path}/x")
-    assert "meta-out is a Hugging Face folder, which needs no conversion" in line
-    line = fail(convert, capsys, monkeypatch, f"--src {tmp_path}/meta/params.json --out_dir {tmp_path}/x")
-    assert "params.json: it is no GGUF file" in line and not (tmp_path / "x").exists()
+    write_gguf(tmp_path / "m.gguf", model.GPT(model.Config(**SIZES)), bpe_fields(tiny))
+    out = tmp_path / "out"
+    args = f"--src {tmp_path}/m.gguf --out_dir {out}"
+    assert say(convert, capsys, monkeypatch, f"{args} --dtype float32") == f"checkpoint: {out}\n"
+    assert {t.dtype for t in load_file(out / "model.safetensors").values()} == {torch.float32}
+    before = {path: path.read_bytes() for path in out.iterdir()}
+    assert "out is not empty" in fail(convert, capsys, monkeypatch, args)
+    assert before == {path: path.read_bytes() for path in out.iterdir()}
+    line = fail(convert, capsys, monkeypatch, f"--src {out} --out_dir {tmp_path}/x")
+    assert "out is no file" in line
+    line = fail(convert, capsys, monkeypatch, f"--src {out}/config.json --out_dir {tmp_path}/x")
+    assert "config.json: it is no GGUF file" in line and not (tmp_path / "x").exists()
 
 
 # ---------------------------------------------------------------------------------------------------------------- Hub

@@ -4,37 +4,78 @@ from dataclasses import replace
 
 import pytest
 import torch
+import transformers
 import xllamacpp
 from conftest import fail, randomize, say
 from test_convert import OTHERS, SIZES, TEXTS, bpe_fields
 from test_convert import write_gguf as write_by_hand
 from test_parity import built
-from transformers import AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lit_model import GPT, Config, generate, load
 from lit_model.data.tokenizer import Tokenizer
 from lit_model.load import method_options, save_method
+from lit_model.merge import Merged
 from lit_model.weights import demo
-from lit_model.weights.folder import Folder
+from lit_model.weights.folder import Folder, tokenizer_files
 from lit_model.weights.gguf import convert_gguf
 from lit_model.weights.to_gguf import write_gguf
 from scripts import export
 
+YARN = dict(rope_type="yarn", rope_theta=500.0, factor=8.0, original_max_position_embeddings=16)
+NEWER = {  # as transformers says them, in what llama.cpp takes for granted as there
+    "gemma2": ("Gemma2", dict(head_dim=32, sliding_window=7, query_pre_attn_scalar=32, attn_logit_softcapping=3.0)),
+    "olmo3": ("Olmo3", dict(sliding_window=7, rope_parameters=dict(
+        full_attention=YARN, sliding_attention=dict(rope_type="default", rope_theta=500.0),
+    ))),
+    "granite": ("Granite", dict(
+        embedding_multiplier=7.0, residual_multiplier=0.22, attention_multiplier=0.11, logits_scaling=3.0,
+    )),
+    "smollm3": ("SmolLM3", {}),
+    "seed_oss": ("SeedOss", dict(head_dim=32)),
+    "qwen3_moe": ("Qwen3Moe", dict(
+        head_dim=32, num_experts=5, num_experts_per_tok=2, moe_intermediate_size=64, norm_topk_prob=True,
+    )),
+    "olmoe": ("Olmoe", dict(num_key_value_heads=4, num_experts=5, num_experts_per_tok=3)),
+    "mixtral": ("Mixtral", dict(num_local_experts=4)),
+}  # fmt: skip
+NAMES = [*OTHERS, *NEWER]
+GELU = "gemma2", "gemma3", "gpt2"  # llama.cpp reads it from a table in half precision
+EXACT = {name: name != "gpt2" for name in NAMES}  # of which llama.cpp's exact attention makes nan
+
+
+def never_end(output: torch.Tensor) -> None:
+    """A token that ends an answer is never the likeliest one: llama.cpp, told to ignore ends, chooses none."""
+    output.data[[1, 7]] = 0
+
 
 def folder_of(name: str, tiny, tmp_path):
     """A folder of another architecture, whose tokenizer has the rule that it usually has."""
+    if name in NEWER:
+        kind, more = NEWER[name]
+        sizes = dict(
+            vocab_size=400, hidden_size=64, intermediate_size=96, num_hidden_layers=4, num_attention_heads=4,
+            num_key_value_heads=2, max_position_embeddings=128, bos_token_id=0, eos_token_id=1, pad_token_id=None,
+        )  # fmt: skip
+        hf = AutoModelForCausalLM.from_config(getattr(transformers, f"{kind}Config")(**sizes | more))
+        never_end(randomize(hf, std=0.1).get_output_embeddings().weight)
+        hf.save_pretrained(tmp_path / "hf")
+        for file, content in tokenizer_files(tiny / "base").items():
+            (tmp_path / "hf" / file).write_bytes(content)
+        return tmp_path / "hf"
     shape, fields, rule = OTHERS[name]
     gpt = randomize(GPT(Config(**SIZES | shape | dict(vocab_size=400))), std=0.1).eval()
+    never_end(gpt.lm_head.weight)
     arch = name.split("-")[0]
     write_by_hand(tmp_path / "m.gguf", gpt, bpe_fields(tiny) | {"ggml.pre": rule}, arch=arch, fields=fields)
     convert_gguf(tmp_path / "m.gguf", tmp_path / "hf", torch.float32)
     return tmp_path / "hf"
 
 
-@pytest.mark.parametrize("name", OTHERS)
+@pytest.mark.parametrize("name", NAMES)
 def test_a_gguf_file_is_read_as_what_it_was_written_from(name, tiny, tmp_path):
     folder = folder_of(name, tiny, tmp_path)
-    write_gguf(tmp_path / "out.gguf", Folder(folder), "F32")
+    write_gguf(tmp_path / "out.gguf", Merged(folder), "F32")
     convert_gguf(tmp_path / "out.gguf", tmp_path / "again", torch.float32)
     before, after = Folder(folder), Folder(tmp_path / "again")
     assert after.config == before.config
@@ -64,22 +105,32 @@ def greedy(server: xllamacpp.Server, ids: list[int], n: int) -> list[int]:
     return [token["id"] for token in answer["choices"][0]["logprobs"]["content"]]
 
 
-@pytest.mark.parametrize("name", OTHERS)
+@pytest.mark.parametrize("name", NAMES)
 def test_llama_cpp_decodes_what_we_do(name, tiny, tmp_path):
     folder = folder_of(name, tiny, tmp_path)
-    write_gguf(tmp_path / "out.gguf", Folder(folder), "F32")
-    server = llama_cpp(tmp_path / "out.gguf", exact=name != "gpt2")  # of which its exact attention makes nan
-    ids = [3, 70, 15, 200, 9, 31]
+    write_gguf(tmp_path / "out.gguf", Merged(folder), "F32")
+    server = llama_cpp(tmp_path / "out.gguf", exact=EXACT[name])
+    ids = [3, 70, 15, 200, 9, 31, 77, 120, 44, 8, 91, 300]
+    options = dict(max_tokens=1, temperature=0, cache_prompt=False, logprobs=8)
+    for last in range(300, 310):  # until the likeliest token is a character
+        answer = server.handle_completions(dict(prompt=[*ids, last], **options))["choices"][0]
+        if answer["logprobs"] is not None:
+            break
+    (first,) = answer["logprobs"]["content"]
+    log_p, top = load(folder)(torch.tensor([[*ids, last]]))[0, -1].log_softmax(-1).detach(), first["top_logprobs"]
+    errors = [abs(token["logprob"] - log_p[token["id"]].item()) for token in top]
+    print(f"{name}: log-probabilities of the likeliest {len(errors)} within {max(errors):.0e}")
+    assert len(errors) == 8 and max(errors) <= (5e-3 if name in GELU else 2e-5)
     expected = list(generate(load(folder), ids, max_new_tokens=50, temperature=0))
     got, rest = greedy(server, ids, 50), iter(expected)
     assert len(got) >= 25 and all(i in rest for i in got)  # it says no ids of bytes that make no character
 
 
-@pytest.mark.parametrize("name", ["llama-3.1", "qwen3", "gpt2", "phi3-partial"])
+@pytest.mark.parametrize("name", ["llama-3.1", "qwen3", "gpt2", "phi3", "phi3-partial"])
 def test_llama_cpp_decodes_with_a_lora_of_ours(name, tiny, tmp_path, capsys, monkeypatch):
     """Its file beside the base's, merged into one file, and read by peft: the same answer."""
     folder = folder_of(name, tiny, tmp_path)
-    base, ids = Folder(folder), [3, 70, 15, 200, 9, 31]
+    base, ids = Folder(folder), [3, 70, 15, 200, 9, 31, 77, 120, 44, 8, 91, 300]
     gpt = built(folder, "lora", targets="q_proj,k_proj,o_proj,down_proj")
     with torch.no_grad():
         for p in gpt.parameters():
@@ -95,8 +146,8 @@ def test_llama_cpp_decodes_with_a_lora_of_ours(name, tiny, tmp_path, capsys, mon
     assert "--lora" in say(export, capsys, monkeypatch, f"--to gguf-lora {args}/alone")
     say(export, capsys, monkeypatch, f"--to gguf --gguf_type F32 --checkpoint_dir {folder} --out_dir {tmp_path}/base")
     for server in (
-        llama_cpp(tmp_path / "merged/hf-F32.gguf", exact=name != "gpt2"),
-        llama_cpp(tmp_path / "base/hf-F32.gguf", [tmp_path / "alone/lora.gguf"], exact=name != "gpt2"),
+        llama_cpp(tmp_path / "merged/hf-F32.gguf", exact=EXACT[name]),
+        llama_cpp(tmp_path / "base/hf-F32.gguf", [tmp_path / "alone/lora.gguf"], exact=EXACT[name]),
     ):
         got, rest = greedy(server, ids, 50), iter(expected)
         assert len(got) >= 25 and all(i in rest for i in got)
@@ -113,11 +164,12 @@ def test_what_a_gguf_file_cannot_say_is_refused(tiny, tmp_path, capsys, monkeypa
     save_method(tmp_path / "v2.safetensors", gpt, "adapter_v2", options, base.identity)
     args = f"--to gguf --checkpoint_dir {folder} --out_dir {tmp_path}/out"
     line = fail(export, capsys, monkeypatch, f"{args} --method_dir {tmp_path}/v2.safetensors")
-    assert "does not merge as a whole" in line
-    base.config = replace(base.config, attn_scale=0.1)
+    assert "adapter_v2 cannot be merged as a whole" in line
+    merged = Merged(folder)
+    merged.config = replace(base.config, attn_scale=0.1)
     with pytest.raises(ValueError, match="of qwen3 cannot say this network's shape"):
-        write_gguf(tmp_path / "out/m.gguf", base)
-    assert not any((tmp_path / "out").iterdir())
+        write_gguf(tmp_path / "out/m.gguf", merged)
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.slow

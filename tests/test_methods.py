@@ -339,7 +339,7 @@ def test_only_what_is_used_is_imported(tmp_path):
         modules = {*line.split()}
         assert "lit_model.model" in modules
         assert {m.removeprefix("lit_model.methods.") for m in modules if m.startswith("lit_model.methods.")} == methods
-        assert not {"transformers", "gguf", "peft", "lit_model.weights.gguf", "lit_model.weights.meta"} & modules
+        assert not {"transformers", "gguf", "peft", "lit_model.weights.gguf"} & modules
 
 
 def test_a_method_file_holds_only_what_is_trained(checkpoint, tmp_path):

@@ -23,8 +23,8 @@ SCRIPTS = files(ROOT, "scripts")
 @pytest.mark.parametrize(
     "what, count, most",
     [
-        # 7,900 before the families of 2026 (+ 500) and the ways out, under way: to be 8,750
-        ("lines of lit_model, finetune and generate", lambda: n_lines(LIBRARY), 9045),
+        # 7,900 before the families of 2026 (+ 500) and the ways out (to be + 350: docs say why it is more)
+        ("lines of lit_model, finetune and generate", lambda: n_lines(LIBRARY), 9100),
         ("lines of scripts", lambda: n_lines(SCRIPTS), 1880),
         ("lines of the core list", lambda: n_lines([ROOT / name for name in CORE if (ROOT / name).exists()]), 1350),
         ("lines of model.py", lambda: n_lines([ROOT / "lit_model/model.py"]), 400),
@@ -37,7 +37,7 @@ SCRIPTS = files(ROOT, "scripts")
             20,
         ),
         ("own files behind finetune/lora.py", lambda: budget.own_files(ROOT), 30),
-        ("options of finetune/lora.py", lambda: len(budget.options(ROOT)), 38),
+        ("options of finetune/lora.py", lambda: len(budget.options(ROOT)), 39),
         ("lines of the README", lambda: len((ROOT / "README.md").read_text().splitlines()), 150),
         ("words of the README", lambda: len((ROOT / "README.md").read_text().split()), 1500),
     ],
@@ -98,7 +98,7 @@ def test_the_library_imports_no_script_and_no_method():
     code = (
         "import lit_model, sys; print([m for m in sys.modules if m.split('.')[0] in ('finetune', 'generate', 'scripts')"
     )
-    code += " or m.startswith(('lit_model.methods.', 'lit_model.weights.gguf', 'lit_model.weights.meta', 'gguf'))])"
+    code += " or m.startswith(('lit_model.methods.', 'lit_model.weights.gguf', 'gguf'))])"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout == "[]\n"
 

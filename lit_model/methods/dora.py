@@ -25,6 +25,8 @@ class DoRA(LoRA):
 
 
 class DoRADelta(LoRADelta):
+    is_first = True  # of several methods: it computes from the weights themselves
+
     def reset_parameters(self) -> None:
         super().reset_parameters()
         self.magnitude = nn.Parameter(torch.zeros(len(self.B), device=self.B.device))

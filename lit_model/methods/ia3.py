@@ -38,6 +38,8 @@ class OutputScale(nn.Module):
 
 
 class InputScale(OutputScale):
+    is_first = True  # of several methods: it computes from the weights themselves
+
     def forward(self, linear: Linear, x: Tensor, y: Tensor) -> Tensor:
         return linear.matmul(x * self.scale.to(x.dtype)) + (0 if linear.bias is None else linear.bias.to(y.dtype))
 

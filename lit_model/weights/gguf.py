@@ -2,46 +2,45 @@
 
 The format (https://github.com/ggml-org/ggml/blob/master/docs/gguf.md): fields, a table of tensors, their data. Every
 text and list states its length; each is read from the mapped file, which ends where a length lies. The gguf package
-dequantizes. For the llama architecture q and k stand in Meta's rope order, for the others in ours; Gemma's norms are
-stored as 1 + weight.
+dequantizes, and knows the names of tensors. to_gguf.py writes such files, and reads its fields back through `shape_of`.
 """
 
 import json
 import math
-import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from gguf import GGMLQuantizationType, dequantize, quant_shape_to_byte_shape
+from gguf import MODEL_ARCH_NAMES, GGMLQuantizationType, dequantize, get_tensor_name_map, quant_shape_to_byte_shape
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from torch import Tensor
 
 from lit_model.config import Config
-from lit_model.families import FAMILIES, read_config
+from lit_model.families import FAMILIES, Family, read_config
 from lit_model.files import cast, reading, refuse_pointer, refuse_used
 from lit_model.rope import Llama3Scaling, Rope
-from lit_model.weights.folder import save_folder
+from lit_model.weights.folder import network_shapes, save_folder
 from lit_model.weights.sentencepiece import begin_with, tokenizer_of, with_added_tokens
 
-NAMES = {  # GGUF's modules -> ours
-    "token_embd": "wte", "position_embd": "wpe", "output_norm": "norm_f", "output": "lm_head",
-    "attn_norm": "norm_1", "ffn_norm": "norm_2", "attn_output": "attn.o_proj",
-    "post_attention_norm": "post_norm_1", "post_ffw_norm": "post_norm_2",
-    **{f"attn_{p}": f"attn.{p}_proj" for p in "qkv"}, **{f"attn_{p}_norm": f"attn.{p}_norm" for p in "qk"},
-    **{f"ffn_{p}": f"mlp.{p}_proj" for p in ("gate", "up", "down")},
+ARCHITECTURES = {  # model_type -> GGUF's name; of two with one name the second has the field in MARKS
+    "llama": "llama", "mixtral": "llama", "qwen2": "qwen2", "qwen3": "qwen3", "qwen3_moe": "qwen3moe",
+    "gemma2": "gemma2", "gemma3_text": "gemma3", "phi3": "phi3", "olmo2": "olmo2", "olmo3": "olmo2", "olmoe": "olmoe",
+    "granite": "granite", "smollm3": "smollm3", "seed_oss": "seed_oss", "gpt2": "gpt2",
 }  # fmt: skip
-ARCHITECTURES = dict(  # GGUF's -> model_type
-    llama="llama", qwen2="qwen2", qwen3="qwen3", gemma3="gemma3_text", phi3="phi3", olmo2="olmo2", gpt2="gpt2",
-)  # fmt: skip
-SIZES = {  # a field, after the name of the architecture -> Config's
+MARKS = dict(mixtral="expert_count", olmo3="attention.sliding_window")
+SIZES = {  # a field, after the name of the architecture -> Config's, where the family has it
     "context_length": "block_size", "block_count": "n_layer", "embedding_length": "n_embd",
     "feed_forward_length": "n_hidden", "attention.head_count": "n_head", "attention.head_count_kv": "n_kv_head",
-    "attention.key_length": "head_size",
+    "attention.key_length": "head_size", "attn_logit_softcapping": "attn_softcap",
+    "final_logit_softcapping": "logit_softcap", "embedding_scale": "embedding_scale",
+    "residual_scale": "residual_scale", "attention.scale": "attn_scale", "logit_scale": "logit_divisor",
 }  # fmt: skip
+WINDOWED = "gemma2", "gemma3", "phi3", "olmo2"
+PLUS_ONE = "gemma2", "gemma3"  # norms are stored as 1 + weight
+META_ROPE = "llama", "granite", "smollm3"  # q and k are stored in Meta's rope order
 NUMBERS = dict(enumerate(("<u1", "<i1", "<u2", "<i2", "<u4", "<i4", "<f4", "?"))) | {10: "<u8", 11: "<i8", 12: "<f8"}
 STRING, ARRAY = 8, 9
 
@@ -57,13 +56,22 @@ def convert_gguf(src: Path, out_dir: Path, dtype: torch.dtype = torch.bfloat16) 
         refuse_pointer(src)
         gguf = GGUF(src)
         arch = gguf.fields["general.architecture"]
-        if arch not in ARCHITECTURES:
-            raise ValueError(f"its architecture is {arch!r}; known are {', '.join(ARCHITECTURES)}")
-        config, hf = _config(gguf, arch)
-        names = (name for name in gguf.shapes if not name.startswith("rope_"))
-        ours = (pair for name in names for pair in _ours(name, gguf.tensor(name), config, arch))
-        tensors = ((name, cast(name, t, dtype)) for name, t in ours)
-        save_folder(out_dir, config, tensors, _tokenizer_files(gguf.fields, arch), hf)
+        if arch not in ARCHITECTURES.values():
+            raise ValueError(f"its architecture is {arch!r}; known are {', '.join({*ARCHITECTURES.values()})}")
+        family, config, hf = shape_of(gguf.fields, gguf.shapes, gguf.tensor)
+        shapes, names = network_shapes(config), their_names(family, config, arch)
+        if odd := [n for n in gguf.shapes if n not in names.values() and not n.startswith("rope_")]:
+            raise ValueError(f"its tensor {odd[0]} has no place in the network")
+
+        def tensors() -> Iterator[tuple[str, Tensor]]:
+            for first in names:
+                fused = family.fused(first)
+                if first == fused[0]:
+                    parts = gguf.tensor(names[first]).split([shapes[name][0] for name in fused])
+                    for name, t in zip(fused, parts, strict=True):
+                        yield name, cast(name, converted(name, t, config, arch), dtype)
+
+        save_folder(out_dir, config, tensors(), _tokenizer_files(gguf.fields, arch), hf)
 
 
 class GGUF:
@@ -106,7 +114,9 @@ class GGUF:
         return numbers
 
     def _number(self, kind: str) -> Any:
-        return self._numbers(kind, 1).item()
+        """A number of 32 bits is the shortest one that is stored so: 0.22, not 0.2199999988."""
+        (number,) = self._numbers(kind, 1)
+        return float(str(number)) if kind == "<f4" else number.item()
 
     def _text(self) -> str:
         return self._numbers("u1", self._number("<u8")).tobytes().decode()
@@ -125,42 +135,65 @@ class GGUF:
         return name, (shape, GGMLQuantizationType(self._number("<u4")), self._number("<u8"))
 
 
-def _config(gguf: GGUF, arch: str) -> tuple[Config, dict[str, Any]]:
-    """The shape, and config.json."""
-    fields = {name.removeprefix(f"{arch}."): value for name, value in gguf.fields.items()}
-    family, n_embd, n_head = FAMILIES[ARCHITECTURES[arch]], fields["embedding_length"], fields["attention.head_count"]
+def shape_of(
+    fields: dict[str, Any], shapes: dict[str, tuple], tensor: Callable[[str], Tensor]
+) -> tuple[Family, Config, dict[str, Any]]:
+    """The family, the shape, and config.json, of a file with these fields and tensors."""
+    arch = fields["general.architecture"]
+    fields = {name.removeprefix(f"{arch}."): value for name, value in fields.items()}
+    kinds = [kind for kind, theirs in ARCHITECTURES.items() if theirs == arch]
+    kind = next(kind for kind in reversed(kinds) if kind not in MARKS or fields.get(MARKS[kind]))
+    family, n_embd, n_head = FAMILIES[kind], fields["embedding_length"], fields["attention.head_count"]
     head_size, context = fields.get("attention.key_length", n_embd // n_head), fields["context_length"]
-    shape = {ours: fields.get(theirs) for theirs, ours in SIZES.items()} | dict(
-        vocab_size=gguf.shapes["token_embd.weight"][0],
-        n_layer=min(fields["block_count"], len(gguf.shapes)),  # a billion would take long to miss
+    shape = {ours: fields[theirs] for theirs, ours in SIZES.items() if theirs in fields} | dict(
+        vocab_size=shapes["token_embd.weight"][0],
+        n_layer=min(fields["block_count"], len(shapes)),  # a billion would take long to miss
         head_size=head_size,
-        norm_eps=round(fields[f"attention.layer_norm{'' if arch == 'gpt2' else '_rms'}_epsilon"], 12),  # of a float32
-        tie="output.weight" not in gguf.shapes,
+        norm_eps=fields[f"attention.layer_norm{'' if arch == 'gpt2' else '_rms'}_epsilon"],
+        tie="output.weight" not in shapes,
     )
     hf = {theirs: shape[ours] for ours, theirs in family.fields.items() if ours in shape}
-    hf["model_type"] = ARCHITECTURES[arch]
-    if arch != "gpt2":
-        hf |= dict(rope_theta=fields.get("rope.freq_base", 10000.0), rope_scaling=_rope_scaling(gguf, fields))
-    if "sliding_window" in family.defaults and not arch.startswith("qwen"):
+    hf["model_type"] = kind
+    may_have = family.defaults
+    if "rope_theta" in may_have:
+        hf |= dict(rope_theta=fields.get("rope.freq_base", 10000.0), rope_scaling=_rope_scaling(fields, shapes, tensor))
+    if "sliding_window" in may_have and not kind.startswith("qwen"):
         hf["sliding_window"] = fields.get("attention.sliding_window") or None
-    if arch == "gemma3":  # what the 27b has of its own is not stated
-        hf["query_pre_attn_scalar"] = n_embd // n_head if shape["n_layer"] == 62 else head_size
-    if arch == "phi3":
+    if "query_pre_attn_scalar" in may_have:  # what the 27b networks have of their own is not stated
+        hf["query_pre_attn_scalar"] = n_embd // n_head if shape["n_layer"] in (46, 62) else head_size
+    if "partial_rotary_factor" in may_have:
         hf["partial_rotary_factor"] = fields.get("rope.dimension_count", head_size) / head_size
         hf["original_max_position_embeddings"] = fields.get("rope.scaling.original_context_length", context)
+    if "num_experts_per_tok" in may_have:
+        number = next(name for name in ("num_experts", "num_local_experts") if name in may_have)
+        hf |= {number: fields["expert_count"], "num_experts_per_tok": fields["expert_used_count"]}
+        hf |= dict(moe_intermediate_size=fields["expert_feed_forward_length"]) if kind == "qwen3_moe" else {}
+        hf |= dict(norm_topk_prob=kind == "qwen3_moe") if kind != "mixtral" else {}  # as llama.cpp has it
     _, config = read_config(hf)
-    return replace(config, qkv_bias="blk.0.attn_q.bias" in gguf.shapes or config.bias), hf
+    return family, replace(config, qkv_bias="blk.0.attn_q.bias" in shapes or config.bias), hf
 
 
-def _rope_scaling(gguf: GGUF, fields: dict[str, Any]) -> dict[str, Any] | None:
+def their_names(family: Family, config: Config, arch: str) -> dict[str, str]:
+    """Our name of each tensor of a network -> GGUF's; several may lie in one."""
+    kind = next(kind for kind, name in MODEL_ARCH_NAMES.items() if name == arch)
+    names, theirs = get_tensor_name_map(kind, config.n_layer), {}
+    for name in network_shapes(config):
+        module, _, end = family.full_name(family.stored(name)).replace(".{}", "").rpartition(".")
+        theirs[name] = f"{names.get_name(module) or 'output'}.{end}"
+    return theirs
+
+
+def _rope_scaling(
+    fields: dict[str, Any], shapes: dict[str, tuple], tensor: Callable[[str], Tensor]
+) -> dict[str, Any] | None:
     """As config.json states it."""
     original = fields.get("rope.scaling.original_context_length")
-    if "rope_factors_long.weight" in gguf.shapes:
-        short, long = (gguf.tensor(f"rope_factors_{name}.weight").tolist() for name in ("short", "long"))
+    if "rope_factors_long.weight" in shapes:
+        short, long = (tensor(f"rope_factors_{name}.weight").tolist() for name in ("short", "long"))
         factor = fields.get("rope.scaling.attn_factor")
         return dict(rope_type="longrope", short_factor=short, long_factor=long, attention_factor=factor)
-    if "rope_freqs.weight" in gguf.shapes:
-        return _llama_3(fields.get("rope.freq_base", 10000.0), gguf.tensor("rope_freqs.weight").double())
+    if "rope_freqs.weight" in shapes:
+        return _llama_3(fields.get("rope.freq_base", 10000.0), tensor("rope_freqs.weight").double())
     factor = fields.get("rope.scaling.factor") or fields.get("rope.scale_linear") or 1.0
     kind = fields.get("rope.scaling.type", "linear")  # as llama.cpp takes a factor without a type
     return None if factor == 1 else dict(rope_type=kind, factor=factor, original_max_position_embeddings=original)
@@ -176,36 +209,19 @@ def _llama_3(base: float, slower: Tensor) -> dict[str, Any]:
     raise ValueError("rope_freqs.weight is not the rope scaling of LLaMA 3.1 or 3.2")
 
 
-def _ours(name: str, t: Tensor, config: Config, arch: str) -> Iterator[tuple[str, Tensor]]:
-    """Under our names, in our order of rows."""
-    if ".attn_qkv." in name:  # one below the other, as gpt2 and phi3 have them
-        kv = (len(t) - config.n_head * config.head_size) // 2
-        for p, part in zip("qkv", t.split((len(t) - 2 * kv, kv, kv)), strict=True):
-            yield our_name(name.replace("qkv", p), NAMES), part
-    elif ".ffn_up." in name and arch == "phi3":
-        for p, part in zip(("gate", "up"), t.chunk(2), strict=True):
-            yield our_name(name.replace("up", p), NAMES), part
-    elif arch == "llama" and re.search(r"attn_[qk]\.", name):
-        yield our_name(name, NAMES), half_split(t, config.head_size)
-    else:
-        yield our_name(name, NAMES), t - 1 if arch == "gemma3" and "norm" in name else t
-
-
-def our_name(name: str, names: dict[str, str]) -> str:
-    """`blk.7.<module>.weight` or `layers.7.<module>.weight` -> `blocks.7.<names[module]>.weight`."""
-    layer, module, kind = re.fullmatch(r"(?:\w+\.(\d+)\.)?(.+)\.(weight|bias)", name).groups()
-    return (f"blocks.{layer}." if layer else "") + f"{names[module]}.{kind}"
-
-
-def half_split(t: Tensor, head_size: int) -> Tensor:
-    """Rows of q or k from Meta's rope order, where (0, 1), (2, 3), ... turn together, to (i, i + hs / 2)."""
-    return t.unflatten(0, (-1, head_size // 2, 2)).transpose(1, 2).flatten(0, 2)
+def converted(name: str, t: Tensor, config: Config, arch: str, out: bool = False) -> Tensor:
+    """A tensor of ours as we have it, from what a file of this architecture has; out: the other way round."""
+    if arch in META_ROPE and name.split(".")[-2] in ("q_proj", "k_proj"):  # there neighbours turn together
+        pairs, halves = (-1, config.head_size // 2, 2), (-1, 2, config.head_size // 2)
+        return t.unflatten(0, halves if out else pairs).transpose(1, 2).flatten(0, 2)
+    return t + (1 if out else -1) if arch in PLUS_ONE and "norm" in name else t
 
 
 # --------------------------------------------------------------------------------------------------------- tokenizers
 
 
 def _tokenizer_files(fields: dict[str, Any], arch: str) -> dict[str, bytes]:
+    """The tokenizer's files of a Hugging Face folder: name -> content."""
     fields = {name.removeprefix("tokenizer.").removeprefix("ggml."): value for name, value in fields.items()}
     tokens, kinds, model = fields["tokens"], fields["token_type"], fields["model"]
     rule = fields.get("pre", "gpt-2" if arch == "gpt2" else None)  # GPT-2's files are older than this field
@@ -217,19 +233,11 @@ def _tokenizer_files(fields: dict[str, Any], arch: str) -> dict[str, bytes]:
     else:
         raise ValueError(f"its tokenizer is {model!r} and splits words by the rule {rule!r}, which is not supported")
     bos, ends = fields.get("bos_token_id"), [fields["eos_token_id"], fields.get("eot_token_id")]
-    adds_bos = fields.get("add_bos_token", model == "llama" or rule == "llama-bpe")  # as llama.cpp does
-    return files_of(tokenizer, bos, ends, adds_bos, fields.get("chat_template"))
-
-
-def files_of(
-    tokenizer: Tokenizer, bos: int | None, ends: Sequence[int | None], adds_bos: bool, chat_template: str | None = None
-) -> dict[str, bytes]:
-    """The tokenizer's files of a Hugging Face folder: name -> content. ends: ids that end an answer, EOS first."""
     token_of = {i: token for token, i in tokenizer.get_vocab().items()} | {None: None}
-    if adds_bos and bos is not None:
+    if bos is not None and fields.get("add_bos_token", model == "llama" or rule == "llama-bpe"):  # as llama.cpp does
         begin_with(tokenizer, token_of[bos])
-    special = dict(bos_token=token_of[bos], eos_token=token_of[ends[0]])
-    config = dict(tokenizer_class="PreTrainedTokenizerFast", **special, chat_template=chat_template)
+    special = dict(bos_token=token_of[bos], eos_token=token_of[ends[0]], chat_template=fields.get("chat_template"))
+    config = dict(tokenizer_class="PreTrainedTokenizerFast") | special
     generation = dict(bos_token_id=bos, eos_token_id=[i for i in dict.fromkeys(ends) if i is not None])
     files = {"tokenizer_config.json": config, "generation_config.json": generation}
     texts = {name: json.dumps(content, indent=2) + "\n" for name, content in files.items()}

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from lit_model.data.tokenizer import Tokenizer
 from lit_model.files import read_json, reading, refuse_used
+from lit_model.load import MethodDirs, method_dirs, read_method
 from lit_model.methods import ia3
 from lit_model.methods.adapter import Adapter
 from lit_model.methods.dora import DoRA
@@ -254,6 +255,21 @@ def lora_layers(options: dict[str, Any], tensors: Named, modules: Modules) -> di
     return {name: (_padded(A, 0, r), _padded(B, 1, r)) for name, (A, B) in layers.items()}
 
 
+def read_sum(method_dir: MethodDirs, base: Folder) -> tuple[dict[str, Any], Named]:
+    """`load.read_method`; of several LoRAs their sum, as one. Raises ValueError if others are among several."""
+    methods = [read_method(folder, base) for folder in method_dirs(method_dir)]
+    if len(methods) == 1:
+        return methods[0]
+    summed: dict[str, list[Tensor]] = {}
+    for header, tensors in methods:
+        options = _only_lora(header, tensors)
+        for name, t in tensors.items():
+            scale = options["alpha"] / _rank_root(options["r"], options["rslora"]) if name.endswith(".B") else 1.0
+            summed.setdefault(name, []).append(t * scale)
+    header = methods[0][0] | dict(options=asdict(LoRA(r=1, alpha=1.0)))
+    return header, {name: torch.cat(parts, dim=int(name.endswith(".B"))) for name, parts in summed.items()}
+
+
 def _write_lora(options: dict[str, Any], tensors: Named, modules: Modules) -> tuple[dict[str, Any], Named]:
     is_dora, layers = options["kind"] == "dora", lora_layers(options, tensors, modules)
     if is_dora and not options["exact"]:
@@ -280,9 +296,13 @@ def _write_lora(options: dict[str, Any], tensors: Named, modules: Modules) -> tu
 
 def plain_lora(header: dict[str, Any], tensors: Named, base: Folder) -> dict[str, tuple[Tensor, Tensor]]:
     """`lora_layers` for formats that know nothing else. Raises ValueError if the method is more than a LoRA."""
+    return lora_layers(_only_lora(header, tensors) | dict(kind="lora"), tensors, Modules(base))
+
+
+def _only_lora(header: dict[str, Any], tensors: Named) -> dict[str, Any]:
     if header["method"] != "lora" or header["task"] or any(".deltas.lora." not in name for name in tensors):
         raise ValueError(f"{header['method']} is more than a LoRA: merge it with --to hf or --to gguf")
-    return lora_layers(header["options"] | dict(kind="lora"), tensors, Modules(base))
+    return header["options"]
 
 
 def write_mlx(out_dir: Path, header: dict[str, Any], tensors: Named, base: Folder) -> None:

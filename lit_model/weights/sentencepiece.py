@@ -20,11 +20,7 @@ def read_model(path: Path, spaces: str = "prepend") -> tuple[Tokenizer, int, int
     """
     from sentencepiece import sentencepiece_model_pb2
 
-    content = path.read_bytes()
-    if content.split(b"\n", 1)[0].split(b" ")[-1].isdigit():  # lines of base64 and a rank
-        more = "tokenizer.json and tokenizer_config.json of the same network on the Hub"
-        raise ValueError(f"it is of tiktoken's kind: put {more} beside it")
-    model = sentencepiece_model_pb2.ModelProto.FromString(content)
+    model = sentencepiece_model_pb2.ModelProto.FromString(path.read_bytes())
     spec, pieces = model.trainer_spec, [(p.piece, p.score, p.type) for p in model.pieces]
     if spec.model_type not in (UNIGRAM, BPE):
         raise ValueError("its pieces are neither BPE nor unigram")

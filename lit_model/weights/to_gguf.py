@@ -1,10 +1,11 @@
-"""Weights out: a Hugging Face folder becomes a GGUF file, which llama.cpp and its kin serve; gguf.py reads it back.
+"""Weights out: a network becomes a GGUF file, which llama.cpp and its kin serve; gguf.py reads it back.
 
 Tensors are written one after the other, so that one at a time is held in memory. What is one-dimensional stays in
-float32, and so do positions; rows that no block of a quantized kind fits into are stored in half precision.
+float32, and so do positions and routers; rows that no block of a quantized kind fits into are stored in half precision.
 """
 
 import json
+from collections import defaultdict
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,68 +13,90 @@ from typing import Any
 import gguf
 import numpy as np
 import torch
-from gguf.quants import quantize
+from gguf.quants import dequantize, quantize
 from tokenizers import pre_tokenizers
 from torch import Tensor
 
 from lit_model.config import Config
 from lit_model.data.tokenizer import Tokenizer
+from lit_model.families import Family
 from lit_model.files import replacing
+from lit_model.merge import Loss, Merged
 from lit_model.rope import LinearScaling, Llama3Scaling, LongScaling, Rope, YarnScaling
 from lit_model.weights.folder import Folder, network_shapes
-from lit_model.weights.gguf import _SPLITS, ARCHITECTURES, GGUF, NAMES, SIZES, _config
+from lit_model.weights.gguf import _SPLITS, ARCHITECTURES, SIZES, WINDOWED, converted, shape_of, their_names
 from lit_model.weights.peft import Modules, plain_lora
 from lit_model.weights.sentencepiece import CONTROL, NORMAL, UNKNOWN, USER_DEFINED
 
-ARCH_OF = {kind: arch for arch, kind in ARCHITECTURES.items()} | dict(mistral="llama")
-THEIRS = {ours: theirs for theirs, ours in NAMES.items()}
-WINDOWED = "gemma3", "phi3"
 UNUSED, BYTE = 5, 6  # kinds of tokens, beside sentencepiece's
 PROBE = "It's 12345 of_them,\n\n\n  DON'T 7.5 \tà la carte 你好 (x)\r\n ok"
 
 
-def write_gguf(out: Path, base: Folder, kind: str = "Q8_0") -> None:
-    """Writes the network of a folder.
+def write_gguf(out: Path, merged: Merged, kind: str = "Q8_0") -> Loss:
+    """Writes a merged network. Returns what its storage loses.
 
     Args:
         kind: that of matrices, as gguf calls it: F32, Q8_0, ...
     Raises:
         ValueError: llama.cpp has no such network, or no such tokenizer.
     """
-    arch, shapes = _arch(base), network_shapes(base.config)
-    fields = _sizes(base.config, arch) | _tokenizer(Tokenizer(base.path), base.config)
+    config, family, loss = merged.config, merged.base.family, Loss()
+    arch, shapes = _arch(merged.base), network_shapes(config)
+    names, extra = their_names(family, config, arch), _extra(config)
+    fields = _sizes(config, family, arch) | _tokenizer(merged.tokenizer, config)
+    _check(fields | {"general.architecture": arch}, shapes, names, extra, config)
+    plan = {name: _plan([shapes[part] for part in family.fused(name)], name, kind) for name in names}
     with replacing(out) as aside:
         writer = gguf.GGUFWriter(aside, arch)
         for name, value in fields.items():
             _add(writer, name, value)
-        tensors = dict(_extra(base.config))
-        names = dict.fromkeys(base.family.fused(name)[0] for name in shapes)
-        plan = [(name, _plan([shapes[other] for other in base.family.fused(name)], name, kind)) for name in names]
-        for name, t in tensors.items():
-            writer.add_tensor_info(name, t.shape, np.dtype("f4"), t.nbytes)
-        for name, (shape, dtype) in plan:
-            in_bytes = gguf.quant_shape_to_byte_shape(shape, dtype)
-            n, kind_of = int(np.prod(in_bytes)), np.dtype("u1")
-            writer.add_tensor_info(their_name(name, arch), in_bytes, kind_of, n, raw_dtype=dtype)
+        for name, values in extra.items():
+            writer.add_tensor_info(name, values.shape, np.dtype("f4"), 4 * len(values))
+        for name, (shape, stored) in plan.items():
+            if name == family.fused(name)[0]:
+                in_bytes = gguf.quant_shape_to_byte_shape(shape, stored)
+                n = int(np.prod(in_bytes))
+                writer.add_tensor_info(names[name], in_bytes, np.dtype("u1"), n, raw_dtype=stored)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
-        for t in tensors.values():
-            writer.write_tensor_data(t)
-        for name, (_, dtype) in plan:
-            writer.write_tensor_data(quantize(_stored(name, base, arch).float().numpy(), dtype))
+        for values in extra.values():
+            writer.write_tensor_data(values.astype(np.float32))
+        waiting = defaultdict(list)  # what lies in one tensor of theirs, and the base's
+        for name, exact, before in merged.tensors():
+            if name not in plan:  # an output layer that is the embedding
+                continue
+            sides = (exact,) if exact is before else (exact, before)
+            sides = [converted(name, t.float(), config, arch, out=True) for t in sides]
+            waiting[names[name]].append((sides[0], sides[-1]))
+            if name == family.fused(name)[-1]:
+                group = waiting.pop(names[name])
+                exact, before = (side[0] if len(side) == 1 else torch.cat(side) for side in zip(*group, strict=True))
+                stored = quantize(exact.numpy(), plan[name][1])
+                writer.write_tensor_data(stored)
+                if any(a is not b for a, b in group):
+                    loss.add(exact, torch.from_numpy(dequantize(stored, plan[name][1])), before)
         writer.close()
-        written, _ = _config(GGUF(aside), arch)
-        if replace(written, layers=base.config.layers, block_size=base.config.block_size) != base.config or any(
-            isinstance(rope.scaling, YarnScaling) and rope not in written.ropes for rope in base.config.ropes
-        ):
-            raise ValueError(f"a GGUF file of {arch} cannot say this network's shape: llama.cpp would answer otherwise")
+    return loss
+
+
+def _check(
+    fields: dict[str, Any], shapes: dict[str, Any], names: dict[str, str], extra: dict[str, Any], config: Config
+) -> None:
+    """Raises ValueError if these fields do not say the shape: llama.cpp would answer otherwise."""
+    theirs = {names[name]: shape for name, shape in shapes.items()} | {name: v.shape for name, v in extra.items()}
+    _, written, _ = shape_of(fields, theirs, lambda name: torch.from_numpy(extra[name]))
+    arch, layers = fields["general.architecture"], config.layers
+    if arch not in WINDOWED:  # the context ends where a window would begin
+        layers = tuple(replace(layer, window=None) for layer in layers)
+    if replace(written, block_size=config.block_size) != replace(config, layers=layers):
+        raise ValueError(f"a GGUF file of {arch} cannot say this network's shape: llama.cpp would answer otherwise")
 
 
 def write_gguf_lora(out: Path, header: dict[str, Any], tensors: dict[str, Tensor], base: Folder) -> None:
     """Writes a LoRA (`load.read_method`) alone. Raises ValueError if it is none, or one that llama.cpp cannot take."""
     arch, modules = _arch(base), Modules(base)
-    layers = plain_lora(header, tensors, base)
+    layers, names = plain_lora(header, tensors, base), their_names(base.family, base.config, arch)
     if base.config.tie and "lm_head" in layers:
         raise ValueError("llama.cpp takes no LoRA on an output layer that is the embedding: merge it with --to gguf")
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -84,8 +107,8 @@ def write_gguf_lora(out: Path, header: dict[str, Any], tensors: dict[str, Tensor
         writer.add_float32("adapter.lora.alpha", float(len(next(iter(layers.values()))[0])))
         for theirs, (A, B) in layers.items():
             name = f"{modules.ours[theirs][0]}.weight"
-            writer.add_tensor(f"{their_name(name, arch)}.lora_a", A.numpy())
-            writer.add_tensor(f"{their_name(name, arch)}.lora_b", _rows(name, B, base.config, arch).numpy())
+            writer.add_tensor(f"{names[name]}.lora_a", A.numpy())
+            writer.add_tensor(f"{names[name]}.lora_b", converted(name, B, base.config, arch, out=True).numpy())
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
@@ -93,10 +116,10 @@ def write_gguf_lora(out: Path, header: dict[str, Any], tensors: dict[str, Tensor
 
 
 def _arch(base: Folder) -> str:
-    kind = base.hf["model_type"]
-    if kind not in ARCH_OF:
-        raise ValueError(f"a GGUF file of {kind} is not supported; known are {', '.join(ARCH_OF)}")
-    return ARCH_OF[kind]
+    kinds = ARCHITECTURES | dict(mistral="llama")
+    if (kind := base.hf["model_type"]) not in kinds:
+        raise ValueError(f"a GGUF file of {kind} is not supported; known are {', '.join(kinds)}")
+    return kinds[kind]
 
 
 def _add(writer: gguf.GGUFWriter, name: str, value: Any) -> None:
@@ -108,7 +131,7 @@ def _add(writer: gguf.GGUFWriter, name: str, value: Any) -> None:
 def _plan(fused: list[torch.Size], name: str, kind: str) -> tuple[tuple[int, ...], gguf.GGMLQuantizationType]:
     """Shape and kind of the tensor that begins with ours of this name, and holds all of these shapes."""
     shape = (sum(rows for rows, *_ in fused), *fused[0][1:])
-    if len(shape) == 1 or name == "wpe.weight":
+    if len(shape) == 1 or name == "wpe.weight" or ".router." in name:
         kind = "F32"
     elif kind.startswith(("Q4", "Q5")) and name in ("wte.weight", "lm_head.weight"):
         kind = "Q8_0"  # what all tokens meet
@@ -117,60 +140,35 @@ def _plan(fused: list[torch.Size], name: str, kind: str) -> tuple[tuple[int, ...
     return shape, gguf.GGMLQuantizationType[kind]
 
 
-def their_name(name: str, arch: str) -> str:
-    """`blocks.7.attn.q_proj.weight` -> `blk.7.attn_q.weight`"""
-    module, _, kind = name.rpartition(".")
-    layer = ""
-    if module.startswith("blocks."):
-        _, layer, module = module.split(".", 2)
-        layer = f"blk.{layer}."
-    module = THEIRS[module]
-    if arch in ("gpt2", "phi3"):
-        module = dict(attn_q="attn_qkv", ffn_gate="ffn_up").get(module, module)
-    return f"{layer}{module}.{kind}"
-
-
-def _stored(name: str, base: Folder, arch: str) -> Tensor:
-    """The tensor that begins with ours of this name, with rows as llama.cpp has them."""
-    t = torch.cat([base.tensor(other) for other in base.family.fused(name)])
-    return t.float() + 1 if arch == "gemma3" and "norm" in name else _rows(name, t, base.config, arch)
-
-
-def _rows(name: str, t: Tensor, config: Config, arch: str) -> Tensor:
-    """The rows of q and k in Meta's rope order where llama.cpp has them so."""
-    if arch == "llama" and name.split(".")[-2] in ("q_proj", "k_proj"):
-        return t.unflatten(0, (-1, 2, config.head_size // 2)).transpose(1, 2).flatten(0, 2)
-    return t
-
-
-def _sizes(config: Config, arch: str) -> dict[str, Any]:
+def _sizes(config: Config, family: Family, arch: str) -> dict[str, Any]:
     """The shape as GGUF's fields."""
     eps = "layer_norm_epsilon" if arch == "gpt2" else "layer_norm_rms_epsilon"
-    windows = {layer.window for layer in config.layers} - {None}
-    fields = {f"{arch}.{theirs}": getattr(config, ours) for theirs, ours in SIZES.items()} | {
-        "general.quantization_version": 2, f"{arch}.vocab_size": config.vocab_size,
-        f"{arch}.attention.value_length": config.head_size, f"{arch}.attention.{eps}": config.norm_eps,
+    windows, context = {layer.window for layer in config.layers} - {None}, config.block_size
+    sizes = {theirs: getattr(config, ours) for theirs, ours in SIZES.items() if ours in family.fields}
+    fields = {theirs: value for theirs, value in sizes.items() if value is not None} | {
+        "vocab_size": config.vocab_size, f"attention.{eps}": config.norm_eps,
     }  # fmt: skip
-    context = config.block_size
     if windows and arch in WINDOWED:
-        fields[f"{arch}.attention.sliding_window"] = min(windows)
+        fields["attention.sliding_window"] = min(windows)
     elif windows:  # llama.cpp has none here: up to there it answers as the network does
         context = min(context, *windows)
-    fields[f"{arch}.context_length"] = context
-    if arch == "gpt2":
-        return fields
-    rope = next(layer.rope for layer in reversed(config.layers) if layer.rope is not None)
-    fields[f"{arch}.rope.freq_base"] = float(rope.base)
-    fields[f"{arch}.rope.dimension_count"] = int(config.head_size * rope.share)
-    scaling = rope.scaling
-    if isinstance(scaling, LinearScaling | YarnScaling):
-        fields[f"{arch}.rope.scaling.type"] = "yarn" if isinstance(scaling, YarnScaling) else "linear"
-        fields[f"{arch}.rope.scaling.factor"] = float(scaling.factor)
-    if isinstance(scaling, YarnScaling | LongScaling):
-        fields[f"{arch}.rope.scaling.original_context_length"] = scaling.original_block_size
-    if isinstance(scaling, LongScaling):
-        fields[f"{arch}.rope.scaling.attn_factor"] = float(scaling.attention_factor)
-    return fields
+    fields["context_length"] = context
+    if experts := next((layer.experts for layer in config.layers if layer.experts), None):
+        fields |= dict(expert_count=experts.n, expert_used_count=experts.n_active)
+        fields |= dict(expert_feed_forward_length=experts.n_hidden)
+    if rope := next((layer.rope for layer in reversed(config.layers) if config.ropes and layer.rope), None):
+        fields |= {"rope.freq_base": float(rope.base), "rope.dimension_count": int(config.head_size * rope.share)}
+        fields["attention.value_length"] = config.head_size
+        scaling = rope.scaling
+        if isinstance(scaling, LinearScaling | YarnScaling):
+            fields["rope.scaling.type"] = "yarn" if isinstance(scaling, YarnScaling) else "linear"
+            fields["rope.scaling.factor"] = float(scaling.factor)
+        if isinstance(scaling, YarnScaling | LongScaling):
+            fields["rope.scaling.original_context_length"] = scaling.original_block_size
+        if isinstance(scaling, LongScaling):
+            fields["rope.scaling.attn_factor"] = float(scaling.attention_factor)
+    named = {f"{arch}.{name}": value for name, value in fields.items()}
+    return {"general.quantization_version": 2} | named
 
 
 def _extra(config: Config) -> dict[str, np.ndarray]:
@@ -178,11 +176,11 @@ def _extra(config: Config) -> dict[str, np.ndarray]:
     scaling = next((rope.scaling for rope in config.ropes if rope.scaling is not None), None)
     if isinstance(scaling, LongScaling):
         lists = dict(rope_factors_short=scaling.short, rope_factors_long=scaling.long)
-        return {f"{name}.weight": np.array(values, np.float32) for name, values in lists.items()}
+        return {f"{name}.weight": np.array(values) for name, values in lists.items()}
     if isinstance(scaling, Llama3Scaling):
         (rope,) = config.ropes
         plain, scaled = (r.frequencies(config.head_size) for r in (Rope(rope.base), rope))
-        return {"rope_freqs.weight": (plain / scaled).float().numpy()}
+        return {"rope_freqs.weight": (plain / scaled).numpy()}
     return {}
 
 
