@@ -1,21 +1,29 @@
 """What is exported answers elsewhere as it does here: GGUF files in a real llama.cpp."""
 
+import json
+import math
 from dataclasses import replace
+from itertools import takewhile
 
 import pytest
 import torch
+import torch.nn.functional as F
 import transformers
 import xllamacpp
 from conftest import fail, randomize, say
+from peft import PeftModel
 from test_convert import OTHERS, SIZES, TEXTS, bpe_fields
 from test_convert import write_gguf as write_by_hand
 from test_parity import built
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from finetune import lora
+from finetune.run import Train
 from lit_model import GPT, Config, generate, load
+from lit_model.data.examples import prompt_ids, render
 from lit_model.data.tokenizer import Tokenizer
 from lit_model.load import method_options, save_method
-from lit_model.merge import Merged
+from lit_model.merge import Merged, merge
 from lit_model.weights import demo
 from lit_model.weights.folder import Folder, tokenizer_files
 from lit_model.weights.gguf import convert_gguf
@@ -99,8 +107,8 @@ def llama_cpp(path, loras=(), context: int = 128, exact: bool = True) -> xllamac
     return xllamacpp.Server(params)
 
 
-def greedy(server: xllamacpp.Server, ids: list[int], n: int) -> list[int]:
-    options = dict(max_tokens=n, temperature=0, ignore_eos=True, cache_prompt=False, logprobs=1)
+def greedy(server: xllamacpp.Server, ids: list[int], n: int, ends: bool = False) -> list[int]:
+    options = dict(max_tokens=n, temperature=0, ignore_eos=not ends, cache_prompt=False, logprobs=1)
     answer = server.handle_completions(dict(prompt=ids, **options))
     return [token["id"] for token in answer["choices"][0]["logprobs"]["content"]]
 
@@ -126,19 +134,24 @@ def test_llama_cpp_decodes_what_we_do(name, tiny, tmp_path):
     assert len(got) >= 25 and all(i in rest for i in got)  # it says no ids of bytes that make no character
 
 
-@pytest.mark.parametrize("name", ["llama-3.1", "qwen3", "gpt2", "phi3", "phi3-partial"])
-def test_llama_cpp_decodes_with_a_lora_of_ours(name, tiny, tmp_path, capsys, monkeypatch):
-    """Its file beside the base's, merged into one file, and read by peft: the same answer."""
-    folder = folder_of(name, tiny, tmp_path)
-    base, ids = Folder(folder), [3, 70, 15, 200, 9, 31, 77, 120, 44, 8, 91, 300]
-    gpt = built(folder, "lora", targets="q_proj,k_proj,o_proj,down_proj")
+def tuned(folder, tmp_path, targets: str) -> GPT:
+    """A network with a LoRA that is not at its start; its folder is tmp_path / "lora"."""
+    gpt = built(folder, "lora", targets=targets)
     with torch.no_grad():
         for p in gpt.parameters():
             if p.requires_grad:
                 p.add_(0.1 * torch.randn_like(p))
-    options = method_options("lora", targets="q_proj,k_proj,o_proj,down_proj")
     (tmp_path / "lora").mkdir()
-    save_method(tmp_path / "lora/lit_method.safetensors", gpt, "lora", options, base.identity)
+    header = method_options("lora", targets=targets), Folder(folder).identity
+    save_method(tmp_path / "lora/lit_method.safetensors", gpt, "lora", *header)
+    return gpt
+
+
+@pytest.mark.parametrize("name", ["llama-3.1", "qwen3", "gpt2", "phi3", "phi3-partial"])
+def test_llama_cpp_decodes_with_a_lora_of_ours(name, tiny, tmp_path, capsys, monkeypatch):
+    """Its file beside the base's, merged into one file, and read by peft: the same answer."""
+    folder, ids = folder_of(name, tiny, tmp_path), [3, 70, 15, 200, 9, 31, 77, 120, 44, 8, 91, 300]
+    gpt = tuned(folder, tmp_path, "q_proj,k_proj,o_proj,down_proj")
     expected = list(generate(gpt, ids, max_new_tokens=50, temperature=0))
     assert expected != list(generate(load(folder), ids, max_new_tokens=50, temperature=0))
     args = f"--checkpoint_dir {folder} --method_dir {tmp_path / 'lora'} --gguf_type F32 --out_dir {tmp_path}"
@@ -151,9 +164,25 @@ def test_llama_cpp_decodes_with_a_lora_of_ours(name, tiny, tmp_path, capsys, mon
     ):
         got, rest = greedy(server, ids, 50), iter(expected)
         assert len(got) >= 25 and all(i in rest for i in got)
-    say(export, capsys, monkeypatch, f"--to mlx {args}/mlx")
     say(export, capsys, monkeypatch, f"--to peft {args}/peft")
     assert list(generate(load(folder, tmp_path / "peft"), ids, max_new_tokens=50, temperature=0)) == expected
+
+
+@pytest.mark.parametrize("name", ["llama-3.1", "qwen3", "phi3-partial", "olmo2"])
+def test_mlx_lm_gives_our_logits(name, tiny, tmp_path, capsys, monkeypatch):
+    """Of the base's folder with the LoRA beside it, and of the merged folder."""
+    mx, mlx_lm = pytest.importorskip("mlx.core"), pytest.importorskip("mlx_lm")
+    folder, ids = folder_of(name, tiny, tmp_path), [3, 70, 15, 200, 9, 31, 77, 120, 44, 8, 91, 300]
+    expected = tuned(folder, tmp_path, "q_proj,k_proj,o_proj" if "phi" in name else "q_proj,v_proj,down_proj")(
+        torch.tensor([ids])
+    )
+    args = f"--checkpoint_dir {folder} --method_dir {tmp_path / 'lora'} --out_dir {tmp_path}"
+    say(export, capsys, monkeypatch, f"--to mlx {args}/mlx")
+    say(export, capsys, monkeypatch, f"--to hf {args}/merged")
+    for model, adapter in ((folder, str(tmp_path / "mlx")), (tmp_path / "merged", None)):
+        network, _ = mlx_lm.load(str(model), adapter_path=adapter)
+        logits = torch.tensor(network(mx.array([ids])).tolist())
+        assert (logits - expected).abs().max() <= 1e-5 * expected.abs().max()
 
 
 def test_what_a_gguf_file_cannot_say_is_refused(tiny, tmp_path, capsys, monkeypatch):
@@ -170,6 +199,79 @@ def test_what_a_gguf_file_cannot_say_is_refused(tiny, tmp_path, capsys, monkeypa
     with pytest.raises(ValueError, match="of qwen3 cannot say this network's shape"):
         write_gguf(tmp_path / "out/m.gguf", merged)
     assert not (tmp_path / "out").exists()
+
+
+def perplexity(server: xllamacpp.Server, ids: list[int]) -> float:
+    """Each token is asked for with a bias that makes it the answer; the log-probability is without the bias."""
+    total = 0.0
+    for i in range(1, len(ids)):
+        options = dict(max_tokens=1, temperature=0, logprobs=1, logit_bias=[[ids[i], 1e4]], cache_prompt=True)
+        answer = server.handle_completions(dict(prompt=ids[:i], **options))["choices"][0]
+        (token,) = answer["logprobs"]["content"]
+        assert token["id"] == ids[i]
+        total -= token["logprob"]
+    return math.exp(total / (len(ids) - 1))
+
+
+@pytest.fixture(scope="module")
+def smollm2(tmp_path_factory):
+    """(checkpoint folder, the out_dir of a LoRA on it)"""
+    demo.fetch_if_demo(demo.DEMO_CHECKPOINT)
+    out_dir = tmp_path_factory.mktemp("run") / "lora"
+    train = Train(lr=2e-3, max_steps=4, max_examples=64, sample="")
+    lora.main(lora.Options(out_dir=out_dir, train=train, dtype="float32", devices="cpu"))
+    return demo.DEMO_CHECKPOINT, out_dir
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind, most", [("F32", 1e-3), ("Q8_0", 5e-3)])
+def test_smollm2_has_our_perplexity_in_llama_cpp(kind, most, smollm2, tmp_path, capsys, monkeypatch):
+    folder, out_dir = smollm2
+    say(export, capsys, monkeypatch, f"--to gguf --gguf_type {kind} --method_dir {out_dir} --out_dir {tmp_path}")
+    tokenizer, gpt = Tokenizer(folder), load(folder, out_dir)
+    rows = [row["output"] for row in json.loads(demo.fetch_demo_data().read_text()) if row["output"].isascii()]
+    ids = tokenizer.bos + tokenizer.encode("\n\n".join(rows[500:515]))
+    expected = F.cross_entropy(gpt(torch.tensor([ids]))[0, :-1], torch.tensor(ids[1:])).exp().item()
+    got = perplexity(llama_cpp(next(tmp_path.glob("*.gguf")), context=2048), ids)
+    with capsys.disabled():
+        print(f"\nSmolLM2 with a LoRA, {kind}, {len(ids)} tokens: perplexity {got:.4f}, ours {expected:.4f}")
+    assert abs(got / expected - 1) <= most
+
+
+@pytest.mark.slow
+def test_smollm2_gives_one_answer_wherever_it_is_asked(smollm2, tmp_path, capsys, monkeypatch):
+    """What a LoRA has trained: unmerged here, with peft, merged in transformers, in llama.cpp merged and beside."""
+    folder, out_dir = smollm2
+    args = f"--method_dir {out_dir} --out_dir {tmp_path}"
+    for to, more in (("hf", ""), ("peft", ""), ("gguf", " --gguf_type F32"), ("gguf-lora", "")):
+        say(export, capsys, monkeypatch, f"--to {to} {args}/{to}{more}")
+    merge(folder, out_dir, tmp_path / "exact", torch.float32)
+    say(export, capsys, monkeypatch, f"--to gguf --gguf_type F32 --out_dir {tmp_path}/base")
+    tokenizer = Tokenizer(folder)
+    n = dict(max_new_tokens=50, stop_ids=tokenizer.stop_ids)
+    ids = prompt_ids(tokenizer, "alpaca", render("alpaca", "Give three tips for staying healthy."))
+    hf = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    answers = {
+        "here, --method_dir": list(generate(load(folder, out_dir), ids, **n, temperature=0)),
+        "here, merged, float32": list(generate(load(tmp_path / "exact"), ids, **n, temperature=0)),
+        "transformers + peft": greedy_hf(PeftModel.from_pretrained(hf, tmp_path / "peft"), ids),
+        "transformers, merged": greedy_hf(AutoModelForCausalLM.from_pretrained(tmp_path / "exact"), ids),
+        "llama.cpp, merged": greedy(
+            llama_cpp(next((tmp_path / "gguf").glob("*.gguf")), context=1024), ids, 50, ends=True
+        ),
+        "llama.cpp + LoRA": greedy(
+            llama_cpp(next((tmp_path / "base").glob("*.gguf")), [tmp_path / "gguf-lora/lora.gguf"], 1024), ids, 50, True
+        ),
+    }
+    with capsys.disabled():
+        print(*(f"\n{name:22} {tokenizer.decode(answer)!r}" for name, answer in answers.items()))
+    assert len({tuple(answer) for answer in answers.values()}) == 1 and len(answers.popitem()[1]) > 25
+
+
+def greedy_hf(network, ids: list[int]) -> list[int]:
+    network.generation_config.eos_token_id = None
+    tokens = network.generate(torch.tensor([ids]), max_new_tokens=50, do_sample=False, pad_token_id=0)
+    return list(takewhile(lambda token: token not in (0, 2), tokens[0, len(ids) :].tolist()))  # <|im_end|>
 
 
 @pytest.mark.slow
