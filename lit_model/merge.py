@@ -87,7 +87,7 @@ class Merged:
                 if f"{path}.{name}".removesuffix(".bias") in self.biases and name == "bias":
                     self.biases[path] = t
                 else:
-                    yield f"{path}.{name}", t.detach(), base
+                    yield f"{path}.{name}", t if t is base else t.detach(), base
 
 
 def merge(

@@ -251,7 +251,10 @@ def lora_layers(options: dict[str, Any], tensors: Named, modules: Modules) -> di
                 rows[:, n : n + len(As[name])] = tensors[f"{name}.deltas.{kind}.B"] * scale
                 n += len(As[name])
         layers[theirs] = A, B
-    r = max(len(A) for A, _ in layers.values())
+    ranks = {len(A) for A, _ in layers.values()}
+    r, padded = max(ranks), ", lower ranks padded with zeros" if len(ranks) > 1 else ""
+    if not options.get("exact"):
+        print(f"one LoRA of rank {r} on {len(layers)} modules{padded}; its scale is folded into B")
     return {name: (_padded(A, 0, r), _padded(B, 1, r)) for name, (A, B) in layers.items()}
 
 
