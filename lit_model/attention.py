@@ -23,6 +23,7 @@ from lit_model.rope import Angles
 
 # from torch 2.13 on it takes fewer key than query heads, and needs enable_gqa=True for that
 _VARLEN_GQA = "enable_gqa" in inspect.signature(varlen_attn).parameters
+
 HAS_TRITON = find_spec("triton") is not None
 
 GatedKeys = tuple[Tensor, Tensor, Tensor]  # k, v (K, nkv, hs) and a gate (nh,), see PackedRow.over
@@ -59,7 +60,7 @@ class PackedRow:
         Returns: (T, nh, hs).
         """
         packed = self.packed
-        has_kernel = packed.blocks is not None and self.window is None and self.softcap is None and _has_kernels(q)
+        has_kernel = packed.blocks is not None and self.window is None and self.softcap is None and has_kernels(q)
         if rope is not None and not (has_kernel and rope.turns_all_of(q)):
             (q, k), rope = self.rotated(q, k), None
         if has_kernel:
@@ -119,8 +120,15 @@ class CachedRow(PackedRow):
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, prompts: Sequence[GatedKeys]) -> Tensor:
         q, k = self.rotated(q, k)
-        k, v = self.cache.store(self.layer, self.packed.slots, k, v)  # (slots, nkv, hs): every slot, used or not
+        stored = self.cache.store(self.layer, self.packed.slots, k, v)  # (slots, nkv, hs): every slot, used or not
+        if self.packed.blocks is None:
+            k, v = stored
         return self.over(q, *self.behind_virtual(k, v), prompts)
+
+
+def is_few(x: Tensor, most: int = 64) -> bool:
+    """Whether x (T, C) is of so few tokens that a step waits for nothing but its weights: decoding on a GPU."""
+    return x.is_cuda and len(x) <= most and HAS_TRITON and torch.is_inference_mode_enabled()
 
 
 def _fast_16_bit(q: Tensor) -> bool:
@@ -129,7 +137,7 @@ def _fast_16_bit(q: Tensor) -> bool:
     return q.is_cuda and half and torch.cuda.get_device_capability(q.device) >= (8, 0)
 
 
-def _has_kernels(q: Tensor) -> bool:
+def has_kernels(q: Tensor) -> bool:
     hs = q.shape[-1]
     return _fast_16_bit(q) and HAS_TRITON and 16 <= hs <= 128 and hs & (hs - 1) == 0
 

@@ -1,20 +1,17 @@
-"""Decoding: one token after another from a network, with a cache of keys and values."""
+"""Text from a network: tokens that follow prompts (decode.py makes them), and the pieces of text that they are."""
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import cycle
 from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
-
 from lit_model.model import GPT
-from lit_model.packing import Segment, lay_out
 
 if TYPE_CHECKING:
     from lit_model.data.tokenizer import Tokenizer
+    from lit_model.decode import Sampling
 
 
-@torch.no_grad()
 def generate(
     gpt: GPT,
     ids: Sequence[int],
@@ -24,65 +21,62 @@ def generate(
     top_p: float | None = None,
     stop_ids: Sequence[int] = (),
     seed: int | None = None,
+    **more: float,
 ) -> Iterator[int]:
     """Yields the tokens that follow `ids`, as they are made; ends before a stop token or where the context is full.
 
     Args:
         ids: the prompt, at least one token.
-        temperature: divides the logits; 0 takes the likeliest token each time.
-        top_k: sample from the k likeliest tokens only.
-        top_p: sample from the smallest set of tokens that has this probability.
-        seed: the same seed gives the same tokens.
+        temperature, top_k, top_p, seed, more: how the next token is chosen, see `Sampling`.
     Raises:
         ValueError: the prompt is empty or leaves no room in the model's context, or an option is out of its range.
     """
-    for name, value, fits in (
-        ("temperature", temperature, 0 <= temperature < math.inf),
-        ("top_k", top_k, top_k is None or top_k >= 1),
-        ("top_p", top_p, top_p is None or 0 < top_p <= 1),
-        ("max_new_tokens", max_new_tokens, max_new_tokens >= 1),
-        ("seed", seed, seed is None or 0 <= seed < 2**63),
-    ):
-        if not fits:
-            raise ValueError(f"{name} is {value}, out of its range")
-    used, context = gpt.n_virtual_tokens + len(ids), gpt.config.block_size
-    n_new = min(max_new_tokens, context - gpt.n_virtual_keys - used)
-    if n_new < 1 or not ids:
-        needs = f"at least one, and room after it in the model's context of {context}"
-        raise ValueError(f"the prompt has {len(ids)} tokens; it needs {needs}")
-    generator = torch.Generator(gpt.device).manual_seed(seed) if seed is not None else None
-    cache = gpt.new_cache(used + n_new)
-    root = Segment(gpt.n_virtual_tokens) if gpt.n_virtual_tokens else None
-    tail = Segment(len(ids), root)
-    packed = lay_out([root, tail] if root else [tail], gpt.n_virtual_keys, cached=0, wanted=[used - 1])
-    idx = torch.tensor(ids, device=gpt.device)
-    for _ in range(n_new):
-        logits = gpt(idx, packed.to(gpt.device), cache)[-1]
-        if not logits.isfinite().all():
-            raise ValueError("the network's logits are not finite: its weights are broken, or too large for this dtype")
-        token = sample(logits, temperature, top_k, top_p, generator)
-        if token.item() in stop_ids:
-            return
-        yield token.item()
-        tail, idx = Segment(1, tail), token[None]
-        packed = lay_out([tail], gpt.n_virtual_keys, cached=used)
-        used += 1
+    from lit_model.decode import Sampling
+
+    way = Sampling(temperature, top_k, top_p, seed=seed, **more)
+    for _, token in generate_batch(gpt, [ids], max_new_tokens, [way], stop_ids):
+        yield token
 
 
-def sample(
-    logits: Tensor, temperature: float, top_k: int | None, top_p: float | None, generator: torch.Generator | None
-) -> Tensor:
-    """One token id () from logits (V,)."""
-    if temperature < 1e-5:  # logits divided by less are no numbers; the likeliest token has all the probability
-        return logits.argmax()
-    logits = logits.float() / temperature
-    if top_k is not None:
-        least = logits.topk(min(top_k, len(logits))).values[-1]
-        logits = logits.masked_fill(logits < least, -torch.inf)
-    if top_p is not None:
-        p, order = logits.softmax(-1).sort(descending=True)
-        logits[order[p.cumsum(-1) - p >= top_p]] = -torch.inf  # the likeliest token always stays
-    return torch.multinomial(logits.softmax(-1), 1, generator=generator)[0]
+def generate_batch(
+    gpt: GPT,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    ways: "Sequence[Sampling]",
+    stop_ids: Sequence[int] = (),
+    methods: Sequence[str | None] | None = None,
+) -> Iterator[tuple[int, int]]:
+    """Yields (number of the prompt, token that follows it) of many prompts at a time, as they are made. What follows
+    one does not depend on the others; what they begin with is computed once. methods: of each prompt, where several lie
+    side by side (methods/side_by_side.py).
+
+    Raises ValueError as `generate` does.
+    """
+    from lit_model.decode import Decoder
+
+    fronts = [gpt.n_front(name) for name in methods] if methods else [gpt.n_virtual_keys + gpt.n_virtual_tokens]
+    room = [gpt.config.block_size - n - len(ids) for ids, n in zip(prompts, fronts if methods else cycle(fronts))]
+    for ids, way, n in zip(prompts, ways, room, strict=True):
+        way.check()
+        if not ids or n < 1 or max_new_tokens < 1:
+            needs = f"at least one, and room for {max_new_tokens} in the model's context of {gpt.config.block_size}"
+            raise ValueError(f"the prompt has {len(ids)} tokens; it needs {needs}")
+    n_new = [min(max_new_tokens, n) for n in room]
+    ends = [gpt.config.block_size - n + more for n, more in zip(room, n_new)]
+    is_long = [end > (gpt.config.short_context or math.inf) for end in ends]  # whose positions turn in another way
+    for side in {*is_long}:
+        group = [i for i, flag in enumerate(is_long) if flag == side]
+        parts = (None if values is None else [values[i] for i in group] for values in (prompts, n_new, ways, methods))
+        decoder = Decoder(gpt, *parts)
+        open_rows = dict(enumerate(group))
+        for step, tokens in enumerate(decoder.tokens(max(n_new[i] for i in group)), 1):
+            for row, i in list(open_rows.items()):
+                if tokens[row] not in stop_ids:
+                    yield i, tokens[row]
+                if tokens[row] in stop_ids or step == n_new[i]:
+                    del open_rows[row]
+            if not open_rows:
+                break
 
 
 def stream_text(

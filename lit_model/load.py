@@ -102,7 +102,7 @@ def _side_by_side(
         names = install_saved(donor, folder, base)
         if donor.wte.deltas:
             raise ValueError(f"{folder} adds tokens; side by side go methods over one vocabulary")
-        if replaced := [key for key in names if is_base(key) or key.startswith("heads.")]:
+        if replaced := [key for key in names if is_base(key) or key.startswith("heads.") or ".experts." in key]:
             raise ValueError(f"{folder} replaces {replaced[0]}; side by side go methods that only add to the base")
         gpt.take(name, donor.requires_grad_(False).eval())
     return gpt.eval()

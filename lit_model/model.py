@@ -29,7 +29,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lit_model.attention import CachedRow, KVCache, LastRow, PackedRow
+from lit_model.attention import CachedRow, KVCache, LastRow, PackedRow, is_few
 from lit_model.config import Config, Layer
 from lit_model.kernels.cpu import RMSNormCPU
 from lit_model.loss import chunk_loss, cross_entropy
@@ -55,6 +55,10 @@ class Linear(nn.Linear):
     times = staticmethod(F.linear)  # a method's own product, x (T, n_in) and a weight (n_out, n_in) -> (T, n_out)
 
     def matmul(self, x: Tensor) -> Tensor:
+        if is_few(x, 1) and self.weight.dtype is x.dtype:
+            from lit_model.kernels.decode import few_times
+
+            return few_times(x, self.weight)
         return F.linear(x, self.weight.to(x.dtype))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -110,6 +114,10 @@ class RMSNorm(nn.RMSNorm):
     def normed(self, x: Tensor, weight: Tensor) -> Tensor:
         if x.device.type == "cpu":
             return RMSNormCPU.apply(x, weight, self.eps)
+        if is_few(x):
+            from lit_model.kernels.decode import rms_norm
+
+            return rms_norm(x, weight, self.eps)
         return F.rms_norm(x, self.normalized_shape, weight, self.eps)
 
 

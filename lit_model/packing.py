@@ -118,7 +118,7 @@ class Packed(Movable):
     max_k: int  # most keys of a segment
     kv_index: Tensor | None  # (S,) indices into the source of keys; None: this row's own keys, in order
     slots: Tensor | None  # (T,) where the KV cache stores the keys of this row
-    blocks: Blocks | None  # who sees whom, in blocks; None with a KV cache
+    blocks: Blocks | None  # who sees whom, in blocks; None if some keys are of earlier rows
     n_virtual_keys: int  # at the front of the source of keys
     wanted: Tensor | None  # (M,) tokens whose logits or loss are wanted; None: all
     targets: Tensor | None  # (M,) the token that each of them must predict
@@ -173,7 +173,7 @@ def lay_out(
         **_sizes([(s.length, len(s.keys)) for s in segments]),
         kv_index=None if own_keys_only else torch.from_numpy(np.concatenate(keys)),
         slots=None if cached is None else torch.arange(first, offset) - n_virtual_keys,
-        blocks=None if cached is not None else cut_into_blocks(np.arange(first, offset), until),
+        blocks=None if cached else cut_into_blocks(np.arange(first, offset), until),
         n_virtual_keys=n_virtual_keys,
         wanted=None if wanted is None else torch.as_tensor(wanted),
         targets=None if targets is None else torch.from_numpy(targets).long(),
@@ -306,16 +306,32 @@ def _pack_row(
     examples: list[Example], n_virtual_tokens: int, n_virtual_keys: int, share: bool
 ) -> tuple[Tensor, Packed]:
     root = Segment(n_virtual_tokens) if n_virtual_tokens else None
-    segments = [root] if root else []
-    ids, targets, is_wanted = [], [], [np.zeros(n_virtual_tokens, dtype=bool)]
+    segments, ids, leaves = tree(examples, root, share)
+    segments = [root, *segments] if root else segments
+    ends = dict(zip(segments, accumulate(s.length for s in segments)))
+    wanted, targets = [], []
+    for e, leaf in zip(examples, leaves, strict=True):
+        learned = e.is_learned.nonzero()[0]
+        wanted.append(ends[leaf] - len(e.ids) + learned)  # the token before predicts it
+        targets.append(e.ids[learned])
+    wanted, targets = np.concatenate(wanted), np.concatenate(targets)
+    packed = lay_out(segments, n_virtual_keys, wanted=wanted, targets=targets)
+    return torch.from_numpy(np.concatenate(ids)).long(), packed
+
+
+def tree(
+    examples: Sequence[Example], root: Segment | None, share: bool = True
+) -> tuple[list[Segment], list[np.ndarray], list[Segment]]:
+    """Segments behind `root`, the ids of each, and the segment that each example ends in; the last token of an example
+    is left out, since no one sees it, and it predicts nothing."""
+    segments, ids, leaves = [], [], []
 
     def add(e: Example, start: int, end: int, parent: Segment | None) -> Segment:
         segments.append(Segment(end - start, parent))
         ids.append(e.ids[start:end])
-        is_wanted.append(np.zeros(end - start, dtype=bool))
         return segments[-1]
 
-    def grow(group: list[Example], start: int, parent: Segment | None) -> None:
+    def grow(group: Sequence[Example], start: int, parent: Segment | None) -> None:
         """Lays out `group`, whose first `start` tokens are already there as `parent`. Neighbours with MIN_SHARED more
         tokens in common stay together: what they all share becomes a segment, the rest its children."""
         common = [_common(a, b) for a, b in zip(group, group[1:])] if share else [0] * (len(group) - 1)
@@ -326,12 +342,7 @@ def _pack_row(
                 end = min(common[low : high - 1])
                 grow(group[low:high], end, add(e, start, end, parent))
             else:
-                add(e, start, len(e.ids) - 1, parent)  # no one sees the last token, and it predicts nothing
-                learned = np.ones(e.n_targets, dtype=bool) if e.learned is None else e.learned
-                is_wanted[-1][e.first_target - 1 - start :] = learned
-                targets.append(e.ids[e.first_target :][learned])
+                leaves.append(add(e, start, len(e.ids) - 1, parent))
 
     grow(examples, 0, root)
-    wanted = np.flatnonzero(np.concatenate(is_wanted))
-    packed = lay_out(segments, n_virtual_keys, wanted=wanted, targets=np.concatenate(targets))
-    return torch.from_numpy(np.concatenate(ids)).long(), packed
+    return segments, ids, leaves

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lit_model.attention import HAS_TRITON
+from lit_model.attention import HAS_TRITON, is_few
 from lit_model.model import ACTIVATIONS, MLP, Linear
 
 Kind = Literal["none", "nf4", "int8", "fp8"]
@@ -70,10 +70,19 @@ class _DequantizedLinear(Linear):
         return self.dequantized(torch.float32)
 
     def matmul(self, x: Tensor) -> Tensor:
-        return _Dequantized.apply(x, self)
+        return self.few_times(x) if is_few(x) else _Dequantized.apply(x, self)
+
+    def few_times(self, x: Tensor) -> Tensor:
+        from lit_model.kernels.decode import few_times
+
+        return few_times(x, *self.stored())
 
 
 class Int8Linear(_DequantizedLinear):
+    def stored(self) -> tuple[Tensor, ...]:
+        """What kernels/decode.py reads."""
+        return self.codes, self.scale
+
     def quantized(self, weight: Tensor) -> dict[str, Tensor]:
         scale = weight.float().abs().amax(-1, keepdim=True).clamp(min=1e-12) / 127
         return dict(codes=(weight.float() / scale).round().to(torch.int8), scale=scale)
@@ -83,6 +92,13 @@ class Int8Linear(_DequantizedLinear):
 
 
 class NF4Linear(_DequantizedLinear):
+    def stored(self) -> tuple[Tensor, ...]:
+        if self.few_scales is None:  # half a bit a weight
+            self.few_scales = self.scales()
+        return self.codes, self.few_scales, self.levels
+
+    few_scales = None  # made by the first product of few tokens
+
     def quantized(self, weight: Tensor) -> dict[str, Tensor]:
         if weight.numel() % 64:
             raise ValueError(f"nf4 quantizes 64 weights at a time; {tuple(weight.shape)} is no multiple of that")
@@ -104,11 +120,14 @@ class NF4Linear(_DequantizedLinear):
             scale_levels=scale_levels,
         )
 
-    def dequantized(self, dtype: torch.dtype) -> Tensor:
+    def scales(self) -> Tensor:
+        """Of each 64 weights in a row of all, (n_out n_in / 64,) in float32."""
         scale = self.scale_levels[self.scale_codes.int()] * self.scale_of_scale + self.offset
-        scale = scale.flatten()[: self.codes.numel() // 32, None]  # (n, 1)
+        return scale.flatten()[: self.codes.numel() // 32]
+
+    def dequantized(self, dtype: torch.dtype) -> Tensor:
         levels = self.levels[torch.stack((self.codes >> 4, self.codes & 15), dim=-1).int()]
-        return (levels.view(-1, 64) * scale).to(dtype).view(self.out_features, self.in_features)
+        return (levels.view(-1, 64) * self.scales()[:, None]).to(dtype).view(self.out_features, self.in_features)
 
 
 def _scale_levels() -> Tensor:
@@ -154,8 +173,10 @@ class FP8Linear(Linear):
     def dense(self) -> Tensor:
         return self.codes.float() * self.scale
 
+    stored, few_times = Int8Linear.stored, _DequantizedLinear.few_times
+
     def matmul(self, x: Tensor) -> Tensor:
-        return _FP8Product.apply(x.bfloat16(), self).to(x.dtype)
+        return self.few_times(x) if is_few(x) else _FP8Product.apply(x.bfloat16(), self).to(x.dtype)
 
     def product(self, x8: Tensor, x_scale: Tensor, back: bool = False) -> Tensor:
         """x W^T of (T, n_in) in fp8 with scales (T, 1), as (T, n_out) in bfloat16; back: x W of (T, n_out)."""

@@ -1,12 +1,15 @@
 """Decoding: reproducible, within its limits, and streamed as whole characters."""
 
+from itertools import takewhile
+
 import pytest
 import torch
 from conftest import LLAMA, randomize
 
 from generate.base import Options, prompt_style, stop_texts
-from lit_model import generate, model
-from lit_model.generate import sample, stream_text
+from lit_model import generate, load, model
+from lit_model.decode import Decoder, Sampler, Sampling, gumbel
+from lit_model.generate import generate_batch, stream_text
 
 
 @pytest.fixture
@@ -33,22 +36,79 @@ def test_it_ends_before_a_stop_token(gpt):
     assert list(generate(gpt, [1, 2, 3], 20, temperature=0, stop_ids=[stop])) == tokens[: tokens.index(stop)]
 
 
-def test_top_k_and_top_p_cut_the_tail():
-    logits = torch.tensor([0.4, 0.3, 0.2, 0.1]).log()
-    draws = lambda **kw: {sample(logits, 1.0, kw.get("k"), kw.get("p"), None).item() for _ in range(200)}  # noqa: E731
-    assert draws() == {0, 1, 2, 3}
-    assert draws(k=2) == {0, 1}
-    assert draws(p=0.65) == {0, 1}
-    assert draws(p=0.75) == {0, 1, 2}
-    assert draws(p=0.01) == {0} == draws(k=1)
-    assert sample(logits, 0, None, None, None).item() == 0
+def draws(p: list[float], n: int = 400, seen: tuple = (), **way) -> list[int]:
+    """Tokens of n sequences, each with a seed of its own, from the same probabilities."""
+    ways = [Sampling(**way, seed=seed) for seed in range(n)]
+    return Sampler(ways, len(p), [seen] * n, torch.device("cpu"))(
+        torch.tensor(p).log().expand(n, -1), torch.arange(n)
+    ).tolist()
 
 
-def test_temperature_scales_the_logits():
-    logits, n = torch.tensor([1.0, 0.0]), 4000
-    assert {sample(logits, t, None, None, None).item() for t in (0, 1e-40, 1e-6, 1e-4)} == {0}
-    share = sum(sample(logits, 2.0, None, None, None).item() == 0 for _ in range(n)) / n
-    assert abs(share - torch.sigmoid(torch.tensor(0.5)).item()) < 0.03
+def test_what_is_left_out_is_never_drawn():
+    p = [0.4, 0.3, 0.2, 0.1]
+    assert {*draws(p)} == {0, 1, 2, 3}
+    assert {*draws(p, top_k=2)} == {0, 1} == {*draws(p, top_p=0.65)} == {*draws(p, min_p=0.7)}
+    assert {*draws(p, top_p=0.75)} == {0, 1, 2} == {*draws(p, min_p=0.45)}
+    assert {*draws(p, top_p=0.01)} == {0} == {*draws(p, top_k=1)} == {*draws(p, temperature=0)}
+    assert {*draws(p, top_k=3, top_p=0.7)} == {0, 1}  # of 4/9, 3/9, 2/9
+    assert {*draws([0.6, 0.4], temperature=0, seen=(0,), repetition_penalty=2.0)} == {1}
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
+def test_tokens_are_drawn_as_often_as_they_are_likely(temperature):
+    p, n = [0.5, 0.25, 0.15, 0.1], 20000
+    expected = (torch.tensor(p).log() / temperature).softmax(-1)
+    drawn = torch.tensor(draws(p, n, temperature=temperature)).bincount(minlength=4) / n
+    assert (drawn - expected).abs().max() < 4 * (0.25 / n) ** 0.5
+    assert {*draws(p, 50, temperature=1e-6)} == {0} == {*draws(p, 50, temperature=1e-40)}
+
+
+def test_one_seed_draws_anew_at_every_token():
+    noise = torch.cat([gumbel(torch.tensor([[7]]), torch.tensor([[n]]), 500) for n in range(20)])
+    assert noise.isfinite().all() and abs(noise.mean().item() - 0.5772) < 0.05 and abs(noise.var().item() - 1.645) < 0.1
+    assert (torch.corrcoef(noise) - torch.eye(20)).abs().max() < 0.2
+
+
+LENGTHS = (3, 11, 1, 20, 7)
+
+
+@pytest.mark.parametrize("way", [Sampling(0), Sampling(seed=1), Sampling(0.8, 20, 0.9, 0.02, 1.3, 5)], ids=str)
+def test_a_batch_is_each_alone(checkpoint, way):
+    """Prompts of many lengths, of which some begin alike; one of them ends early."""
+    gpt = load(checkpoint)
+    start = torch.randint(0, 97, (25,)).tolist()
+    prompts = [torch.randint(0, 97, (n,)).tolist() for n in LENGTHS] + [start + [i, i + 1] for i in range(3)] + [start]
+    alone = [list(generate_batch(gpt, [ids], 12, [way])) for ids in prompts]
+    stop = alone[1][4][1]
+    expected = [list(takewhile(lambda token: token != stop, (t for _, t in made))) for made in alone]
+    found = [[] for _ in prompts]
+    for i, token in generate_batch(gpt, prompts, 12, [way] * len(prompts), [stop]):
+        found[i].append(token)
+    assert found == expected and any(len(tokens) == 12 for tokens in found)
+
+
+def test_what_prompts_share_is_stored_once(gpt):
+    prompts = [[*range(20, 45), i] for i in range(4)]
+    segments, ids, leaves = Decoder._tree(prompts, None)
+    assert [s.length for s in segments] == [25, 1, 1, 1, 1] and len(leaves) == 4 and len(ids) == 5
+
+
+def test_greedy_is_the_argmax_of_one_pass(checkpoint):
+    gpt, ids = load(checkpoint), [5, 6, 7]
+    tokens = list(generate(gpt, ids, 20, temperature=0))
+    assert tokens == gpt(torch.tensor([ids + tokens]))[0, 2:-1].argmax(-1).tolist()
+
+
+def test_a_prompt_as_long_as_the_context_leaves_room_for_one(gpt):
+    assert len(list(generate(gpt, [1] * 31, 5))) == 1
+    found = list(generate_batch(gpt, [[1] * 31, [2]], 5, [Sampling(0)] * 2))
+    assert sorted(i for i, _ in found) == [0] + [1] * 5
+
+
+def test_broken_weights_are_said(gpt):
+    gpt.lm_head.weight.data[3] = torch.nan
+    with pytest.raises(ValueError, match="logits are not finite"):
+        next(generate(gpt, [1, 2], 5))
 
 
 class Bytes:

@@ -7,17 +7,20 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import NEWER
-from torch import Tensor
+from torch import Tensor, nn
 
 from lit_model import GPT, Config, attention, loss, packing
 from lit_model.attention import plain_attention
+from lit_model.decode import decode_attention
 from lit_model.load import method_module, method_options
 from lit_model.methods import lora
+from lit_model.model import Linear
 from lit_model.packing import Example, Segment, lay_out
-from lit_model.quantize import _to_fp8
+from lit_model.quantize import _to_fp8, quantize
 from lit_model.rope import Rope, rope_angles
 
 kernels = pytest.importorskip("lit_model.kernels.packed_attention")
+decode_kernels = pytest.importorskip("lit_model.kernels.decode")
 swiglu_fp8 = pytest.importorskip("lit_model.kernels.swiglu_fp8")
 SCALE = 0.3  # of the scores
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -153,7 +156,7 @@ GRAPHS = dict(adapter=5, adapter_v2=5, bottleneck=4, dora=4, ia3=4, lora=4, piss
 def test_nothing_is_compiled_anew_for_rows_of_another_length(method, monkeypatch):
     """Blocks are compiled once each for: the first ones, whose input needs no gradient (with and without an adapter);
     those between; the last one. And the loss. Nothing in them ends a graph early."""
-    monkeypatch.setattr(attention, "_has_kernels", lambda q: True)
+    monkeypatch.setattr(attention, "has_kernels", lambda q: True)
     if DEVICE == "cpu":  # what the kernels compute does not matter here, and the interpreter takes its time
         for name in ("_forward", "_backward_q", "_backward_kv", "_add_parts"):
             monkeypatch.setattr(kernels, name, defaultdict(lambda: lambda *args, **options: None))
@@ -186,3 +189,49 @@ def test_swiglu_to_fp8():
         close([(scale, scale_)])
         tolerance = 1e-3 if DEVICE == "cuda" else 0.08  # the interpreter rounds to fp8 towards zero
         close([(x.float() * scale, x_.float() * scale_)], tolerance)
+
+
+# ------------------------------------------------------------------------------------------------------------ decoding
+
+
+@pytest.mark.parametrize("nh, nkv, hs", [(4, 2, 16), (2, 2, 24), (6, 1, 32)])
+@pytest.mark.parametrize("window, softcap", [(None, None), (7, None), (None, 2.0), (90, 3.0)])
+def test_attention_through_a_table(nh, nkv, hs, window, softcap):
+    """Sequences of many lengths, some with slots in common."""
+    n = torch.tensor([1, 5, 64, 65, 200], device=DEVICE)
+    q, k, v = (torch.randn(*shape, device=DEVICE) for shape in ((5, nh, hs), (300, nkv, hs), (300, nkv, hs)))
+    table = torch.stack([torch.randperm(300, device=DEVICE)[:200] for _ in n])
+    how = SCALE, window, softcap
+    got = decode_kernels.attend_table(q, k, v, table, n, *how)
+    for i, size in enumerate(n.tolist()):
+        slots = table[i, max(0, size - (window or size)) : size]
+        close([(got[i], plain_attention(q[i : i + 1], k[slots], v[slots], SCALE, softcap)[0])])
+    close([(got, decode_attention(q, k, v, table, n, *how, 200, plain=True))])
+
+
+def test_rotated_and_stored():
+    q, k, v = (torch.randn(3, n, 16, device=DEVICE) for n in (4, 2, 2))
+    keys, values, slot = *torch.zeros(2, 9, 2, 16, device=DEVICE), torch.tensor([8, 0, 5], device=DEVICE)
+    rope = rope_angles(torch.tensor([0, 7, 100], device=DEVICE), Rope(), 16, 0, torch.float32)
+    got = decode_kernels.rotate_and_store(q, k, v, rope, slot, keys, values)
+    close([(got, rope.queries(q)), (keys[slot], rope.keys(k)), (values[slot], v)])
+    assert not keys[[1, 2, 3, 4, 6, 7]].any()
+
+
+@pytest.mark.parametrize("m", [1, 5, 33])
+@pytest.mark.parametrize("kind", ["none", "int8", "nf4", "fp8"])
+def test_products_of_few_tokens(kind, m):
+    linear = Linear(192, 80).to(DEVICE).requires_grad_(False)
+    x, block = torch.randn(m, 192, device=DEVICE), nn.ModuleDict(dict(a=linear))
+    if kind != "none":
+        quantize(block, kind)
+    if kind == "none":
+        got = decode_kernels.few_times(x, linear.weight)
+    else:
+        got = decode_kernels.few_times(x, *linear.stored())
+    close([(got, x @ linear.dense().T)], 1e-5)
+
+
+def test_the_norm_of_few_rows():
+    x, weight = torch.randn(3, 4, 24, device=DEVICE), torch.randn(24, device=DEVICE)
+    close([(decode_kernels.rms_norm(x, weight, 1e-5), F.rms_norm(x, (24,), weight, 1e-5))])

@@ -292,7 +292,7 @@ def test_a_method_is_options_a_module_and_install(name):
 
 def test_every_file_in_methods_is_a_method():
     files = {path.stem for path in (ROOT / "lit_model/methods").glob("*.py")}
-    assert files - {"__init__", "side_by_side", "tokens"} == NAMES.keys()
+    assert files - {"__init__", "mixed", "side_by_side", "tokens"} == NAMES.keys()
 
 
 @pytest.fixture

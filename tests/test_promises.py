@@ -23,9 +23,9 @@ SCRIPTS = files(ROOT, "scripts")
 @pytest.mark.parametrize(
     "what, count, most",
     [
-        # 7,900 before the families of 2026 (+ 500) and the ways out (to be + 350: docs say why it is more)
-        ("lines of lit_model, finetune and generate", lambda: n_lines(LIBRARY), 9105),
-        ("lines of scripts", lambda: n_lines(SCRIPTS), 1880),
+        # 7,900 before the families of 2026 (+ 500), the ways out (+ 700; to be 350), decoding (to be + 650)
+        ("lines of lit_model, finetune and generate", lambda: n_lines(LIBRARY), 9850),
+        ("lines of scripts", lambda: n_lines(SCRIPTS), 2060),
         ("lines of the core list", lambda: n_lines([ROOT / name for name in CORE if (ROOT / name).exists()]), 1350),
         ("lines of model.py", lambda: n_lines([ROOT / "lit_model/model.py"]), 400),
         ("lines of fit", lambda: dict((name, n) for n, name in functions(LIBRARY))["fit in loop.py"], 60),

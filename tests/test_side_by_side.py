@@ -5,6 +5,8 @@ import torch
 from test_methods import build, close, save, shake
 
 from lit_model import generate, load
+from lit_model.decode import Sampling
+from lit_model.generate import generate_batch
 
 CHOSEN = {  # name -> row of test_methods.METHODS, and options instead of its own
     **{name: (name, None) for name in ("adapter", "bottleneck", "dora", "ia3", "lora", "prefix", "prompt")},
@@ -32,6 +34,22 @@ def test_a_mixed_batch_equals_each_example_alone(checkpoint, folders):
         alone = load(checkpoint, folders[name] if name else None)(idx[i : i + 1])[0]
         close(got[i], alone)
         assert ((got[i] - base[i]).abs().max() > 1e-2) == (name is not None)
+
+
+def test_a_mixed_batch_is_decoded_as_each_alone(checkpoint, folders):
+    """Prompts of several lengths, some of which begin alike; the methods in other places than before and after."""
+    gpt = load(checkpoint, folders)
+    methods = ["wide", "prompt", "lora", None, "prefix", "adapter", "lora", "dora", "bottleneck", "prompt", "ia3", None]
+    start = torch.randint(0, 97, (20,)).tolist()
+    prompts = [start[: 20 - i] + torch.randint(0, 97, (3,)).tolist() for i in range(len(methods))]
+    idx = torch.randint(0, 97, (2, 11))
+    base, found = gpt(idx), [[] for _ in prompts]
+    for i, token in generate_batch(gpt, prompts, 9, [Sampling(0)] * len(prompts), methods=methods):
+        found[i].append(token)
+    for ids, name, tokens in zip(prompts, methods, found):
+        alone = load(checkpoint, folders[name] if name else None)
+        assert tokens == list(generate(alone, ids, 9, temperature=0)), name
+    assert torch.equal(gpt(idx), base) and len({tuple(tokens) for tokens in found}) > 6
 
 
 def test_methods_are_switched_without_loading(checkpoint, folders):

@@ -3,12 +3,15 @@
     gpt = load("checkpoints/x", {"fr": "out/fr", "de": "out/de"})
     logits = gpt(idx, method="fr")              (B, T) -> (B, T, vocab_size)
     logits = gpt(idx, method=["fr", None])      one for each of the B examples; None: the base alone
+    generate_batch(gpt, prompts, 50, ways, methods=["fr", None, "de"])
     gpt.switch("de")                            for generate and for calls without a method
 
-Nothing is loaded or merged again: a switch hangs other modules into the slots. A mixed batch is one pass a method.
+Nothing is loaded or merged again: a switch hangs other modules into the slots. A mixed batch of a plain call is one
+pass a method; decoded, it is one pass for all (mixed.py).
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -32,10 +35,27 @@ class SideBySide(GPT):
 
     def switch(self, name: str | None) -> None:
         """Makes `name` the method of all calls without one; None: the base alone. Raises KeyError for another name."""
-        for path, modules in self.slots[name].items():
+        self._hang(self.slots[name])
+        self.current = name
+
+    def _hang(self, slots: dict[str, nn.ModuleDict]) -> None:
+        for path, modules in slots.items():
             owner, _, slot = path.rpartition(".")
             setattr(self.get_submodule(owner), slot, modules)
-        self.current = name
+
+    @contextmanager
+    def mixed(self, slots: dict[str, nn.ModuleDict]) -> Iterator[None]:
+        """Meanwhile the slots are filled with these."""
+        self._hang(slots)
+        try:
+            yield
+        finally:
+            self.switch(self.current)
+
+    def n_front(self, name: str | None) -> int:
+        """Number of virtual keys and tokens that a method puts in front of an example."""
+        slots = self.slots[name]
+        return sum(v.length for slot in ("virtual_keys", "virtual_tokens") for v in slots[slot].values())
 
     def merge(self) -> None:
         raise ValueError("methods that lie side by side cannot all be merged: load one of them alone")
