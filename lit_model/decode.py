@@ -69,7 +69,8 @@ class DecodeRow(PackedRow):
             q, k = self.rotated(q, k)
             state.cache.store(self.layer, state.slot, k, v)
         k, v = keys, values  # (slots, nkv, hs)
-        y = decode_attention(q, k, v, state.table, state.n, self.scale, self.window, self.softcap, state.longest)
+        how = self.scale, self.window, self.softcap, state.longest, state.shared
+        y = decode_attention(q, k, v, state.table, state.n, *how)
         for pk, pv, gate in prompts:
             y = y + gate.to(y.dtype)[..., None] * plain_attention(q, pk, pv, self.scale, self.softcap)
         return y
@@ -77,14 +78,15 @@ class DecodeRow(PackedRow):
 
 def decode_attention(
     q: Tensor, k: Tensor, v: Tensor, table: Tensor, n: Tensor, scale: float, window: int | None,
-    softcap: float | None, longest: int, plain: bool = False,
+    softcap: float | None, longest: int, shared: int = 0, plain: bool = False,
 ) -> Tensor:  # fmt: skip
     """Softmax attention of one query for each sequence, q (B, nh, hs), over the keys in the first n (B,) slots of its
-    line of the table (B, S); window: over the last of them only. longest: no n is larger. Returns (B, nh, hs)."""
+    line of the table (B, S); window: over the last of them only. longest: no n is larger; shared: so many slots at the
+    beginning are the same in all lines. Returns (B, nh, hs)."""
     if q.is_cuda and HAS_TRITON and not plain:
         from lit_model.kernels.decode import attend_table
 
-        return attend_table(q, k, v, table, n, scale, window, softcap)
+        return attend_table(q, k, v, table, n, scale, window, softcap, shared)
     table = table[:, :longest]
     if len(table) == 1:  # no copy where the slots of a sequence lie side by side, as they do without virtual keys
         first, last = int(table[0, 0]), int(table[0, -1])
@@ -169,6 +171,8 @@ class Decoder:
                 table[i, leaf.end : leaf.end + n] = n_stored + i * most + np.arange(n)
             self.table, self.n = torch.from_numpy(table).to(device), torch.from_numpy(ends).to(device)  # (B, S), (B,)
             self.longest = int(ends.max())
+            same = (table[:, : ends.min()] == table[0, : ends.min()]).all(0)
+            self.shared = int(same.cumprod().sum()) // 64 * 64 if B > 1 else 0
             self.made = torch.zeros(LOOK if device.type == "cuda" else 1, B, dtype=torch.long, device=device)
             self.at = torch.zeros((), dtype=torch.long, device=device)  # the line of `made` that is next
             self.token, self.graph = self.sampling(logits, self.n), None
@@ -303,6 +307,7 @@ class Sampler:
         self.penalty = column([way.repetition_penalty for way in ways])
         self.is_greedy = all(way.temperature < 1e-5 for way in ways)  # logits divided by less are no numbers
         self.is_filtered = any(way.top_k or way.top_p or way.min_p for way in ways)
+        self.most = min(n, max(way.top_k for way in ways)) if all(way.top_k for way in ways) else None
         self.seen = None
         if any(way.repetition_penalty != 1 for way in ways):
             self.seen = torch.zeros(len(ways), n, dtype=torch.bool, device=device)
@@ -320,30 +325,31 @@ class Sampler:
             )
         token = logits.argmax(-1)
         if not self.is_greedy:
-            x = logits / self.temperature.clamp(min=1e-5)
+            x, ids = logits / self.temperature.clamp(min=1e-5), torch.arange(logits.shape[-1], device=logits.device)
+            if self.most is not None:
+                x, ids = x.topk(self.most)
+            elif self.is_filtered:
+                x, ids = x.sort(-1, descending=True)
             if self.is_filtered:
                 x = self._filtered(x)
-            sampled = (x + gumbel(self.seed, n[:, None], x.shape[-1])).argmax(-1)
+            at = (x + gumbel(self.seed, n[:, None], ids)).argmax(-1, keepdim=True)
+            sampled = ids.expand_as(x).gather(1, at)[:, 0]
             token = torch.where(self.temperature[:, 0] < 1e-5, token, sampled)
         if self.seen is not None:
             self.seen.scatter_(1, token[:, None], True)
         return token
 
     def _filtered(self, x: Tensor) -> Tensor:
-        """Minus infinity for what top_k, then top_p and min_p leave out."""
-        values, _ = x.sort(-1, descending=True)
+        """Minus infinity for what top_k, then top_p and min_p leave out of values in descending order."""
         rank = torch.arange(x.shape[-1], device=x.device)
-        p = values.masked_fill(rank >= self.top_k, -torch.inf).softmax(-1)
-        stays = (rank < self.top_k) & (p.cumsum(-1) - p < self.top_p) & (p >= self.min_p * p[:, :1])
-        least = values.gather(1, stays.sum(-1, keepdim=True).clamp(min=1) - 1)
-        return x.masked_fill(x < least, -torch.inf)
+        p = x.masked_fill(rank >= self.top_k, -torch.inf).softmax(-1)
+        return x.masked_fill((p.cumsum(-1) - p >= self.top_p) | (p < self.min_p * p[:, :1]) | (p == 0), -torch.inf)
 
 
-def gumbel(seed: Tensor, n: Tensor, size: int) -> Tensor:
-    """Noise (B, size) whose argmax with logits added is a sample. It depends on seed and n, (B, 1), and on nothing
-    else: numbers of splitmix64 (https://doi.org/10.1145/2714064.2660195)."""
-    x = seed * -7046029254386353131 + n * -4658895280553007687 + torch.arange(size, device=seed.device)
+def gumbel(seed: Tensor, n: Tensor, ids: Tensor) -> Tensor:
+    """Noise (B, size) whose argmax with logits of the tokens `ids` added is a sample. It depends on seed and n, (B, 1),
+    the token, and on nothing else: numbers of splitmix64 (https://doi.org/10.1145/2714064.2660195)."""
+    x = (seed * -7046029254386353131 + n * -4658895280553007687 + ids) * -7046029254386353131
     for shift, factor in ((30, -4658895280553007687), (27, -7723592293110705685), (31, 1)):
-        x = (x * -7046029254386353131 if shift == 30 else x) ^ ((x >> shift) & (2 ** (64 - shift) - 1))
-        x = x * factor
+        x = (x ^ ((x >> shift) & (2 ** (64 - shift) - 1))) * factor
     return -(-(((x >> 40) & 0xFFFFFF) + 0.5).mul(2.0**-24).log()).log()

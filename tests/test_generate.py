@@ -64,7 +64,7 @@ def test_tokens_are_drawn_as_often_as_they_are_likely(temperature):
 
 
 def test_one_seed_draws_anew_at_every_token():
-    noise = torch.cat([gumbel(torch.tensor([[7]]), torch.tensor([[n]]), 500) for n in range(20)])
+    noise = torch.cat([gumbel(torch.tensor([[7]]), torch.tensor([[n]]), torch.arange(500)) for n in range(20)])
     assert noise.isfinite().all() and abs(noise.mean().item() - 0.5772) < 0.05 and abs(noise.var().item() - 1.645) < 0.1
     assert (torch.corrcoef(noise) - torch.eye(20)).abs().max() < 0.2
 

@@ -198,15 +198,25 @@ def test_swiglu_to_fp8():
 @pytest.mark.parametrize("window, softcap", [(None, None), (7, None), (None, 2.0), (90, 3.0)])
 def test_attention_through_a_table(nh, nkv, hs, window, softcap):
     """Sequences of many lengths, some with slots in common."""
-    n = torch.tensor([1, 5, 64, 65, 200], device=DEVICE)
+    n = torch.tensor([1, 5, 64, 65, 197], device=DEVICE)
     q, k, v = (torch.randn(*shape, device=DEVICE) for shape in ((5, nh, hs), (300, nkv, hs), (300, nkv, hs)))
     table = torch.stack([torch.randperm(300, device=DEVICE)[:200] for _ in n])
+    table[:, :3] = table[0, :3]
     how = SCALE, window, softcap
     got = decode_kernels.attend_table(q, k, v, table, n, *how)
     for i, size in enumerate(n.tolist()):
         slots = table[i, max(0, size - (window or size)) : size]
         close([(got[i], plain_attention(q[i : i + 1], k[slots], v[slots], SCALE, softcap)[0])])
     close([(got, decode_attention(q, k, v, table, n, *how, 200, plain=True))])
+    n += 3  # so that all have what they share
+    close(
+        [
+            (
+                decode_kernels.attend_table(q, k, v, table, n, *how, 3),
+                decode_kernels.attend_table(q, k, v, table, n, *how),
+            )
+        ]
+    )
 
 
 def test_rotated_and_stored():

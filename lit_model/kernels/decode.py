@@ -16,33 +16,39 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lit_model.quantize import NF4_LEVELS
 from lit_model.rope import Angles
 
 LOG2E = tl.constexpr(math.log2(math.e))
 KEYS = 64  # that a program reads at a time
 MOST_PARTS = 32  # that a sequence is cut into
 MOST_TOKENS = 64  # of few_times
-_jit = triton.jit(do_not_specialize=("S", "window", "M"))
+_jit = triton.jit(do_not_specialize=("B", "S", "window", "shared", "M"))
 
 
 @_jit
 def _attend(
-    q_ptr, k_ptr, v_ptr, table_ptr, n_ptr, part_ptr, lse_ptr, scale, softcap, S, window, NH: tl.constexpr,
-    NKV: tl.constexpr, GROUP: tl.constexpr, HS: tl.constexpr, HP: tl.constexpr, PARTS: tl.constexpr,
-    KEYS: tl.constexpr, CAPS: tl.constexpr,
+    q_ptr, k_ptr, v_ptr, table_ptr, n_ptr, part_ptr, lse_ptr, scale, softcap, B, S, window, shared,
+    NH: tl.constexpr, NKV: tl.constexpr, GROUP: tl.constexpr, HS: tl.constexpr, HP: tl.constexpr, SEQS: tl.constexpr,
+    ROWS: tl.constexpr, PARTS: tl.constexpr, FIRST: tl.constexpr, ALL: tl.constexpr, KEYS: tl.constexpr,
+    CAPS: tl.constexpr,
 ):  # fmt: skip
-    b, kv, part = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
-    n = tl.load(n_ptr + b)
-    start = tl.maximum(n - window, 0)
+    b, kv, part = tl.program_id(0).to(tl.int64) * SEQS, tl.program_id(1), tl.program_id(2)
+    if SEQS == 1:  # keys of one sequence, behind those that all share
+        n = tl.load(n_ptr + b)
+        start = tl.maximum(n - window, shared)
+    else:
+        n, start = shared, 0
     size = tl.cdiv(tl.cdiv(n - start, PARTS), KEYS) * KEYS
     low = start + part * size
     high = tl.minimum(low + size, n)
-    g, d = tl.arange(0, 16), tl.arange(0, HP)
-    heads, inside = kv * GROUP + g, d[None, :] < HS
-    q = tl.load(q_ptr + (b * NH + heads[:, None]) * HS + d[None, :], mask=(g[:, None] < GROUP) & inside, other=0.0)
-    top = tl.full((16,), float("-inf"), tl.float32)
-    total = tl.zeros((16,), tl.float32)
-    y = tl.zeros((16, HP), tl.float32)
+    r, d = tl.arange(0, ROWS), tl.arange(0, HP)
+    row = (b + r // GROUP) * NH + kv * GROUP + r % GROUP  # of q: the heads that share a key, of several sequences
+    ok, inside = (r < SEQS * GROUP) & (b + r // GROUP < B), d[None, :] < HS
+    q = tl.load(q_ptr + row[:, None] * HS + d[None, :], mask=ok[:, None] & inside, other=0.0)
+    top = tl.full((ROWS,), float("-inf"), tl.float32)
+    total = tl.zeros((ROWS,), tl.float32)
+    y = tl.zeros((ROWS, HP), tl.float32)
     for at in range(low, high, KEYS):
         i = at + tl.arange(0, KEYS)
         slot = tl.load(table_ptr + b * S + i, mask=i < high, other=0).to(tl.int64)
@@ -61,39 +67,53 @@ def _attend(
         top = new_top
     is_empty = low >= high
     y = y / tl.where(is_empty, 1.0, total)[:, None]
-    to = (b * NH + heads) * PARTS + part
-    tl.store(part_ptr + to[:, None] * HS + d[None, :], y, mask=(g[:, None] < GROUP) & inside)
+    to = row * ALL + FIRST + part
+    tl.store(part_ptr + to[:, None] * HS + d[None, :], y, mask=ok[:, None] & inside)
     lse = tl.where(is_empty, float("-inf"), top + tl.log2(tl.where(is_empty, 1.0, total)))
-    tl.store(lse_ptr + to, lse, mask=g < GROUP)
+    tl.store(lse_ptr + to, lse, mask=ok)
 
 
 @triton.jit
-def _join(part_ptr, lse_ptr, y_ptr, HS: tl.constexpr, HP: tl.constexpr, PARTS: tl.constexpr):
-    row, part, d = tl.program_id(0).to(tl.int64), tl.arange(0, PARTS), tl.arange(0, HP)
-    lse = tl.load(lse_ptr + row * PARTS + part)
+def _join(part_ptr, lse_ptr, y_ptr, HS: tl.constexpr, HP: tl.constexpr, ALL: tl.constexpr, AP: tl.constexpr):
+    row, part, d = tl.program_id(0).to(tl.int64), tl.arange(0, AP), tl.arange(0, HP)
+    ok = part < ALL
+    lse = tl.load(lse_ptr + row * ALL + part, mask=ok, other=float("-inf"))
     w = tl.exp2(lse - tl.max(lse, 0))
-    y = tl.load(part_ptr + (row * PARTS + part[:, None]) * HS + d[None, :], mask=d[None, :] < HS, other=0.0)
+    at = (row * ALL + part[:, None]) * HS + d[None, :]
+    y = tl.load(part_ptr + at, mask=ok[:, None] & (d[None, :] < HS), other=0.0)
     y = tl.sum(y * w[:, None], 0) / tl.sum(w, 0)
     tl.store(y_ptr + row * HS + d, y.to(y_ptr.dtype.element_ty), mask=d < HS)
 
 
 def attend_table(
-    q: Tensor, k: Tensor, v: Tensor, table: Tensor, n: Tensor, scale: float, window: int | None, softcap: float | None
-) -> Tensor:
-    """As `decode_attention`: q (B, nh, hs), k and v (slots, nkv, hs), table (B, S) and n (B,) -> (B, nh, hs)."""
+    q: Tensor, k: Tensor, v: Tensor, table: Tensor, n: Tensor, scale: float, window: int | None, softcap: float | None,
+    shared: int = 0,
+) -> Tensor:  # fmt: skip
+    """As `decode_attention`: q (B, nh, hs), k and v (slots, nkv, hs), table (B, S) and n (B,) -> (B, nh, hs). shared:
+    length of a beginning that all lines of the table have in common: its keys are read once for many sequences."""
     (B, nh, hs), nkv, S = q.shape, k.shape[1], table.shape[1]
-    if nh // nkv > 16:
-        raise ValueError(f"{nh // nkv} heads share a key; the kernel takes 16")
-    parts = min(MOST_PARTS, triton.next_power_of_2(max(1, 264 // (B * nkv))), triton.next_power_of_2(-(-S // KEYS)))
-    part = torch.empty(B, nh, parts, hs, device=q.device, dtype=torch.float32)
-    lse = torch.empty(B, nh, parts, device=q.device, dtype=torch.float32)
+    group, shared = nh // nkv, 0 if window else shared
+    own = _parts(B * nkv, S - shared)
+    seqs = max(1, min(B, 64 // group))  # of a program that reads shared keys
+    common = _parts(-(-B // seqs) * nkv, shared) if shared else 0
+    part = torch.empty(B, nh, own + common, hs, device=q.device, dtype=torch.float32)
+    lse = torch.empty(B, nh, own + common, device=q.device, dtype=torch.float32)
     y, sizes = torch.empty_like(q, memory_format=torch.contiguous_format), dict(HS=hs, HP=triton.next_power_of_2(hs))
-    _attend[B, nkv, parts](
-        q.contiguous(), k, v, table, n, part, lse, scale, softcap or 1.0, S, window or S, NH=nh, NKV=nkv,
-        GROUP=nh // nkv, PARTS=parts, KEYS=KEYS, CAPS=softcap is not None, **sizes,
-    )  # fmt: skip
-    _join[(B * nh,)](part, lse, y, PARTS=parts, **sizes)
+    for parts, first, of in ((own, 0, 1), (common, own, seqs)):
+        if parts:
+            rows = max(16, triton.next_power_of_2(of * group))
+            _attend[-(-B // of), nkv, parts](
+                q.contiguous(), k, v, table, n, part, lse, scale, softcap or 1.0, B, S, window or S, shared, NH=nh,
+                NKV=nkv, GROUP=group, SEQS=of, ROWS=rows, PARTS=parts, FIRST=first, ALL=own + common, KEYS=KEYS,
+                CAPS=softcap is not None, **sizes,
+            )  # fmt: skip
+    _join[(B * nh,)](part, lse, y, ALL=own + common, AP=triton.next_power_of_2(own + common), **sizes)
     return y
+
+
+def _parts(programs: int, length: int) -> int:
+    """Into how many parts to cut keys, so that all of a GPU has work."""
+    return min(MOST_PARTS, max(1, 264 // programs), max(1, -(-length // KEYS)))
 
 
 @triton.jit
@@ -138,13 +158,44 @@ def rotate_and_store(
     return y
 
 
+def _two_levels() -> str:
+    """PTX: 4 bytes of two codes each -> the levels of the high halves and of the low halves, float16. Four codes at a
+    time choose the bytes of their levels from registers; looking them up in memory takes four times as long."""
+    raw = torch.tensor(NF4_LEVELS).half().view(torch.uint8).view(16, 2).T.tolist()  # low bytes, high bytes
+    low, high = ([int.from_bytes(bytes(part[i : i + 4]), "little") for i in range(0, 16, 4)] for part in raw)
+
+    def half(shift: int, first: str, second: str) -> str:
+        pick = "".join(
+            f"prmt.b32 {to}, {hex(words[i])}, {hex(words[i + 1])}, t;"
+            for words, names in ((low, ("al", "bl")), (high, ("ah", "bh"))) for to, i in zip(names, (0, 2))
+        )  # fmt: skip
+        return (
+            f"shr.u32 t, $4, {shift}; and.b32 t, t, 0x0f0f0f0f; shr.u32 s, t, 4; or.b32 t, t, s;"
+            f"prmt.b32 s, t, t, 0x0020; and.b32 t, s, 0x7777; {pick}"
+            "and.b32 t, s, 0x8888; shr.u32 t, t, 1; or.b32 t, t, 0x3210;"  # of codes from 8 on the other bytes
+            "prmt.b32 l, al, bl, t; prmt.b32 h, ah, bh, t;"
+            f"prmt.b32 {first}, l, h, 0x5140; prmt.b32 {second}, l, h, 0x7362;"
+        )
+
+    return f"{{ .reg .b32 s, t, l, h, al, bl, ah, bh; {half(4, '$0', '$1')} {half(0, '$2', '$3')} }}"
+
+
+TWO_LEVELS = tl.constexpr(_two_levels())
+
+
 @triton.jit
-def _weights(w_ptr, scale_ptr, levels, row, j, ok, K, KIND: tl.constexpr):
+def _weights(w_ptr, scale_ptr, levels_ptr, row, j, ok, K: tl.constexpr, KIND: tl.constexpr, PTX: tl.constexpr):
     """Weights at the inputs j of `row` (BN, 1): of 4 bits at 2 j and 2 j + 1, with their scales; else once, without."""
     if KIND == "nf4":  # two codes a byte, the first in the high half; a scale for each 64
-        codes = tl.load(w_ptr + row * (K // 2) + j, mask=ok, other=0).to(tl.int32)
-        scale = tl.load(scale_ptr + (row * K + 2 * j) // 64, mask=ok, other=0.0)
-        first, second = tl.gather(levels, codes >> 4, 1) * scale, tl.gather(levels, codes & 15, 1) * scale
+        codes = tl.load(w_ptr + row * (K // 2) + j, mask=ok, other=0)
+        scale = tl.load(scale_ptr + (row * (K // 64) + j // 32 if K % 64 == 0 else (row * K + 2 * j) // 64), mask=ok)
+        if PTX:
+            first, second = tl.inline_asm_elementwise(
+                TWO_LEVELS, "=r,=r,=r,=r,r", [codes], dtype=(tl.float16, tl.float16), is_pure=True, pack=4
+            )
+        else:
+            first, second = tl.load(levels_ptr + (codes >> 4)), tl.load(levels_ptr + (codes & 15))
+        first, second = first.to(tl.float32) * scale, second.to(tl.float32) * scale
     else:
         first = tl.load(w_ptr + row * K + j, mask=ok, other=0.0)
         second = first
@@ -154,20 +205,18 @@ def _weights(w_ptr, scale_ptr, levels, row, j, ok, K, KIND: tl.constexpr):
 @_jit
 def _few_times(
     x_ptr, w_ptr, scale_ptr, levels_ptr, y_ptr, M, N, K: tl.constexpr, KIND: tl.constexpr, BN: tl.constexpr,
-    BK: tl.constexpr, MP: tl.constexpr,
+    BK: tl.constexpr, MP: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
     n, m = tl.program_id(0) * BN + tl.arange(0, BN), tl.arange(0, MP)
     dtype = x_ptr.dtype.element_ty
     row = n[:, None].to(tl.int64)
     STEP: tl.constexpr = 2 if KIND == "nf4" else 1
-    levels = tl.zeros((BN, 16), tl.float32)
-    if KIND == "nf4":
-        levels += tl.load(levels_ptr + tl.arange(0, 16))[None, :]
     acc = tl.zeros((BN, BK if MP == 1 else MP), tl.float32)
     for at in range(0, K // STEP, BK):
         j = at + tl.arange(0, BK)
         inside = j < K // STEP
-        first, second = _weights(w_ptr, scale_ptr, levels, row, j[None, :], (row < N) & inside[None, :], K, KIND)
+        ok = (n[:, None] < N) & inside[None, :]
+        first, second = _weights(w_ptr, scale_ptr, levels_ptr, row, j[None, :], ok, K, KIND, PTX)
         if MP == 1:
             acc += first.to(tl.float32) * tl.load(x_ptr + STEP * j, mask=inside, other=0.0).to(tl.float32)[None, :]
             if KIND == "nf4":
@@ -200,13 +249,13 @@ def few_times(x: Tensor, w: Tensor, scale: Tensor | None = None, levels: Tensor 
     kind = "nf4" if levels is not None else "plain" if scale is None else "scaled"
     BN, BK = BLOCKS[kind, M == 1]
     MP = 1 if M == 1 else max(16, triton.next_power_of_2(M))
-    how = dict(KIND=kind, BN=BN, BK=BK, MP=MP, num_warps=4, num_stages=4)
+    how = dict(KIND=kind, BN=BN, BK=BK, MP=MP, PTX=x.is_cuda, num_warps=4, num_stages=4)
     _few_times[(triton.cdiv(N, BN),)](x, w, scale, levels, y, M, N, K=K, **how)
     return y
 
 
 BLOCKS = {  # kind, whether of one token: outputs and inputs that a program takes at a time
-    ("plain", True): (8, 512), ("scaled", True): (8, 512), ("nf4", True): (8, 256),
+    ("plain", True): (8, 512), ("scaled", True): (1, 1024), ("nf4", True): (4, 512),
     ("plain", False): (32, 128), ("scaled", False): (32, 256), ("nf4", False): (32, 64),
 }  # fmt: skip
 
