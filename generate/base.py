@@ -1,9 +1,11 @@
 """Answer a prompt with a network and, if you like, with what a finetuning run has trained on it.
 
     python generate/base.py --method_dir out/adapter --prompt "Name three fruits."
+    python generate/base.py --method_dir out/adapter --prompts questions.jsonl --out answers.jsonl
 
 With --method_dir the method, its options and the style are read from that folder. Without, the prompt is taken as it
-is, unless --style names one.
+is, unless --style names one. A row of --prompts has an instruction, perhaps with an input, or a prompt, or the messages
+of a chat; --out gets the rows with their answers, in order. The same command again resumes.
 """
 
 import json
@@ -12,13 +14,19 @@ import time
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-from lit_model import load
+from tqdm import tqdm
+
+from lit_model import GPT, load
 from lit_model.cli import choose_device, choose_dtype, cli
-from lit_model.data.examples import prompt_ids, render, validate_style
-from lit_model.files import read_yaml, reading
-from lit_model.generate import generate, stream_text
+from lit_model.data.chat import chat_text
+from lit_model.data.examples import conversation_style, prompt_ids, render, validate_style
+from lit_model.data.formats import files_behind, values_of
+from lit_model.data.tokenizer import Tokenizer
+from lit_model.decode import Sampling
+from lit_model.files import read_yaml, reading, write_text
+from lit_model.generate import generate_batch, stream_text
 from lit_model.load import load_tokenizer, method_dirs, method_file
 from lit_model.weights import demo
 
@@ -29,6 +37,12 @@ class Options:
 
     prompt: str = "The capital of France is"
     """instruction, or without a style the text to continue"""
+    prompts: Path | None = None
+    """file of prompts to answer instead, such as a .jsonl or .csv file, many at a time"""
+    out: Path = Path("out/answers.jsonl")
+    """.jsonl file for the rows of --prompts and their answers"""
+    batch_size: int = 32
+    """prompts of a file that are answered at a time"""
     input: str = ""
     """input of the instruction, if it has one"""
     system: str = ""
@@ -48,6 +62,10 @@ class Options:
     """sample from the k likeliest tokens only"""
     top_p: float | None = None
     """sample from the smallest set of tokens that has this probability"""
+    min_p: float | None = None
+    """sample from tokens with at least this share of the likeliest one's probability"""
+    repetition_penalty: float = 1.0
+    """above 1: tokens that are in the text already become less likely"""
     stop: str = ""
     """text before which the answer ends, or a list of them: '["###", "\\n\\n"]'; a special token is one, too"""
     seed: int | None = None
@@ -74,14 +92,19 @@ def main(options: Options) -> None:
     if options.input and style == "none":
         raise ValueError("--input goes with a --style, such as alpaca")
 
+    more = dict(min_p=options.min_p, repetition_penalty=options.repetition_penalty)
+    way = Sampling(options.temperature, options.top_k, options.top_p, **more, seed=options.seed)
+    stop_ids = tokenizer.stop_ids + tokenizer.special_ids(stops)
+    if options.prompts is not None:
+        answer_file(options, gpt, tokenizer, style, way, stops, stop_ids)
+        return
     text = render(style, options.prompt, options.input, tokenizer, options.system)
     ids = prompt_ids(tokenizer, style, text)
-    stop_ids = tokenizer.stop_ids + tokenizer.special_ids(stops)
-    sampling = (options.temperature, options.top_k, options.top_p, stop_ids, options.seed)
     counter = count()  # zip takes a number for each token
     with reading(options.checkpoint_dir):
         gpt.config.check_tokens(max(ids, default=0))
-    tokens = (token for token, _ in zip(generate(gpt, ids, options.max_new_tokens, *sampling), counter))
+    made = generate_batch(gpt, [ids], options.max_new_tokens, [way], stop_ids)
+    tokens = (token for (_, token), _ in zip(made, counter))
     pieces = stream_text(tokenizer, tokens, stops, after=ids if style == "none" else ())
     began = time.perf_counter()
     print(text if style == "none" else "", next(pieces, ""), sep="", end="", flush=True)  # nothing before an error
@@ -90,6 +113,52 @@ def main(options: Options) -> None:
     seconds, n = time.perf_counter() - began, next(counter)
     speed = f"{n} tokens in {seconds:.1f} s: {n / seconds:.1f} tokens/s"
     print(f"\n{speed} ({device.type}, {dtype})".replace("torch.", ""), file=sys.stderr)
+
+
+def answer_file(
+    options: Options, gpt: GPT, tokenizer: Tokenizer, style: str, way: Sampling, stops: list[str], stop_ids: list[int]
+) -> None:
+    """Answers the rows of `options.prompts` that `options.out` does not hold yet. With a seed row i has seed + i, so
+    that its answer depends on no other."""
+    with reading(options.prompts):
+        rows = [dict(value) for path in files_behind(options.prompts) for _, value in values_of(path)]
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    with reading(options.out):
+        text = options.out.read_text(encoding="utf-8") if options.out.is_file() else ""
+        whole = text[: text.rfind("\n") + 1]  # without the line that a sudden end has cut off
+        done = [json.loads(line) for line in whole.splitlines()]
+        if [{**row, "answer": made.get("answer")} for row, made in zip(rows, done)] != done:
+            raise ValueError("it holds answers to other prompts: name another --out, or remove it")
+    if whole != text:
+        write_text(options.out, whole)
+    with open(options.out, "a", encoding="utf-8") as file, tqdm(total=len(rows), initial=len(done)) as bar:
+        for start in range(len(done), len(rows), max(1, options.batch_size)):
+            batch = rows[start : start + options.batch_size]
+            with reading(options.prompts):
+                prompts = [row_ids(row, tokenizer, style, options.system) for row in batch]
+                gpt.config.check_tokens(max(map(max, prompts)))
+                seeds = [None if way.seed is None else way.seed + start + i for i in range(len(batch))]
+                found: list[list[int]] = [[] for _ in batch]
+                ways = [way._replace(seed=seed) for seed in seeds]
+                for i, token in generate_batch(gpt, prompts, options.max_new_tokens, ways, stop_ids):
+                    found[i].append(token)
+            for row, tokens in zip(batch, found, strict=True):
+                answer = "".join(stream_text(tokenizer, tokens, stops))
+                file.write(json.dumps({**row, "answer": answer}, ensure_ascii=False) + "\n")
+            file.flush()
+            bar.update(len(batch))
+    print(f"{options.out}: {len(rows)} answers")
+
+
+def row_ids(row: dict[str, Any], tokenizer: Tokenizer, style: str, system: str) -> list[int]:
+    """The ids that the answer to a row starts from. Raises ValueError for a row without a prompt."""
+    if "messages" in row:
+        of_chat = conversation_style(style, tokenizer)
+        return prompt_ids(tokenizer, of_chat, chat_text(tokenizer, of_chat, row["messages"], True, row.get("tools")))
+    text = next((row[key] for key in ("instruction", "prompt", "text") if isinstance(row.get(key), str)), None)
+    if text is None:
+        raise ValueError(f"a row needs instruction, prompt, text or messages; it is {row!r:.80}")
+    return prompt_ids(tokenizer, style, render(style, text, row.get("input") or "", tokenizer, system))
 
 
 def stop_texts(text: str) -> list[str]:

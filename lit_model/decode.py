@@ -15,11 +15,11 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lit_model.attention import HAS_TRITON, CachedRow, GatedKeys, KVCache, PackedRow, plain_attention
-from lit_model.model import GPT
+from lit_model.kernels.cpu import Packed1
+from lit_model.model import GPT, Linear
 from lit_model.packing import Example, Packed, Segment, lay_out, tree
 from lit_model.rope import rope_angles
 
@@ -37,9 +37,10 @@ class Sampling(NamedTuple):
     repetition_penalty: float = 1.0  # divides positive logits of tokens that are in the text, multiplies negative ones
     seed: int | None = None  # the same seed gives the same tokens
 
-    def check(self) -> None:
+    def check(self, max_new_tokens: int = 1) -> None:
         """Raises ValueError for a value out of its range."""
         for name, value, fits in (
+            ("max_new_tokens", max_new_tokens, max_new_tokens >= 1),
             ("temperature", self.temperature, 0 <= self.temperature < math.inf),
             ("top_k", self.top_k, self.top_k is None or self.top_k >= 1),
             ("top_p", self.top_p, self.top_p is None or 0 < self.top_p <= 1),
@@ -94,13 +95,14 @@ def decode_attention(
     else:
         k, v = (t[table] for t in (k, v))  # (B, S, nkv, hs)
     k, v = (t.view(len(q), longest, *t.shape[-2:]).transpose(1, 2) for t in (k, v))  # (B, nkv, S, hs)
-    at = torch.arange(longest, device=q.device)
-    mask = (at < n[:, None]) & (at >= n[:, None] - (window or longest))  # (B, S)
-    if softcap is None:
-        mask = None if len(q) == 1 and not window else mask[:, None, None]
-        return F.scaled_dot_product_attention(q[:, :, None], k, v, mask, scale=scale, enable_gqa=True)[:, :, 0]
-    scores = softcap * ((q.unflatten(1, (k.shape[1], -1)) * scale) @ k.mT / softcap).tanh()  # (B, nkv, nh / nkv, S)
-    return (scores.masked_fill(~mask[:, None, None], -torch.inf).softmax(-1) @ v).flatten(1, 2)
+    scores = (q.unflatten(1, (k.shape[1], -1)) * scale) @ k.mT  # (B, nkv, nh / nkv, S)
+    if softcap is not None:
+        scores = softcap * (scores / softcap).tanh()
+    if len(q) > 1 or window:
+        at = torch.arange(longest, device=q.device)
+        sees = (at < n[:, None]) & (at >= n[:, None] - (window or longest))  # (B, S)
+        scores = scores.masked_fill(~sees[:, None, None], -torch.inf)
+    return (scores.softmax(-1) @ v).flatten(1, 2)
 
 
 class Kept(nn.Module):
@@ -139,6 +141,8 @@ class Decoder:
         self.names = [*dict.fromkeys(methods or [None])]
         self.number = torch.tensor([self.names.index(name) for name in methods or [None] * B], device=device)  # (B,)
         self.slots, self.kept = {}, {}
+        if B == 1 and device.type == "cpu":
+            self._pack()
         if methods:
             from lit_model.methods.mixed import Choice, mix
 
@@ -176,6 +180,14 @@ class Decoder:
             self.made = torch.zeros(LOOK if device.type == "cuda" else 1, B, dtype=torch.long, device=device)
             self.at = torch.zeros((), dtype=torch.long, device=device)  # the line of `made` that is next
             self.token, self.graph = self.sampling(logits, self.n), None
+
+    def _pack(self) -> None:
+        """On a CPU: weights of a network below a billion parameters, where a second copy is small."""
+        linears = [m for m in self.gpt.modules() if isinstance(m, Linear) and m.weight is not None]
+        if sum(m.weight.numel() for m in linears) < 1e9 and torch.backends.mkldnn.is_available():
+            for m in linears:
+                if m.weight.dtype is torch.bfloat16 and (m.packed is None or m.packed.of is not m.weight):
+                    m.packed = Packed1(m.weight)
 
     @contextmanager
     def _methods(self) -> Iterator[None]:

@@ -57,9 +57,9 @@ def generate_batch(
     fronts = [gpt.n_front(name) for name in methods] if methods else [gpt.n_virtual_keys + gpt.n_virtual_tokens]
     room = [gpt.config.block_size - n - len(ids) for ids, n in zip(prompts, fronts if methods else cycle(fronts))]
     for ids, way, n in zip(prompts, ways, room, strict=True):
-        way.check()
-        if not ids or n < 1 or max_new_tokens < 1:
-            needs = f"at least one, and room for {max_new_tokens} in the model's context of {gpt.config.block_size}"
+        way.check(max_new_tokens)
+        if not ids or n < 1:
+            needs = f"at least one, and room after it in the model's context of {gpt.config.block_size}"
             raise ValueError(f"the prompt has {len(ids)} tokens; it needs {needs}")
     n_new = [min(max_new_tokens, n) for n in room]
     ends = [gpt.config.block_size - n + more for n, more in zip(room, n_new)]

@@ -31,7 +31,7 @@ from torch import Tensor, nn
 
 from lit_model.attention import CachedRow, KVCache, LastRow, PackedRow, is_few
 from lit_model.config import Config, Layer
-from lit_model.kernels.cpu import RMSNormCPU
+from lit_model.kernels.cpu import Packed1, RMSNormCPU
 from lit_model.loss import chunk_loss, cross_entropy
 from lit_model.packing import Packed, equal_examples
 from lit_model.recompute import Offload, recomputed
@@ -46,6 +46,7 @@ class Linear(nn.Linear):
     def __init__(self, n_in: int, n_out: int, bias: bool = False):
         super().__init__(n_in, n_out, bias=bias)
         self.deltas = nn.ModuleDict()
+        self.packed: Packed1 | None = None  # of a small network that decodes on a CPU
 
     def reset_parameters(self) -> None:
         nn.init.normal_(self.weight, std=0.02)
@@ -59,6 +60,8 @@ class Linear(nn.Linear):
             from lit_model.kernels.decode import few_times
 
             return few_times(x, self.weight)
+        if self.packed is not None and len(x) == 1 and self.packed.of is self.weight:
+            return self.packed.times(x)
         return F.linear(x, self.weight.to(x.dtype))
 
     def forward(self, x: Tensor) -> Tensor:

@@ -79,6 +79,11 @@ class _DequantizedLinear(Linear):
 
 
 class Int8Linear(_DequantizedLinear):
+    def matmul(self, x: Tensor) -> Tensor:
+        if x.device.type == "cpu" and x.dtype == torch.bfloat16 and torch.is_inference_mode_enabled():  # decoding
+            return torch._weight_int8pack_mm(x, self.codes, self.scale.flatten().bfloat16())
+        return super().matmul(x)
+
     def stored(self) -> tuple[Tensor, ...]:
         """What kernels/decode.py reads."""
         return self.codes, self.scale

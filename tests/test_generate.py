@@ -1,11 +1,13 @@
 """Decoding: reproducible, within its limits, and streamed as whole characters."""
 
+import json
 from itertools import takewhile
 
 import pytest
 import torch
-from conftest import LLAMA, randomize
+from conftest import LLAMA, fail, randomize, say
 
+from generate import base
 from generate.base import Options, prompt_style, stop_texts
 from lit_model import generate, load, model
 from lit_model.decode import Decoder, Sampler, Sampling, gumbel
@@ -109,6 +111,27 @@ def test_broken_weights_are_said(gpt):
     gpt.lm_head.weight.data[3] = torch.nan
     with pytest.raises(ValueError, match="logits are not finite"):
         next(generate(gpt, [1, 2], 5))
+
+
+def test_a_file_of_prompts_is_answered_in_order_and_resumed(tiny, tmp_path, capsys, monkeypatch):
+    """In batches of any size the same answers, whatever was there before."""
+    rows = [dict(instruction=f"Name {n} fruits.", input="now" * (n % 2)) for n in range(7)]
+    rows += [dict(prompt="Say so.", note=1), dict(messages=[dict(role="user", content="Hello")])]
+    (tmp_path / "in.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    args = f"--checkpoint_dir {tiny}/base --prompts {tmp_path}/in.jsonl --style alpaca --max_new_tokens 6 --seed 3"
+    say(base, capsys, monkeypatch, f"{args} --out {tmp_path}/a.jsonl --batch_size 4")
+    answers = [json.loads(line) for line in (tmp_path / "a.jsonl").read_text().splitlines()]
+    assert [{**row, "answer": made["answer"]} for row, made in zip(rows, answers, strict=True)] == answers
+    (tmp_path / "b.jsonl").write_text("".join((tmp_path / "a.jsonl").read_text().splitlines(True)[:3]) + '{"instr')
+    assert "b.jsonl: 9 answers" in say(base, capsys, monkeypatch, f"{args} --out {tmp_path}/b.jsonl --batch_size 100")
+    assert (tmp_path / "a.jsonl").read_text() == (tmp_path / "b.jsonl").read_text()
+    (tmp_path / "in.jsonl").write_text(json.dumps(rows[1]))
+    assert "a.jsonl: it holds answers to other prompts" in fail(
+        base, capsys, monkeypatch, f"{args} --out {tmp_path}/a.jsonl"
+    )
+    (tmp_path / "in.jsonl").write_text('{"question": 1}')
+    line = fail(base, capsys, monkeypatch, f"{args} --out {tmp_path}/c.jsonl")
+    assert "in.jsonl: a row needs instruction, prompt, text or messages" in line
 
 
 class Bytes:
