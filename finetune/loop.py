@@ -137,7 +137,12 @@ def answer_sample(run: Run, gpt: GPT) -> None:
     style = run.options.examples.style
     ids = prompt_ids(tokenizer, style, render(style, instruction, tokenizer=tokenizer))
     stop_ids = () if run.sharded else tokenizer.stop_ids  # each pass is one of all processes: they make the same number
+    if run.sharded:  # decode.py calls blocks, and what lies outside of them is gathered by the network's own forward
+        gpt(torch.zeros(1, 1, dtype=torch.long, device=run.device))
+        gpt.unshard()
     tokens = list(generate(gpt, ids, max_new_tokens=64, temperature=0, stop_ids=stop_ids))
+    if run.sharded:
+        gpt.reshard()
     tokens = takewhile(lambda token: token not in tokenizer.stop_ids, tokens)
     tqdm.write(f"  {instruction}\n  -> {' '.join(tokenizer.decode(list(tokens)).split())}")
 

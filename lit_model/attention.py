@@ -128,7 +128,7 @@ class CachedRow(PackedRow):
 
 def is_few(x: Tensor, most: int = 64) -> bool:
     """Whether x (T, C) is of so few tokens that a step waits for nothing but its weights: decoding on a GPU."""
-    return x.is_cuda and len(x) <= most and HAS_TRITON and torch.is_inference_mode_enabled()
+    return x.is_cuda and HAS_TRITON and not torch.is_grad_enabled() and len(x) <= most
 
 
 def _fast_16_bit(q: Tensor) -> bool:

@@ -121,7 +121,7 @@ class Kept(nn.Module):
 class Decoder:
     """The state of B sequences, on the device. `step` makes the next token of each."""
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def __init__(
         self,
         gpt: GPT,
@@ -196,9 +196,11 @@ class Decoder:
         with self.gpt.mixed(self.slots) if self.slots else nullcontext():
             for attn, deltas in self.kept.items():
                 attn.deltas = deltas
-            yield
-        for attn, deltas in before.items():
-            attn.deltas = deltas
+            try:
+                yield
+            finally:
+                for attn, deltas in before.items():
+                    attn.deltas = deltas
 
     @staticmethod
     def _before(segment: Segment) -> int:
@@ -276,7 +278,7 @@ class Decoder:
         self.token.copy_(self.sampling(logits, self.n))
         self.n.clamp_(max=self.table.shape[1] - 1)
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def step(self) -> None:
         """Stores the newest token of each sequence in `made`, and makes the next one."""
         self.longest = min(self.longest + 1, self.table.shape[1])
@@ -296,6 +298,7 @@ class Decoder:
         for step in range(n):
             i = step % len(self.made)
             if i == 0:
+                self.at.zero_()
                 with self._methods():
                     for _ in range(min(len(self.made), n - step)):
                         self.step()
@@ -310,7 +313,8 @@ class Sampler:
     """Chooses the next tokens on the device, each sequence in its own way, whatever stands beside it."""
 
     def __init__(self, ways: Sequence[Sampling], n: int, prompts: Sequence[Sequence[int]], device: torch.device):
-        seeds = [torch.randint(2**62, ()).item() if way.seed is None else way.seed for way in ways]
+        draws = [way.seed is None and way.temperature >= 1e-5 for way in ways]  # the likeliest token takes no numbers
+        seeds = [torch.randint(2**62, ()).item() if draw else way.seed or 0 for draw, way in zip(draws, ways)]
         self.seed = torch.tensor(seeds, device=device)[:, None]  # (B, 1), as all of these
         column = lambda values: torch.tensor(values, dtype=torch.float32, device=device)[:, None]  # noqa: E731
         self.temperature = column([way.temperature for way in ways])

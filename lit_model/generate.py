@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import cycle
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lit_model.model import GPT
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 def generate(
     gpt: GPT,
-    ids: Sequence[int],
+    ids: Sequence[int] | Sequence[Sequence[int]],
     max_new_tokens: int,
     temperature: float = 1.0,
     top_k: int | None = None,
@@ -22,19 +22,24 @@ def generate(
     stop_ids: Sequence[int] = (),
     seed: int | None = None,
     **more: float,
-) -> Iterator[int]:
+) -> Iterator[Any]:
     """Yields the tokens that follow `ids`, as they are made; ends before a stop token or where the context is full.
 
     Args:
-        ids: the prompt, at least one token.
+        ids: the prompt, at least one token; or several prompts: then (number of the prompt, token) is yielded, and
+            prompt i has seed + i.
         temperature, top_k, top_p, seed, more: how the next token is chosen, see `Sampling`.
     Raises:
-        ValueError: the prompt is empty or leaves no room in the model's context, or an option is out of its range.
+        ValueError: a prompt is empty or leaves no room in the model's context, or an option is out of its range.
     """
     from lit_model.decode import Sampling
 
-    way = Sampling(temperature, top_k, top_p, seed=seed, **more)
-    for _, token in generate_batch(gpt, [ids], max_new_tokens, [way], stop_ids):
+    way = Sampling(temperature, top_k, top_p, **more)
+    if len(ids) and not isinstance(ids[0], int):
+        ways = [way._replace(seed=None if seed is None else seed + i) for i in range(len(ids))]
+        yield from generate_batch(gpt, ids, max_new_tokens, ways, stop_ids)
+        return
+    for _, token in generate_batch(gpt, [ids], max_new_tokens, [way._replace(seed=seed)], stop_ids):
         yield token
 
 

@@ -80,7 +80,7 @@ class _DequantizedLinear(Linear):
 
 class Int8Linear(_DequantizedLinear):
     def matmul(self, x: Tensor) -> Tensor:
-        if x.device.type == "cpu" and x.dtype == torch.bfloat16 and torch.is_inference_mode_enabled():  # decoding
+        if x.device.type == "cpu" and x.dtype == torch.bfloat16 and not torch.is_grad_enabled():
             return torch._weight_int8pack_mm(x, self.codes, self.scale.flatten().bfloat16())
         return super().matmul(x)
 

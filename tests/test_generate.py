@@ -24,6 +24,13 @@ def test_a_seed_repeats_the_tokens(gpt):
     assert a == b != c and len(a) == 20
 
 
+def test_several_prompts_are_answered_at_a_time(gpt):
+    found = [[], []]
+    for i, token in generate(gpt, [[1, 2, 3], [4]], 8, seed=7):
+        found[i].append(token)
+    assert found == [list(generate(gpt, ids, 8, seed=7 + i)) for i, ids in enumerate(([1, 2, 3], [4]))]
+
+
 def test_it_ends_where_the_context_is_full(gpt):
     assert len(list(generate(gpt, [1] * 10, 1000, temperature=0))) == 22
     with pytest.raises(ValueError, match="the prompt has 32 tokens; it needs .* the model's context of 32"):

@@ -10,13 +10,15 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, randomize
+from conftest import FAMILIES, ROOT, randomize
 from lightning_fabric import Fabric
 from safetensors.torch import load_file
 
 from finetune import loop, run
 from finetune.report import Ask, Step
 from lit_model import generate, model, moe
+from lit_model.decode import Decoder, Sampling
+from lit_model.generate import generate_batch
 from lit_model.load import method_module, method_options
 from lit_model.methods import lora
 from lit_model.packing import Example, pack
@@ -240,3 +242,30 @@ def test_greedy_decoding_on_the_gpu_equals_the_cpu(family):
     gpt = build(family, "adapter").eval()
     expected = list(generate(gpt, [1, 2, 3], 40, temperature=0))
     assert list(generate(gpt.cuda(), [1, 2, 3], 40, temperature=0)) == expected
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_graph_decodes_what_steps_do(name, dtype, monkeypatch):
+    """In a batch and alone; and, in float32, what one pass finds likeliest."""
+    gpt = randomize(model.GPT(model.Config(**FAMILIES[name])), std=0.1).to(dtype).cuda().eval()
+    prompts, ways = [[5, 6, 7], [9] * 11, [1, 2]], [Sampling(0), Sampling(0.8, 20, seed=1), Sampling(seed=2)]
+
+    def decoded(prompts: list, ways: list) -> list[list[int]]:
+        found = [[] for _ in prompts]
+        for i, token in generate_batch(gpt, prompts, 24, ways):
+            found[i].append(token)
+        return found
+
+    graph = decoded(prompts, ways)
+    if dtype is torch.float32:
+        assert graph == [decoded([ids], [way])[0] for ids, way in zip(prompts, ways)]
+        likeliest = gpt(torch.tensor([prompts[0] + graph[0]]).cuda())[0, 2:-1].argmax(-1)
+        assert graph[0] == likeliest.tolist()
+
+    @torch.no_grad()
+    def step(self) -> None:
+        self._step()
+
+    monkeypatch.setattr(Decoder, "step", step)
+    assert decoded(prompts, ways) == graph

@@ -21,7 +21,9 @@ from safetensors.torch import load_file
 from finetune import full, lora
 from finetune.devices import launch
 from finetune.run import Train
-from lit_model import GPT, Config
+from lit_model import GPT, Config, generate, load
+from lit_model.data.examples import prompt_ids, render
+from lit_model.data.tokenizer import Tokenizer
 from lit_model.weights.folder import save_folder
 
 PATIENCE = 1800  # seconds
@@ -157,6 +159,15 @@ def test_every_launcher_starts_one_job_that_trains_as_one_process(
     assert len((one / "metrics.csv").read_text().splitlines()) == len(
         (tmp_path / "two/metrics.csv").read_text().splitlines()
     )
+
+
+def test_under_fsdp_a_sample_is_answered_as_by_one_process(tiny, tmp_path):
+    more = "--devices=cpu:2 --strategy=fsdp --train.sample=apple --train.max_steps=1"
+    out, _ = run(command("finetune/lora.py", tiny, tmp_path / "run", more))
+    tokenizer = Tokenizer(tiny / "base")
+    ids = prompt_ids(tokenizer, "alpaca", render("alpaca", "apple"))
+    tokens = generate(load(tiny / "base"), ids, 64, temperature=0, stop_ids=tokenizer.stop_ids)
+    assert f"-> {' '.join(tokenizer.decode(list(tokens)).split())}\n" in out
 
 
 def children(pid: int) -> list[int]:

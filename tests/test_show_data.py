@@ -188,9 +188,12 @@ def test_a_run_whose_template_tells_the_date_resumes_after_midnight(chat_checkpo
 def test_a_system_prompt_and_stops_in_generation(chat_checkpoint, tmp_path, capsys, monkeypatch):
     tokenizer = chat_checkpoint(CHATML)
     asked = []
-    monkeypatch.setattr(
-        base, "generate", lambda gpt, ids, n, *sampling: asked.append((list(ids), sampling[3])) or iter(ids)
-    )
+
+    def generate_batch(gpt, prompts, n, ways, stop_ids):
+        asked.append((prompts[0], stop_ids))
+        return ((0, i) for i in prompts[0])
+
+    monkeypatch.setattr(base, "generate_batch", generate_batch)
     args = ["x", "--checkpoint_dir", f"{tmp_path}/model", "--prompt", "apple", "--device", "cpu"]
     for more in (["--style", "chat", "--system", "stone", "--stop", "<think>"], ["--stop", " "]):
         monkeypatch.setattr(sys, "argv", args + more)

@@ -255,7 +255,7 @@ def few_times(x: Tensor, w: Tensor, scale: Tensor | None = None, levels: Tensor 
 
 
 BLOCKS = {  # kind, whether of one token: outputs and inputs that a program takes at a time
-    ("plain", True): (8, 512), ("scaled", True): (1, 1024), ("nf4", True): (4, 512),
+    ("plain", True): (8, 512), ("scaled", True): (2, 1024), ("nf4", True): (4, 512),
     ("plain", False): (32, 128), ("scaled", False): (32, 256), ("nf4", False): (32, 64),
 }  # fmt: skip
 

@@ -54,7 +54,7 @@ def main(options: Options) -> None:
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
     options.out.parent.mkdir(parents=True, exist_ok=True)
     for row in options.rows.split(","):
-        with torch.inference_mode():
+        with torch.no_grad():
             result = dict(row=row) | measure(row, options, device) | dict(device=name, commit=commit())
         print(
             " | ".join(f"{value:.4g}" if isinstance(value, float) else str(value) for value in result.values()),
