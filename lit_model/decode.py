@@ -62,7 +62,8 @@ class DecodeRow(PackedRow):
     def attend(self, q: Tensor, k: Tensor, v: Tensor, prompts: Sequence[GatedKeys]) -> Tensor:
         """q (B, nh, hs), k and v (B, nkv, hs) without positions. Returns (B, nh, hs)."""
         state, keys, values = self.state, self.state.cache.k[self.layer], self.state.cache.v[self.layer]
-        if q.is_cuda and HAS_TRITON and self.rope is not None and self.rope.turns_all_of(q):
+        is_whole = self.rope is not None and self.rope.turns_all_of(q) and not q.shape[-1] & (q.shape[-1] - 1)
+        if q.is_cuda and HAS_TRITON and is_whole:
             from lit_model.kernels.decode import rotate_and_store
 
             q = rotate_and_store(q, k, v, self.rope, state.slot, keys, values)

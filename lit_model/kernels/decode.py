@@ -188,7 +188,8 @@ def _weights(w_ptr, scale_ptr, levels_ptr, row, j, ok, K: tl.constexpr, KIND: tl
     """Weights at the inputs j of `row` (BN, 1): of 4 bits at 2 j and 2 j + 1, with their scales; else once, without."""
     if KIND == "nf4":  # two codes a byte, the first in the high half; a scale for each 64
         codes = tl.load(w_ptr + row * (K // 2) + j, mask=ok, other=0)
-        scale = tl.load(scale_ptr + (row * (K // 64) + j // 32 if K % 64 == 0 else (row * K + 2 * j) // 64), mask=ok)
+        block = row * (K // 64) + j // 32 if K % 64 == 0 else (row * K + 2 * j) // 64
+        scale = tl.load(scale_ptr + block, mask=ok, other=0.0)
         if PTX:
             first, second = tl.inline_asm_elementwise(
                 TWO_LEVELS, "=r,=r,=r,=r,r", [codes], dtype=(tl.float16, tl.float16), is_pure=True, pack=4
