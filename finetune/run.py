@@ -274,8 +274,9 @@ def take_options(options: RunOptions, base: Folder) -> None:
     """Those of the method in `init_from` that make its network. Raises ValueError for another method or base."""
     header, _ = read_method(options.init_from, base)
     own = getattr(options, header["method"], None)
-    if header["base"] != base.identity or (own is None and METHODS[header["method"]]):
-        what = f"{header['method']} on another base" if own else f"{header['method']}, which another script trains"
+    is_other = header["base"] != base.identity
+    if is_other or (own is None and METHODS[header["method"]]):
+        what = f"{header['method']}{' on another base' if is_other else ', which another script trains'}"
         raise ValueError(f"--init_from {options.init_from}: it holds {what}")
     if own:
         made = {name: value for name, value in header["options"].items() if name not in ("dropout", "lr_ratio")}

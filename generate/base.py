@@ -132,14 +132,15 @@ def answer_file(
     if whole != text:
         write_text(options.out, whole)
     with open(options.out, "a", encoding="utf-8") as file, tqdm(total=len(rows), initial=len(done)) as bar:
-        for start in range(len(done), len(rows), max(1, options.batch_size)):
-            batch = rows[start : start + options.batch_size]
+        size = max(1, options.batch_size)
+        for start in range(len(done), len(rows), size):
+            batch = rows[start : start + size]
             with reading(options.prompts):
                 prompts = [row_ids(row, tokenizer, style, options.system) for row in batch]
                 gpt.config.check_tokens(max(map(max, prompts)))
-                seeds = [None if way.seed is None else way.seed + start + i for i in range(len(batch))]
                 found: list[list[int]] = [[] for _ in batch]
-                ways = [way._replace(seed=seed) for seed in seeds]
+                numbers = range(start, start + len(batch))
+                ways = [way if way.seed is None else way._replace(seed=way.seed + n) for n in numbers]
                 for i, token in generate_batch(gpt, prompts, options.max_new_tokens, ways, stop_ids):
                     found[i].append(token)
             for row, tokens in zip(batch, found, strict=True):

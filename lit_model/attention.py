@@ -60,7 +60,7 @@ class PackedRow:
         Returns: (T, nh, hs).
         """
         packed = self.packed
-        has_kernel = packed.blocks is not None and self.window is None and self.softcap is None and has_kernels(q)
+        has_kernel = packed.blocks is not None and self.window is None and self.softcap is None and _has_kernels(q)
         if rope is not None and not (has_kernel and rope.turns_all_of(q)):
             (q, k), rope = self.rotated(q, k), None
         if has_kernel:
@@ -137,7 +137,7 @@ def _fast_16_bit(q: Tensor) -> bool:
     return q.is_cuda and half and torch.cuda.get_device_capability(q.device) >= (8, 0)
 
 
-def has_kernels(q: Tensor) -> bool:
+def _has_kernels(q: Tensor) -> bool:
     hs = q.shape[-1]
     return _fast_16_bit(q) and HAS_TRITON and 16 <= hs <= 128 and hs & (hs - 1) == 0
 

@@ -187,7 +187,7 @@ class Decoder:
         linears = [m for m in self.gpt.modules() if isinstance(m, Linear) and m.weight is not None]
         if sum(m.weight.numel() for m in linears) < 1e9 and torch.backends.mkldnn.is_available():
             for m in linears:
-                if m.weight.dtype is torch.bfloat16 and (m.packed is None or m.packed.of is not m.weight):
+                if m.weight.dtype is torch.bfloat16 and not (m.packed and m.packed.is_of(m.weight)):
                     m.packed = Packed1(m.weight)
 
     @contextmanager

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import cycle
 from typing import TYPE_CHECKING, Any
 
 from lit_model.model import GPT
@@ -35,7 +34,7 @@ def generate(
     from lit_model.decode import Sampling
 
     way = Sampling(temperature, top_k, top_p, **more)
-    if len(ids) and not isinstance(ids[0], int):
+    if len(ids) and isinstance(ids[0], Sequence):
         ways = [way._replace(seed=None if seed is None else seed + i) for i in range(len(ids))]
         yield from generate_batch(gpt, ids, max_new_tokens, ways, stop_ids)
         return
@@ -59,11 +58,12 @@ def generate_batch(
     """
     from lit_model.decode import Decoder
 
-    fronts = [gpt.n_front(name) for name in methods] if methods else [gpt.n_virtual_keys + gpt.n_virtual_tokens]
-    room = [gpt.config.block_size - n - len(ids) for ids, n in zip(prompts, fronts if methods else cycle(fronts))]
+    own = gpt.n_virtual_keys + gpt.n_virtual_tokens
+    fronts = [gpt.n_front(name) for name in methods] if methods else [own] * len(prompts)
+    room = [gpt.config.block_size - n - len(ids) for ids, n in zip(prompts, fronts, strict=True)]
     for ids, way, n in zip(prompts, ways, room, strict=True):
         way.check(max_new_tokens)
-        if not ids or n < 1:
+        if not len(ids) or n < 1:
             needs = f"at least one, and room after it in the model's context of {gpt.config.block_size}"
             raise ValueError(f"the prompt has {len(ids)} tokens; it needs {needs}")
     n_new = [min(max_new_tokens, n) for n in room]

@@ -159,8 +159,9 @@ def _save_rest(out_dir: Path, name: str, merged: Merged) -> None:
 def compare(checkpoint_dir: Path, method_dir: MethodDirs, dtype: torch.dtype | None = None) -> str:
     """A line about how `merge` into this dtype will answer beside the unmerged network. Weights stay in the mapped
     files, and each layer is merged when its turn comes."""
-    gpt, tokenizer = load(checkpoint_dir, method_dir, dtype=None), load_tokenizer(checkpoint_dir, method_dir)
-    gpt.dtype, base = torch.float32, Folder(checkpoint_dir)
+    merged = Merged(checkpoint_dir, method_dir)  # refuses what does not merge
+    base, tokenizer, gpt = merged.base, merged.tokenizer, load(checkpoint_dir, method_dir, dtype=None)
+    gpt.dtype = torch.float32
     texts = [tokenizer.encode(ALPACA.replace("{instruction}", question)) for question in QUESTIONS]
     idx = torch.tensor([tokenizer.bos + ids[: min(map(len, texts))] for ids in texts])
     gpt.heads.clear()

@@ -60,7 +60,7 @@ class Linear(nn.Linear):
             from lit_model.kernels.decode import few_times
 
             return few_times(x, self.weight)
-        if self.packed is not None and len(x) == 1 and self.packed.of is self.weight:
+        if self.packed is not None and self.packed.can_take(x, self.weight):
             return self.packed.times(x)
         return F.linear(x, self.weight.to(x.dtype))
 

@@ -3,6 +3,7 @@
 import json
 from itertools import takewhile
 
+import numpy as np
 import pytest
 import torch
 from conftest import LLAMA, fail, randomize, say
@@ -173,3 +174,25 @@ def test_stops_are_a_text_or_a_list():
     given |= {"[a, b]": ["[a, b]"], r"\n": ["\n"], r'["\n", "日"]': ["\n", "日"], "['#', [": ["['#', ["]}
     given['["###", ""]'] = ["###"]
     assert {text: stop_texts(text) for text in given} == given
+
+
+def test_weights_packed_for_one_token_are_the_weights(tiny):
+    """On a CPU in bfloat16: until they change, and never where a gradient is wanted."""
+    gpt = load(tiny / "base", dtype=torch.bfloat16)
+    list(generate(gpt, [1, 2], 3, temperature=0))
+    linear, x = gpt.blocks[0].mlp.up_proj, torch.randn(1, gpt.config.n_embd).bfloat16()
+    with torch.no_grad():
+        assert linear.packed.can_take(x, linear.weight)
+        torch.testing.assert_close(linear(x), x @ linear.weight.T, rtol=1e-2, atol=1e-2)
+        linear.weight.mul_(2)
+        assert not linear.packed.can_take(x, linear.weight)
+        torch.testing.assert_close(linear(x), x @ linear.weight.T, rtol=1e-2, atol=1e-2)
+    list(generate(gpt, [1, 2], 3, temperature=0))
+    linear(x.requires_grad_()).sum().backward()
+    assert x.grad.any()
+
+
+def test_ids_may_be_an_array(gpt):
+    assert list(generate(gpt, np.array([1, 2, 3]), 5, temperature=0)) == list(
+        generate(gpt, [1, 2, 3], 5, temperature=0)
+    )

@@ -156,7 +156,7 @@ GRAPHS = dict(adapter=5, adapter_v2=5, bottleneck=4, dora=4, ia3=4, lora=4, piss
 def test_nothing_is_compiled_anew_for_rows_of_another_length(method, monkeypatch):
     """Blocks are compiled once each for: the first ones, whose input needs no gradient (with and without an adapter);
     those between; the last one. And the loss. Nothing in them ends a graph early."""
-    monkeypatch.setattr(attention, "has_kernels", lambda q: True)
+    monkeypatch.setattr(attention, "_has_kernels", lambda q: True)
     if DEVICE == "cpu":  # what the kernels compute does not matter here, and the interpreter takes its time
         for name in ("_forward", "_backward_q", "_backward_kv", "_add_parts"):
             monkeypatch.setattr(kernels, name, defaultdict(lambda: lambda *args, **options: None))

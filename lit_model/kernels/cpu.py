@@ -84,7 +84,16 @@ class Packed1:
     """A second copy of a bfloat16 weight in oneDNN's own order: its product with one token takes two thirds."""
 
     def __init__(self, weight: Tensor):
-        self.of, self.packed = weight, torch.ops.mkldnn._reorder_linear_weight(weight.detach(), 1)
+        self.packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), 1)
+        self.of = weight.data_ptr(), weight._version, weight.dtype
+
+    def is_of(self, weight: Tensor) -> bool:
+        """Whether the weight is as it was."""
+        return self.of == (weight.data_ptr(), weight._version, weight.dtype)
+
+    def can_take(self, x: Tensor, weight: Tensor) -> bool:
+        """Whether x is one token that needs no gradient."""
+        return len(x) == 1 and not torch.is_grad_enabled() and x.dtype == weight.dtype and self.is_of(weight)
 
     def times(self, x: Tensor) -> Tensor:
         return torch.ops.mkldnn._linear_pointwise(x, self.packed, None, "none", [], "")

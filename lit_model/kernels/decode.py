@@ -22,7 +22,6 @@ from lit_model.rope import Angles
 LOG2E = tl.constexpr(math.log2(math.e))
 KEYS = 64  # that a program reads at a time
 MOST_PARTS = 32  # that a sequence is cut into
-MOST_TOKENS = 64  # of few_times
 _jit = triton.jit(do_not_specialize=("B", "S", "window", "shared", "M"))
 
 
@@ -239,7 +238,7 @@ def _few_times(
 
 
 def few_times(x: Tensor, w: Tensor, scale: Tensor | None = None, levels: Tensor | None = None) -> Tensor:
-    """x (M, n_in) of up to MOST_TOKENS tokens times a weight -> (M, n_out).
+    """x (M, n_in) of few tokens times a weight -> (M, n_out).
 
     Args:
         w: (n_out, n_in) in x's dtype, int8 or fp8; or with `levels`, (16,), pairs of codes (n_out, n_in / 2).
