@@ -119,10 +119,9 @@ class CachedRow(PackedRow):
     layer: int
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, prompts: Sequence[GatedKeys]) -> Tensor:
-        q, k = self.rotated(q, k)
-        stored = self.cache.store(self.layer, self.packed.slots, k, v)  # (slots, nkv, hs): every slot, used or not
-        if self.packed.blocks is None:
-            k, v = stored
+        q, k, v = self.cache.store(self.layer, self.packed.slots, q, k, v, self.rope)
+        if self.packed.blocks is not None:  # the first row of the cache
+            k, v = k[: len(q)], v[: len(q)]
         return self.over(q, *self.behind_virtual(k, v), prompts)
 
 
@@ -195,8 +194,18 @@ class KVCache:
     v: Tensor
     length: int  # tokens of the longest example that it will hold
 
-    def store(self, layer: int, slots: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Stores (T, nkv, hs) keys and values in `slots` (T,); returns all slots of this layer, (slots, nkv, hs)."""
-        self.k[layer].index_copy_(0, slots, k)
-        self.v[layer].index_copy_(0, slots, v)
-        return self.k[layer], self.v[layer]
+    def store(
+        self, layer: int, slots: Tensor, q: Tensor, k: Tensor, v: Tensor, rope: Angles | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Stores k, rotated, and v (T, nkv, hs) in `slots` (T,). Returns q (T, nh, hs), rotated, and the keys and
+        values in all slots of this layer, (slots, nkv, hs)."""
+        keys, values = self.k[layer], self.v[layer]
+        if q.is_cuda and HAS_TRITON and rope is not None and rope.turns_all_of(q) and q.shape[-1].bit_count() == 1:
+            from lit_model.kernels.decode import rotate_and_store
+
+            return rotate_and_store(q, k, v, rope, slots, keys, values), keys, values
+        if rope is not None:
+            q, k = rope.queries(q), rope.keys(k)
+        keys.index_copy_(0, slots, k)
+        values.index_copy_(0, slots, v)
+        return q, keys, values

@@ -61,16 +61,8 @@ class DecodeRow(PackedRow):
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, prompts: Sequence[GatedKeys]) -> Tensor:
         """q (B, nh, hs), k and v (B, nkv, hs) without positions. Returns (B, nh, hs)."""
-        state, keys, values = self.state, self.state.cache.k[self.layer], self.state.cache.v[self.layer]
-        is_whole = self.rope is not None and self.rope.turns_all_of(q) and not q.shape[-1] & (q.shape[-1] - 1)
-        if q.is_cuda and HAS_TRITON and is_whole:
-            from lit_model.kernels.decode import rotate_and_store
-
-            q = rotate_and_store(q, k, v, self.rope, state.slot, keys, values)
-        else:
-            q, k = self.rotated(q, k)
-            state.cache.store(self.layer, state.slot, k, v)
-        k, v = keys, values  # (slots, nkv, hs)
+        state = self.state
+        q, k, v = state.cache.store(self.layer, state.slot, q, k, v, self.rope)  # (slots, nkv, hs)
         how = self.scale, self.window, self.softcap, state.longest, state.shared
         y = decode_attention(q, k, v, state.table, state.n, *how)
         for pk, pv, gate in prompts:
@@ -177,7 +169,8 @@ class Decoder:
             self.table, self.n = torch.from_numpy(table).to(device), torch.from_numpy(ends).to(device)  # (B, S), (B,)
             self.longest = int(ends.max())
             same = (table[:, : ends.min()] == table[0, : ends.min()]).all(0)
-            self.shared = int(same.cumprod().sum()) // 64 * 64 if B > 1 else 0
+            shared = int(same.cumprod().sum())
+            self.shared = shared if B > 1 and shared >= 64 else 0  # fewer are not worth it
             self.made = torch.zeros(LOOK if device.type == "cuda" else 1, B, dtype=torch.long, device=device)
             self.at = torch.zeros((), dtype=torch.long, device=device)  # the line of `made` that is next
             self.token, self.graph = self.sampling(logits, self.n), None
@@ -323,7 +316,7 @@ class Sampler:
         self.top_p, self.min_p = column([way.top_p or 1.0 for way in ways]), column([way.min_p or 0.0 for way in ways])
         self.penalty = column([way.repetition_penalty for way in ways])
         self.is_greedy = all(way.temperature < 1e-5 for way in ways)  # logits divided by less are no numbers
-        self.is_filtered = any(way.top_k or way.top_p or way.min_p for way in ways)
+        self.is_filtered = any(way.top_p or way.min_p for way in ways) or len({way.top_k for way in ways}) > 1
         self.most = min(n, max(way.top_k for way in ways)) if all(way.top_k for way in ways) else None
         self.seen = None
         if any(way.repetition_penalty != 1 for way in ways):
@@ -344,7 +337,7 @@ class Sampler:
         if not self.is_greedy:
             x, ids = logits / self.temperature.clamp(min=1e-5), torch.arange(logits.shape[-1], device=logits.device)
             if self.most is not None:
-                x, ids = x.topk(self.most)
+                x, ids = x.topk(self.most, sorted=self.is_filtered)
             elif self.is_filtered:
                 x, ids = x.sort(-1, descending=True)
             if self.is_filtered:

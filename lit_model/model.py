@@ -193,7 +193,12 @@ class MLP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.gate_proj is None:
             return self.down_proj(self.activation(self.up_proj(x)))
-        return self.down_proj(self.activation(self.gate_proj(x)) * self.up_proj(x))
+        gate, up = self.gate_proj(x), self.up_proj(x)
+        if is_few(x) and self.activation is F.silu:
+            from lit_model.kernels.decode import swiglu
+
+            return self.down_proj(swiglu(gate, up))
+        return self.down_proj(self.activation(gate) * up)
 
 
 class Block(nn.Module):

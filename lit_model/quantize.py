@@ -70,7 +70,7 @@ class _DequantizedLinear(Linear):
         return self.dequantized(torch.float32)
 
     def matmul(self, x: Tensor) -> Tensor:
-        return self.few_times(x) if is_few(x) else _Dequantized.apply(x, self)
+        return self.few_times(x) if is_few(x) and x.shape[-1] % 64 == 0 else _Dequantized.apply(x, self)
 
     def few_times(self, x: Tensor) -> Tensor:
         from lit_model.kernels.decode import few_times
@@ -207,7 +207,7 @@ class FP8MLP(MLP):
     def forward(self, x: Tensor) -> Tensor:
         linears = self.gate_proj, self.up_proj, self.down_proj
         plain = all(not linear.deltas and linear.bias is None for linear in linears)
-        if not (plain and x.is_cuda and HAS_TRITON):
+        if is_few(x) or not (plain and x.is_cuda and HAS_TRITON):
             return super().forward(x)
         return _FP8SwiGLU.apply(x.bfloat16(), self).to(x.dtype)
 
