@@ -4,7 +4,7 @@
                       that all of a GPU reads keys of a single one; the heads that share a key read it once
     rotate_and_store  rotary positions of q and k, and k and v into their slots, in one pass
     few_times         x (M, n_in) of few tokens times a weight in 16, 8 or 4 bits, which is read as it is stored
-    rms_norm          of few rows
+    swiglu, rms_norm  of few rows
 
 The same in plain torch: `decode_attention` in decode.py, `Angles` in rope.py, `matmul` in quantize.py.
 """
@@ -20,7 +20,7 @@ from lit_model.rope import Angles
 
 LOG2E = tl.constexpr(math.log2(math.e))
 KEYS = 64  # that a program reads at a time
-MOST_COMMON = 4
+MOST_COMMON = 4  # parts of a beginning that all sequences share: each sequence folds them in
 MOST_PARTS = 32  # that a sequence is cut into
 _jit = triton.jit(do_not_specialize=("B", "S", "window", "shared", "M"))
 
