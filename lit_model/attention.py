@@ -120,8 +120,8 @@ class CachedRow(PackedRow):
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, prompts: Sequence[GatedKeys]) -> Tensor:
         q, k, v = self.cache.store(self.layer, self.packed.slots, q, k, v, self.rope)
-        if self.packed.blocks is not None:  # the first row of the cache
-            k, v = k[: len(q)], v[: len(q)]
+        if self.packed.blocks is not None:  # it sees its own keys alone
+            k, v = k[self.packed.slots], v[self.packed.slots]
         return self.over(q, *self.behind_virtual(k, v), prompts)
 
 

@@ -24,6 +24,7 @@ from lit_model.packing import Example, Packed, Segment, lay_out, tree
 from lit_model.rope import rope_angles
 
 LOOK = 8  # steps on a GPU between two looks of the host at the tokens
+MOST_LOGPROBS = 20
 ROW_TOKENS = 16384  # about the most tokens of prompts that go through the network at a time
 
 
@@ -36,6 +37,7 @@ class Sampling(NamedTuple):
     min_p: float | None = None  # from tokens with at least this share of the likeliest one's probability
     repetition_penalty: float = 1.0  # divides positive logits of tokens that are in the text, multiplies negative ones
     seed: int | None = None  # the same seed gives the same tokens
+    logprobs: int | None = None  # report the log-probability of each token, and so many likeliest ones beside it
 
     def check(self, max_new_tokens: int = 1) -> None:
         """Raises ValueError for a value out of its range."""
@@ -47,6 +49,7 @@ class Sampling(NamedTuple):
             ("min_p", self.min_p, self.min_p is None or 0 <= self.min_p <= 1),
             ("repetition_penalty", self.repetition_penalty, 0 < self.repetition_penalty < math.inf),
             ("seed", self.seed, self.seed is None or 0 <= self.seed < 2**63),
+            ("logprobs", self.logprobs, self.logprobs is None or 0 <= self.logprobs <= MOST_LOGPROBS),
         ):
             if not fits:
                 raise ValueError(f"{name} is {value}, out of its range")
@@ -63,8 +66,8 @@ class DecodeRow(PackedRow):
         """q (B, nh, hs), k and v (B, nkv, hs) without positions. Returns (B, nh, hs)."""
         state = self.state
         q, k, v = state.cache.store(self.layer, state.slot, q, k, v, self.rope)  # (slots, nkv, hs)
-        how = self.scale, self.window, self.softcap, state.longest, state.shared
-        y = decode_attention(q, k, v, state.table, state.n, *how)
+        how = self.scale, self.window, self.softcap, int(state.ends[: len(q)].max()), state.shared
+        y = decode_attention(q, k, v, state.table[: len(q)], state.n[: len(q)], *how)
         for pk, pv, gate in prompts:
             y = y + gate.to(y.dtype)[..., None] * plain_attention(q, pk, pv, self.scale, self.softcap)
         return y
@@ -112,31 +115,26 @@ class Kept(nn.Module):
 
 
 class Decoder:
-    """The state of B sequences, on the device. `step` makes the next token of each."""
+    """The state of sequences, on the device: `admit` computes their prompts, `steps` makes the next tokens of each, and
+    `release` takes one out. They lie in the first places."""
 
-    @torch.no_grad()
     def __init__(
-        self,
-        gpt: GPT,
-        prompts: Sequence[Sequence[int]],
-        n_new: Sequence[int],
-        ways: Sequence[Sampling],
-        methods: Sequence[str | None] | None = None,
+        self, gpt: GPT, places: int, length: int, names: Sequence[str | None] | None = None, slots: int | None = None
     ):
-        """Computes the prompts, and makes the first token of each sequence.
-
-        Args:
-            n_new: most tokens that each sequence gets; it has room for them.
-            methods: of each sequence, where several lie side by side; None: what the network has.
         """
-        self.gpt, device, B = gpt, gpt.device, len(prompts)
-        self.sampling = Sampler(ways, gpt.config.vocab_size, prompts, device)
-        self.names = [*dict.fromkeys(methods or [None])]
-        self.number = torch.tensor([self.names.index(name) for name in methods or [None] * B], device=device)  # (B,)
+        Args:
+            places: most sequences at a time. length: of the longest one, with what its method puts in front.
+            names: of methods side by side that sequences may have; None: what the network has.
+            slots: keys that it has room for; None: for those of the first sequences alone.
+        """
+        self.gpt, self.device, self.names, self.n_slots = gpt, gpt.device, [*(names or [None])], slots
+        self.length, self.size, self.roots, self.graphs = length, 0, None, {}
+        self.sampler = Sampler(places, gpt.config.vocab_size, self.device)
+        self.lines: list[np.ndarray] = []  # the slots of each sequence
         self.slots, self.kept = {}, {}
-        if B == 1 and device.type == "cpu":
+        if places == 1 and self.device.type == "cpu":
             self._pack()
-        if methods:
+        if names:
             from lit_model.methods.mixed import Choice, mix
 
             self.choice = Choice(self.names)
@@ -144,36 +142,98 @@ class Decoder:
         else:
             for attn in (block.attn for block in gpt.blocks if block.attn.deltas):
                 self.kept[attn] = nn.ModuleDict({name: Kept(delta) for name, delta in attn.deltas.items()})
+        counts = torch.zeros(3, places, dtype=torch.long, device=self.device)
+        self.n, self.number, self.token = counts  # of tokens and keys so far; of the method; the newest token
+        look = LOOK if self.device.type == "cuda" else 1
+        self.made = torch.zeros(look, places, dtype=torch.long, device=self.device)
+        self.at = torch.zeros((), dtype=torch.long, device=self.device)  # the line of `made` that is next
+
+    @classmethod
+    def of(
+        cls, gpt: GPT, prompts: Sequence[Sequence[int]], n_new: Sequence[int], ways: Sequence[Sampling],
+        methods: Sequence[str | None] | None = None,
+    ) -> "Decoder":  # fmt: skip
+        """One with these sequences, and room for no more; the rest as in `admit`."""
+        own = gpt.n_virtual_keys + gpt.n_virtual_tokens
+        fronts = [gpt.n_front(name) for name in methods] if methods else [own] * len(prompts)
+        length = max(front + len(ids) + n for front, ids, n in zip(fronts, prompts, n_new, strict=True))
+        decoder = cls(gpt, len(prompts), length, [*dict.fromkeys(methods)] if methods else None)
+        decoder.admit(prompts, n_new, ways, methods)
+        return decoder
+
+    @torch.no_grad()
+    def admit(
+        self, prompts: Sequence[Sequence[int]], n_new: Sequence[int], ways: Sequence[Sampling],
+        methods: Sequence[str | None] | None = None,
+    ) -> None:  # fmt: skip
+        """Computes prompts, and makes the first token of each; there must be places and slots.
+
+        Args:
+            n_new: most tokens that each sequence gets.
+            methods: of each sequence, of those in `names`.
+        """
+        numbers = [self.names.index(name) for name in methods or [None] * len(prompts)]
         with self._methods():
-            most, front, leaves, rows = max(n_new), [], [], []
-            for number, name in enumerate(self.names):
-                mine = [i for i in range(B) if not methods or methods[i] == name]
-                root = self._front(name, front, rows)
-                segments, ids, ends = self._tree([prompts[i] for i in mine], root)
+            front, leaves, rows = [], [], []
+            is_first = self.roots is None
+            if is_first:
+                self.roots = [self._front(number, front, rows) for number in range(len(self.names))]
+            n_keys = sum(segment.length for segment, _ in front)
+            n_front = n_keys + sum(segment.length for segment, *_ in rows)
+            for number, root in enumerate(self.roots):
+                mine = [i for i, other in enumerate(numbers) if other == number]
+                segments, ids, ends = self._tree([prompts[i] for i in mine], root) if mine else ([], [], [])
                 rows += [(segment, part, number) for segment, part in zip(segments, ids, strict=True)]
                 leaves += zip(mine, ends, strict=True)
             leaves = [leaf for _, leaf in sorted(leaves, key=itemgetter(0))]
-            n_keys = sum(segment.length for segment, _ in front)
             n_stored = n_keys + sum(segment.length for segment, *_ in rows)
-            ends = np.array([leaf.length + self._before(leaf) for leaf in leaves])
-            self.cache = gpt.new_cache(n_stored + B * most + 1)
-            self.cache.length = int(ends.max()) + most
+            if is_first:
+                self._allocate(n_stored + sum(n_new) if self.n_slots is None else self.n_slots)
+                self.front = np.arange(n_front)
+                self.users[self.front] = 1
+            free = np.flatnonzero(self.users == 0)
+            slots = np.concatenate((self.front, free))[: n_stored + (0 if is_first else len(self.front))]
+            own = np.split(free[len(slots) - len(self.front) :], np.cumsum(n_new))  # for what follows each prompt
             for segment, kv in front:  # (L, 2, P, nkv, hs)
-                at = slice(segment.keys[0], segment.keys[-1] + 1)
-                self.cache.k[:, at], self.cache.v[:, at] = kv.to(self.cache.k.dtype).unbind(1)
-            logits = self._prefill(rows, n_keys, leaves)
-            table = np.full((B, ends.max() + most), n_stored + B * most)  # the last slot: of what nobody wants
-            for i, (leaf, n) in enumerate(zip(leaves, n_new)):
-                table[i, : leaf.end] = leaf.keys
-                table[i, leaf.end : leaf.end + n] = n_stored + i * most + np.arange(n)
-            self.table, self.n = torch.from_numpy(table).to(device), torch.from_numpy(ends).to(device)  # (B, S), (B,)
-            self.longest = int(ends.max())
-            same = (table[:, : ends.min()] == table[0, : ends.min()]).all(0)
-            shared = int(same.cumprod().sum())
-            self.shared = shared if B > 1 and shared >= 64 else 0  # fewer are not worth it
-            self.made = torch.zeros(LOOK if device.type == "cuda" else 1, B, dtype=torch.long, device=device)
-            self.at = torch.zeros((), dtype=torch.long, device=device)  # the line of `made` that is next
-            self.token, self.graph = self.sampling(logits, self.n), None
+                self.cache.k[:, segment.keys], self.cache.v[:, segment.keys] = kv.to(self.cache.k.dtype).unbind(1)
+            logits = self._prefill(rows, n_keys if is_first else len(self.front), slots, leaves)
+            first, last = self.size, self.cache.k.shape[1] - 1  # a slot of what nobody wants
+            for i, (leaf, more) in enumerate(zip(leaves, own)):
+                line = np.concatenate((slots[leaf.keys], more))
+                self.users[line] += 1
+                self.lines.append(line)
+                self.table[first + i] = torch.from_numpy(
+                    np.pad(line, (0, self.length - len(line)), constant_values=last)
+                )
+            self.size += len(prompts)
+            mine = slice(first, self.size)
+            self.ends[mine] = [len(line) - n for line, n in zip(self.lines[first:], n_new)]
+            self.n[mine], self.number[mine] = torch.from_numpy(self.ends[mine]), torch.tensor(numbers)
+            self.sampler.put(ways, prompts)
+            self.token[mine] = self.sampler(logits, self.n[mine], mine)
+            shortest = int(self.ends[: self.size].min())
+            lines = np.stack([line[:shortest] for line in self.lines])
+            shared = int((lines == lines[0]).all(0).cumprod().sum())
+            self.shared = shared if self.size > 1 and shared >= 64 else 0  # fewer are not worth it
+
+    def _allocate(self, slots: int) -> None:
+        self.cache = self.gpt.new_cache(slots + 1)
+        self.cache.length = self.length
+        self.users = np.zeros(slots, dtype=int)  # sequences that see each slot
+        places = len(self.n)
+        self.table = torch.full((places, self.length), slots, device=self.device)  # which slot holds which position
+        self.ends = np.zeros(places, dtype=int)  # `n` on the host
+
+    def release(self, place: int) -> None:
+        """Takes out the sequence in a place; the last one moves there."""
+        self.size -= 1
+        self.users[self.lines[place]] -= 1
+        self.lines[place], self.ends[place] = self.lines[-1], self.ends[self.size]
+        self.lines.pop()
+        for t in (self.table, self.n, self.number, self.token):
+            t[place] = t[self.size]
+        self.table[self.size], self.n[self.size] = self.cache.k.shape[1] - 1, 0
+        self.sampler.move(self.size, place)
 
     def _pack(self) -> None:
         """On a CPU: weights of a network below a billion parameters, where a second copy is small."""
@@ -196,14 +256,9 @@ class Decoder:
                 for attn, deltas in before.items():
                     attn.deltas = deltas
 
-    @staticmethod
-    def _before(segment: Segment) -> int:
-        """Number of tokens and keys before a segment."""
-        return 0 if segment.parent is None else segment.parent.length + Decoder._before(segment.parent)
-
-    def _front(self, name: str | None, front: list, rows: list) -> Segment | None:
+    def _front(self, number: int, front: list, rows: list) -> Segment | None:
         """Adds what a method puts in front of all its sequences: keys to `front`, tokens to `rows`."""
-        own = self.gpt.slots[name] if self.slots else vars(self.gpt)["_modules"]
+        own = self.gpt.slots[self.names[number]] if self.slots else vars(self.gpt)["_modules"]
         root = None
         for virtual in own["virtual_keys"].values():
             root = Segment(virtual.length, root)
@@ -211,7 +266,7 @@ class Decoder:
             front.append((root, virtual()))
         for virtual in own["virtual_tokens"].values():
             root = Segment(virtual.length, root)
-            rows.append((root, virtual(), self.names.index(name)))
+            rows.append((root, virtual(), number))
         return root
 
     @staticmethod
@@ -224,16 +279,19 @@ class Decoder:
         segments, ids, ends = tree(examples, root)
         return segments, ids, [end for _, end in sorted(zip(order, ends), key=itemgetter(0))]
 
-    def _prefill(self, rows: list, used: int, leaves: list[Segment]) -> Tensor:
-        """Stores keys and values of all (segment, its ids or its embeddings, number of its method). Returns the logits
-        behind each prompt, (B, V)."""
-        gpt, found = self.gpt, {}
+    def _prefill(self, rows: list, used: int, slots: np.ndarray, leaves: list[Segment]) -> Tensor:
+        """Stores keys and values of all (segment, its ids or its embeddings, number of its method), the i-th key in
+        slots[i], the first `used` of which are there. Returns the logits behind each prompt, (B, V)."""
+        gpt, found, slots = self.gpt, {}, torch.from_numpy(slots).to(self.device)
         while rows:
             lengths = np.cumsum([segment.length for segment, *_ in rows])
             n = max(1, int(np.searchsorted(lengths, ROW_TOKENS, "right")))
             (segments, parts, numbers), rows, lengths = zip(*rows[:n]), rows[n:], lengths[:n]
             ends = {s: end - 1 for s, end in zip(segments, lengths) if s in leaves}
             packed = lay_out(segments, cached=used, wanted=[*ends.values()]).to(gpt.device)
+            packed.slots = slots[packed.slots]
+            if packed.blocks is None:  # it sees keys of other rows, too
+                packed.kv_index = slots[packed.kv_index]
             ids = [np.zeros(len(part), np.int32) if torch.is_tensor(part) else part for part in parts]
             x = gpt.embed_tokens(torch.from_numpy(np.concatenate(ids)).long().to(gpt.device))
             for part, end in zip(parts, lengths):
@@ -241,7 +299,7 @@ class Decoder:
                     x[end - len(part) : end] = part
             number = torch.tensor(numbers).repeat_interleave(torch.tensor([s.length for s in segments]))
             logits = self._through(x, CachedRow, packed.pos, self.cache, number.to(gpt.device), packed)
-            found |= dict(zip(ends, logits))
+            found |= dict(zip(ends, logits, strict=True))
             used += int(lengths[-1])
         return torch.stack([found[leaf] for leaf in leaves])
 
@@ -262,98 +320,151 @@ class Decoder:
             x, choice.of = x[packed.wanted], number[packed.wanted]
         return gpt.head(gpt.norm_f(x))
 
-    def _step(self) -> None:
-        self.made.index_copy_(0, self.at[None], self.token[None])
+    def _step(self, width: int) -> None:
+        """For the first places: as many as were compiled for; what lies in those without a sequence is not wanted."""
+        table, n, token = self.table[:width], self.n[:width], self.token[:width]
+        self.made[:, :width].index_copy_(0, self.at[None], token[None])
+        if self.sampler.kind.logprobs is not None:
+            self.sampler.made[:, :width].index_copy_(0, self.at[None], self.sampler.found[None, :width])
         self.at.add_(1).remainder_(len(self.made))
-        self.slot = self.table.gather(1, self.n[:, None])[:, 0]
-        pos = self.n.clone()
-        self.n.add_(1)
-        logits = self._through(self.gpt.embed_tokens(self.token), DecodeRow, pos, self, self.number)
-        self.token.copy_(self.sampling(logits, self.n))
-        self.n.clamp_(max=self.table.shape[1] - 1)
+        self.slot = table.gather(1, n[:, None])[:, 0]
+        pos = n.clone()
+        n.add_(1)
+        logits = self._through(self.gpt.embed_tokens(token), DecodeRow, pos, self, self.number[:width])
+        token.copy_(self.sampler(logits, n, slice(width)))
+        n.clamp_(max=self.length - 1)
 
     @torch.no_grad()
     def step(self) -> None:
         """Stores the newest token of each sequence in `made`, and makes the next one."""
-        self.longest = min(self.longest + 1, self.table.shape[1])
-        if self.graph is not None:
-            self.graph.replay()
+        self.ends[: self.size] = np.minimum(self.ends[: self.size] + 1, self.length)
+        is_cuda, config = self.device.type == "cuda", self.gpt.config
+        width = min(len(self.n), 1 << (self.size - 1).bit_length()) if is_cuda else self.size
+        key = width, self.shared, self.sampler.kind
+        if key in self.graphs:
+            self.graphs[key].replay()
             return
-        self._step()
-        has_experts = any(layer.experts for layer in self.gpt.config.layers)
-        if self.gpt.device.type == "cuda" and not (has_experts and self.cache.k.dtype is not torch.bfloat16):
+        self._step(width)
+        has_experts = any(layer.experts for layer in config.layers)
+        if is_cuda and not (has_experts and self.cache.k.dtype is not torch.bfloat16):
             # the first step has compiled kernels and filled caches
-            self.graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graph):
-                self._step()
+            self.graphs[key] = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graphs[key]):
+                self._step(width)
+
+    def steps(self, n: int) -> list[list[int]]:
+        """The next n tokens of all sequences, at most LOOK on a GPU and one on a CPU, a list a step. Raises ValueError
+        for broken weights."""
+        self.at.zero_()
+        with self._methods():
+            for _ in range(n := min(n, len(self.made))):
+                self.step()
+        made, is_finite = self.made[:n, : self.size].tolist(), self.sampler.is_finite.item()
+        if not is_finite:
+            fault = "its weights are broken, or too large for this dtype"
+            raise ValueError(f"the network's logits are not finite: {fault}")
+        return made
 
     def tokens(self, n: int) -> Iterator[list[int]]:
         """The next n tokens of all sequences, one step after the other. Raises ValueError for broken weights."""
-        for step in range(n):
-            i = step % len(self.made)
-            if i == 0:
-                self.at.zero_()
-                with self._methods():
-                    for _ in range(min(len(self.made), n - step)):
-                        self.step()
-                made, is_finite = self.made.tolist(), self.sampling.is_finite.item()
-                if not is_finite:
-                    fault = "its weights are broken, or too large for this dtype"
-                    raise ValueError(f"the network's logits are not finite: {fault}")
-            yield made[i]
+        while n > 0:
+            made = self.steps(n)
+            n -= len(made)
+            yield from made
+
+
+class Kind(NamedTuple):
+    """What a sampler computes for the sequences that it has."""
+
+    is_greedy: bool
+    is_filtered: bool
+    most: int | None  # likeliest tokens that it looks at; None: all
+    has_penalty: bool
+    logprobs: int | None
 
 
 class Sampler:
     """Chooses the next tokens on the device, each sequence in its own way, whatever stands beside it."""
 
-    def __init__(self, ways: Sequence[Sampling], n: int, prompts: Sequence[Sequence[int]], device: torch.device):
+    def __init__(self, places: int, n: int, device: torch.device):
+        self.ways: list[Sampling] = []
+        self.seed = torch.zeros(places, 1, dtype=torch.long, device=device)
+        self.numbers = torch.ones(places, 5, device=device)  # temperature, top_k, top_p, min_p, repetition_penalty
+        self.seen = torch.zeros(places, n, dtype=torch.bool, device=device)
+        self.is_finite = torch.ones((), dtype=torch.bool, device=device)
+        # ids and log-probabilities of the newest token and of the likeliest ones; the same of the last steps
+        self.found = torch.zeros(places, 1 + MOST_LOGPROBS, 2, dtype=torch.float64, device=device)
+        self.made = torch.zeros(LOOK, *self.found.shape, dtype=torch.float64, device=device)
+
+    def put(self, ways: Sequence[Sampling], prompts: Sequence[Sequence[int]]) -> None:
+        """Adds sequences behind those that it has."""
+        first, n = len(self.ways), self.seen.shape[1]
+        self.ways += ways
+        mine = slice(first, len(self.ways))
         draws = [way.seed is None and way.temperature >= 1e-5 for way in ways]  # the likeliest token takes no numbers
         seeds = [torch.randint(2**62, ()).item() if draw else way.seed or 0 for draw, way in zip(draws, ways)]
-        self.seed = torch.tensor(seeds, device=device)[:, None]  # (B, 1), as all of these
-        column = lambda values: torch.tensor(values, dtype=torch.float32, device=device)[:, None]  # noqa: E731
-        self.temperature = column([way.temperature for way in ways])
-        self.top_k = column([way.top_k or n for way in ways])
-        self.top_p, self.min_p = column([way.top_p or 1.0 for way in ways]), column([way.min_p or 0.0 for way in ways])
-        self.penalty = column([way.repetition_penalty for way in ways])
-        self.is_greedy = all(way.temperature < 1e-5 for way in ways)  # logits divided by less are no numbers
-        self.is_filtered = any(way.top_p or way.min_p for way in ways) or len({way.top_k for way in ways}) > 1
-        self.most = min(n, max(way.top_k for way in ways)) if all(way.top_k for way in ways) else None
-        self.seen = None
-        if any(way.repetition_penalty != 1 for way in ways):
-            self.seen = torch.zeros(len(ways), n, dtype=torch.bool, device=device)
-            for i, ids in enumerate(prompts):
+        self.seed[mine, 0] = torch.tensor(seeds).to(self.seed)
+        rows = [(w.temperature, w.top_k or n, w.top_p or 1.0, w.min_p or 0.0, w.repetition_penalty) for w in ways]
+        self.numbers[mine] = torch.tensor(rows).to(self.numbers)
+        for i, (way, ids) in enumerate(zip(ways, prompts), first):
+            if way.repetition_penalty != 1:
+                self.seen[i] = False
                 self.seen[i, list(ids)] = True
-        self.is_finite = torch.ones((), dtype=torch.bool, device=device)
+        self._look()
 
-    def __call__(self, logits: Tensor, n: Tensor) -> Tensor:
-        """Tokens (B,) from logits (B, V), for sequences of n (B,) tokens."""
-        logits = logits.float()
+    def move(self, place: int, to: int) -> None:
+        """Moves the last sequence."""
+        self.ways[to] = self.ways[place]
+        self.ways.pop()
+        for t in (self.seed, self.numbers, self.seen):
+            t[to] = t[place]
+        self._look()
+
+    def _look(self) -> None:
+        ways, n = self.ways, self.seen.shape[1]
+        self.kind = Kind(
+            is_greedy=all(way.temperature < 1e-5 for way in ways),  # logits divided by less are no numbers
+            is_filtered=any(way.top_p or way.min_p for way in ways) or len({way.top_k for way in ways}) > 1,
+            most=min(n, max(way.top_k for way in ways)) if ways and all(way.top_k for way in ways) else None,
+            has_penalty=any(way.repetition_penalty != 1 for way in ways),
+            logprobs=max((way.logprobs for way in ways if way.logprobs is not None), default=None),
+        )
+
+    def __call__(self, logits: Tensor, n: Tensor, places: slice) -> Tensor:
+        """Tokens (B,) from logits (B, V), for sequences of n (B,) tokens in these places."""
+        kind, logits, seen = self.kind, logits.float(), self.seen[places]
+        temperature, _, _, _, penalty = self.numbers[places].split(1, dim=-1)  # (B, 1) each
         self.is_finite &= logits.isfinite().all()
-        if self.seen is not None:
-            logits = torch.where(
-                self.seen, torch.where(logits > 0, logits / self.penalty, logits * self.penalty), logits
-            )
-        token = logits.argmax(-1)
-        if not self.is_greedy:
-            x, ids = logits / self.temperature.clamp(min=1e-5), torch.arange(logits.shape[-1], device=logits.device)
-            if self.most is not None:
-                x, ids = x.topk(self.most, sorted=self.is_filtered)
-            elif self.is_filtered:
+        x = logits
+        if kind.has_penalty:
+            x = torch.where(seen, torch.where(x > 0, x / penalty, x * penalty), x)
+        token = x.argmax(-1)
+        if not kind.is_greedy:
+            x, ids = x / temperature.clamp(min=1e-5), torch.arange(x.shape[-1], device=x.device)
+            if kind.most is not None:
+                x, ids = x.topk(kind.most, sorted=kind.is_filtered)
+            elif kind.is_filtered:
                 x, ids = x.sort(-1, descending=True)
-            if self.is_filtered:
-                x = self._filtered(x)
-            at = (x + gumbel(self.seed, n[:, None], ids)).argmax(-1, keepdim=True)
+            if kind.is_filtered:
+                x = self._filtered(x, places)
+            at = (x + gumbel(self.seed[places], n[:, None], ids)).argmax(-1, keepdim=True)
             sampled = ids.expand_as(x).gather(1, at)[:, 0]
-            token = torch.where(self.temperature[:, 0] < 1e-5, token, sampled)
-        if self.seen is not None:
-            self.seen.scatter_(1, token[:, None], True)
+            token = torch.where(temperature[:, 0] < 1e-5, token, sampled)
+        if kind.has_penalty:
+            seen.scatter_(1, token[:, None], True)
+        if kind.logprobs is not None:
+            logp = logits.log_softmax(-1)
+            likeliest = logp.topk(kind.logprobs).indices
+            ids = torch.cat((token[:, None], likeliest), dim=1)
+            self.found[places, : ids.shape[1]] = torch.stack((ids, logp.gather(1, ids)), dim=-1).double()
         return token
 
-    def _filtered(self, x: Tensor) -> Tensor:
+    def _filtered(self, x: Tensor, places: slice) -> Tensor:
         """Minus infinity for what top_k, then top_p and min_p leave out of values in descending order."""
+        _, top_k, top_p, min_p, _ = self.numbers[places].split(1, dim=-1)
         rank = torch.arange(x.shape[-1], device=x.device)
-        p = x.masked_fill(rank >= self.top_k, -torch.inf).softmax(-1)
-        return x.masked_fill((p.cumsum(-1) - p >= self.top_p) | (p < self.min_p * p[:, :1]) | (p == 0), -torch.inf)
+        p = x.masked_fill(rank >= top_k, -torch.inf).softmax(-1)
+        return x.masked_fill((p.cumsum(-1) - p >= top_p) | (p < min_p * p[:, :1]) | (p == 0), -torch.inf)
 
 
 def gumbel(seed: Tensor, n: Tensor, ids: Tensor) -> Tensor:

@@ -72,7 +72,7 @@ def generate_batch(
     for side in {*is_long}:
         group = [i for i, flag in enumerate(is_long) if flag == side]
         parts = (None if values is None else [values[i] for i in group] for values in (prompts, n_new, ways, methods))
-        decoder = Decoder(gpt, *parts)
+        decoder = Decoder.of(gpt, *parts)
         open_rows = dict(enumerate(group))
         for step, tokens in enumerate(decoder.tokens(max(n_new[i] for i in group)), 1):
             for row, i in list(open_rows.items()):

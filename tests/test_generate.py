@@ -49,9 +49,9 @@ def test_it_ends_before_a_stop_token(gpt):
 def draws(p: list[float], n: int = 400, seen: tuple = (), **way) -> list[int]:
     """Tokens of n sequences, each with a seed of its own, from the same probabilities."""
     ways = [Sampling(**way, seed=seed) for seed in range(n)]
-    return Sampler(ways, len(p), [seen] * n, torch.device("cpu"))(
-        torch.tensor(p).log().expand(n, -1), torch.arange(n)
-    ).tolist()
+    sampler = Sampler(n, len(p), torch.device("cpu"))
+    sampler.put(ways, [seen] * n)
+    return sampler(torch.tensor(p).log().expand(n, -1), torch.arange(n), slice(n)).tolist()
 
 
 def test_what_is_left_out_is_never_drawn():

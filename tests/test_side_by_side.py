@@ -5,7 +5,7 @@ import torch
 from test_methods import build, close, save, shake
 
 from lit_model import generate, load
-from lit_model.decode import Sampling
+from lit_model.decode import Decoder, Sampling
 from lit_model.generate import generate_batch
 
 CHOSEN = {  # name -> row of test_methods.METHODS, and options instead of its own
@@ -50,6 +50,40 @@ def test_a_mixed_batch_is_decoded_as_each_alone(checkpoint, folders):
         alone = load(checkpoint, folders[name] if name else None)
         assert tokens == list(generate(alone, ids, 9, temperature=0)), name
     assert torch.equal(gpt(idx), base) and len({tuple(tokens) for tokens in found}) > 6
+
+
+@pytest.mark.parametrize("mixed", [False, True])
+def test_sequences_come_and_go(checkpoint, folders, mixed):
+    """Each as if it were alone, whatever came before it in its slots; in the end all slots are free again."""
+    torch.manual_seed(0)
+    gpt, names = load(checkpoint, folders if mixed else None), [None, *folders] if mixed else None
+    methods = [names[i % len(names)] for i in range(8)] if mixed else None
+    prompts = [torch.randint(0, 97, (n,)).tolist() for n in (9, 3, 30, 1, 17, 9, 26, 4)]
+    n_new = [4, 9, 2, 12, 7, 1, 9, 11]
+    ways = [Sampling(0.8, seed=i, repetition_penalty=1 + i % 3 / 10) for i in range(8)]
+    alone = []
+    for i, ids in enumerate(prompts):
+        mine = None if methods is None else methods[i : i + 1]
+        alone.append([token for _, token in generate_batch(gpt, [ids], n_new[i], ways[i : i + 1], methods=mine)])
+    decoder = Decoder(gpt, 3, 60, names, 100)
+    places, found, waiting = [], [[] for _ in prompts], [*range(8)]
+    while places or waiting:
+        fresh = waiting[: 3 - len(places)]
+        if fresh:
+            del waiting[: len(fresh)]
+            of_fresh = ([values[i] for i in fresh] for values in (prompts, n_new, ways, methods or [None] * 8))
+            decoder.admit(*of_fresh)
+            places += fresh
+        for tokens in decoder.steps(1):
+            for i, token in zip(places, tokens, strict=True):
+                found[i].append(token)
+        for place in reversed(range(len(places))):
+            if len(found[places[place]]) == n_new[places[place]]:
+                decoder.release(place)
+                places[place] = places[-1]
+                places.pop()
+    assert found == alone
+    assert (decoder.users > 0).sum() == len(decoder.front)
 
 
 def test_methods_are_switched_without_loading(checkpoint, folders):

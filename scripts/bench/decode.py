@@ -68,21 +68,21 @@ def measure(row: str, options: Options, device: torch.device) -> dict[str, float
     if row.startswith("prefill:"):
         _, preset, n = row.split(":")
         gpt = network(preset, "bf16", device)
-        seconds = best(lambda: Decoder(gpt, prompts(gpt, 1, int(n)), [1], [Sampling(0)]), device)
+        seconds = best(lambda: Decoder.of(gpt, prompts(gpt, 1, int(n)), [1], [Sampling(0)]), device)
         return dict(prefill_ms=1e3 * seconds)
     if row.startswith("shared:"):
         _, preset, n = row.split(":")
         gpt, ways, new = network(preset, "bf16", device), [Sampling(0)] * int(n), [options.new] * int(n)
         own, start = prompts(gpt, int(n), 32), prompts(gpt, 1, 1000)[0]
-        alone = best(lambda: list(Decoder(gpt, own, new, ways).tokens(options.new)), device)
-        both = best(lambda: list(Decoder(gpt, [start + ids for ids in own], new, ways).tokens(options.new)), device)
+        alone = best(lambda: list(Decoder.of(gpt, own, new, ways).tokens(options.new)), device)
+        both = best(lambda: list(Decoder.of(gpt, [start + ids for ids in own], new, ways).tokens(options.new)), device)
         return dict(seconds_of_own_alone=alone, seconds_with_1000_shared=both)
     preset, precision, batch, *method = row.split(":")
     gpt, batch, names = network(preset, precision, device, *method), int(batch), None
     if precision == "mixed":
         names = [*gpt.slots] * (batch // len(gpt.slots))
     n_new, ways = [options.new + 40] * batch, [Sampling(0.8, 200)] * batch
-    decoder = Decoder(gpt, prompts(gpt, batch, options.prompt), n_new, ways, names)
+    decoder = Decoder.of(gpt, prompts(gpt, batch, options.prompt), n_new, ways, names)
     list(decoder.tokens(16))  # compiles, and captures the graph
     seconds = best(lambda: list(decoder.tokens(options.new // 4)), device)
     speed = batch * (options.new // 4) / seconds
