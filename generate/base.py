@@ -20,14 +20,13 @@ from tqdm import tqdm
 
 from lit_model import GPT, load
 from lit_model.cli import choose_device, choose_dtype, cli
-from lit_model.data.chat import chat_text
-from lit_model.data.examples import conversation_style, prompt_ids, render, validate_style
+from lit_model.data.examples import chat_ids, prompt_ids, render, validate_style
 from lit_model.data.formats import files_behind, values_of
 from lit_model.data.tokenizer import Tokenizer
 from lit_model.decode import Sampling
 from lit_model.files import read_yaml, reading, write_text
 from lit_model.generate import generate_batch, stream_text
-from lit_model.load import load_tokenizer, method_dirs, method_file
+from lit_model.load import is_peft, load_tokenizer, method_dirs, method_file
 from lit_model.weights import demo
 
 
@@ -154,8 +153,7 @@ def answer_file(
 def row_ids(row: dict[str, Any], tokenizer: Tokenizer, style: str, system: str) -> list[int]:
     """The ids that the answer to a row starts from. Raises ValueError for a row without a prompt."""
     if "messages" in row:
-        of_chat = conversation_style(style, tokenizer)
-        return prompt_ids(tokenizer, of_chat, chat_text(tokenizer, of_chat, row["messages"], True, row.get("tools")))
+        return chat_ids(tokenizer, style if style == "chatml" else "chat", row["messages"], row.get("tools"))
     text = next((row[key] for key in ("instruction", "prompt", "text") if isinstance(row.get(key), str)), None)
     if text is None:
         raise ValueError(f"a row needs instruction, prompt, text or messages; it is {row!r:.80}")
@@ -176,9 +174,14 @@ def prompt_style(options: Options) -> str:
     """The style that was asked for, or that of the run in method_dir, or none."""
     if options.style != "auto" or options.method_dir is None:
         return "none" if options.style == "auto" else options.style
-    path = method_file(method_dirs(options.method_dir)[0]).parent / "hparams.yaml"
+    return style_of(method_dirs(options.method_dir)[0])
+
+
+def style_of(method_dir: Path) -> str:
+    """That of a finetuning run; chat for a PEFT folder, which names none."""
+    path = method_file(method_dir).parent / "hparams.yaml"
     try:
-        return str(read_yaml(path)["examples"]["style"])
+        return "chat" if is_peft(method_dir) else str(read_yaml(path)["examples"]["style"])
     except (OSError, KeyError, TypeError):
         raise ValueError(f"{path} does not say which style the run had; give --style") from None
 

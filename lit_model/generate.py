@@ -84,28 +84,51 @@ def generate_batch(
                 break
 
 
+class TextStream:
+    """Text of tokens as they come. It waits while it may still be half of a character, or lie in a stop text."""
+
+    WINDOW = 32  # tokens that are decoded again with the next one
+
+    def __init__(self, tokenizer: "Tokenizer", stops: Sequence[str] = (), after: Sequence[int] = ()):
+        """after: tokens of a text that these continue; sentencepiece drops the space before the first one otherwise."""
+        self.tokenizer, self.stops, self.ids, self.is_stopped = tokenizer, stops, list(after), False
+        self.held_back = max(map(len, stops), default=1) - 1
+        self.text = tokenizer.decode(self.ids) if self.ids else ""
+        self.shown = len(self.text)
+
+    def push(self, token: int) -> str:
+        """What can be shown now. A stop text ends it: see is_stopped."""
+        self.ids.append(token)
+        self.text = self.tokenizer.decode(self.ids)
+        found = [at for at in (self.text.find(stop, self.shown) for stop in self.stops) if at >= 0]
+        if found:
+            self.text, self.is_stopped = self.text[: min(found)], True
+            return self.end()
+        piece = ""
+        if not self.text.endswith("\ufffd"):
+            piece = self.text[self.shown : len(self.text) - self.held_back]
+            self.shown += len(piece)
+        if len(self.ids) > 2 * self.WINDOW:
+            tail = self.tokenizer.decode(self.ids[-self.WINDOW :])
+            start = len(self.text) - len(tail)
+            if self.text.endswith(tail) and start <= self.shown:
+                self.ids, self.text, self.shown = self.ids[-self.WINDOW :], tail, self.shown - start
+        return piece
+
+    def end(self) -> str:
+        """The rest."""
+        piece, self.shown = self.text[self.shown :], len(self.text)
+        return piece
+
+
 def stream_text(
     tokenizer: "Tokenizer", tokens: Iterable[int], stops: Sequence[str] = (), after: Sequence[int] = ()
 ) -> Iterator[str]:
-    """Text pieces of `tokens` as they come; ends before the first of `stops`.
-
-    A piece waits while it may still be half of a character, or lie in a stop.
-
-    Args:
-        after: tokens of a text that these continue; sentencepiece drops the space before the first token otherwise.
-    """
-    ids, held_back = list(after), max(map(len, stops), default=1) - 1
-    text = tokenizer.decode(ids) if ids else ""
-    start = shown = len(text)
+    """Text pieces of `tokens`, up to the first of `stops`; the rest as in `TextStream`."""
+    stream = TextStream(tokenizer, stops, after)
     for token in tokens:
-        ids.append(token)
-        text = tokenizer.decode(ids)
-        found = [at for at in (text.find(stop, start) for stop in stops) if at >= 0]
-        if found:
-            yield text[shown : min(found)]
+        if piece := stream.push(token):
+            yield piece
+        if stream.is_stopped:
             return
-        safe = len(text) - held_back
-        if not text.endswith("\ufffd") and safe > shown:
-            yield text[shown:safe]
-            shown = safe
-    yield text[shown:]
+    yield stream.end()

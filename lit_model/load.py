@@ -227,6 +227,14 @@ def method_dirs(method_dir: MethodDirs | None) -> list[Path]:
     return [Path(part) for part in ([method_dir] if Path(method_dir).exists() else str(method_dir).split(","))]
 
 
+def named_dirs(text: str) -> dict[str, Path]:
+    """name=folder,name=folder as a dict. Raises ValueError for another text."""
+    pairs = [part.partition("=") for part in text.split(",") if part]
+    if any(not name or not folder for name, _, folder in pairs) or len({name for name, *_ in pairs}) < len(pairs):
+        raise ValueError(f"{text!r} must be name=folder,name=folder, each name once")
+    return {name: Path(folder) for name, _, folder in pairs}
+
+
 def is_peft(method_dir: Path | str) -> bool:
     """Whether it is a folder of PEFT's, see weights/peft.py."""
     return (Path(method_dir) / "adapter_config.json").is_file()

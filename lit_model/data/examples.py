@@ -122,6 +122,18 @@ def conversation_style(style: str, tokenizer: Tokenizer) -> str:
     return "chatml" if style == "chatml" or tokenizer.chat_template is None else "chat"
 
 
+def chat_ids(
+    tokenizer: Tokenizer, style: str, messages: Sequence[dict], tools: Sequence[dict] | None = None
+) -> list[int]:
+    """The ids that the answer to a conversation starts from; in a style that is no chat, that to its last message."""
+    from lit_model.data.chat import chat_text
+
+    if style not in ("chat", "chatml"):
+        return prompt_ids(tokenizer, style, render(style, messages[-1]["content"]))
+    style = conversation_style(style, tokenizer)
+    return prompt_ids(tokenizer, style, chat_text(tokenizer, style, messages, True, tools))
+
+
 @dataclass
 class Text:
     """What is tokenized."""

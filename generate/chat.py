@@ -1,0 +1,144 @@
+"""Talk to a network, with what finetuning runs have trained on it or without.
+
+    python generate/chat.py --method_dir out/lora
+    python generate/chat.py --method_dir fr=out/fr,de=out/de
+
+/system TEXT gives it a role, /method NAME changes who answers, base the network alone, /reset begins anew, /help lists
+these. Ctrl-C stops an answer, Ctrl-D ends.
+"""
+
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from generate.base import style_of
+from lit_model import load
+from lit_model.cli import choose_device, choose_dtype, cli
+from lit_model.data.examples import chat_ids
+from lit_model.data.tokenizer import Tokenizer
+from lit_model.decode import Sampling
+from lit_model.generate import generate_batch, stream_text
+from lit_model.load import named_dirs
+from lit_model.weights import demo
+
+
+@dataclass
+class Options:
+    """Options."""
+
+    checkpoint_dir: Path = demo.DEMO_CHECKPOINT
+    """Hugging Face folder of the base network; default: the demo's, fetched once"""
+    method_dir: str = ""
+    """out_dir of a finetuning run on that base, or name=folder of several, with commas between them"""
+    system: str = ""
+    """what the network is told first"""
+    max_new_tokens: int = 500
+    """most tokens of an answer"""
+    temperature: float = 0.7
+    """0: the likeliest token each time; higher: more varied"""
+    top_p: float | None = 0.95
+    """sample from the smallest set of tokens that has this probability"""
+    seed: int | None = None
+    """the same seed gives the same answers"""
+    dtype: Literal["auto", "bfloat16", "float32"] = "auto"
+    """auto: bfloat16 on a GPU, float32 on a CPU"""
+    quantize: Literal["none", "nf4", "int8", "fp8"] = "none"
+    """form of the base weights, such as that of the run"""
+    device: str = "auto"
+    """auto: the GPU if there is one"""
+
+
+class Chat:
+    """A conversation: `say` answers, the commands change it."""
+
+    def __init__(self, options: Options):
+        self.options, device = options, choose_device(options.device)
+        named = "=" in options.method_dir
+        folders = named_dirs(options.method_dir) if named else {}
+        if options.method_dir and not named:
+            folders = {Path(options.method_dir).name: Path(options.method_dir)}
+        dtype = choose_dtype(options.dtype, device)
+        self.gpt = load(options.checkpoint_dir, folders or None, device, dtype, options.quantize)
+        self.tokenizer = Tokenizer(options.checkpoint_dir)
+        self.styles = {"base": "chat"} | {name: style_of(path) for name, path in folders.items()}
+        self.name = [*self.styles][min(1, len(folders))]
+        self.messages: list[dict[str, str]] = []
+        self.system(options.system)
+
+    def system(self, text: str) -> None:
+        self.messages = [dict(role="system", content=text)] if text else []
+
+    def method(self, name: str) -> None:
+        if name not in self.styles:
+            raise ValueError(f"there is no method {name!r}; there are {', '.join(self.styles)}")
+        self.name = name
+
+    def reset(self, _: str = "") -> None:
+        self.messages = [m for m in self.messages if m["role"] == "system"]
+
+    def say(self, question: str) -> None:
+        """Prints the answer as it comes. Raises ValueError if the conversation is longer than the context."""
+        o, stop_ids = self.options, self.tokenizer.stop_ids
+        messages = [*self.messages, dict(role="user", content=question)]
+        ids = chat_ids(self.tokenizer, self.styles[self.name], messages)
+        method = None if self.name == "base" else self.name
+        way = Sampling(o.temperature, top_p=o.top_p, seed=o.seed)
+        made = generate_batch(
+            self.gpt, [ids], o.max_new_tokens, [way], stop_ids, [method] if len(self.styles) > 1 else None
+        )
+        began, n, answer = time.perf_counter(), 0, ""
+
+        def counted():
+            nonlocal n
+            for _, token in made:
+                n += 1
+                yield token
+
+        try:
+            for piece in stream_text(self.tokenizer, counted()):
+                answer += piece
+                print(piece, end="", flush=True)
+        except KeyboardInterrupt:
+            print(" (stopped)", end="")
+        print(
+            f"\n({self.name}: {n} tokens, {n / (time.perf_counter() - began):.1f} tokens/s)",
+            file=sys.stderr,
+            flush=True,
+        )
+        if answer:
+            self.messages = [*messages, dict(role="assistant", content=answer)]
+
+
+def main(options: Options) -> None:
+    demo.fetch_if_demo(options.checkpoint_dir)
+    chat = Chat(options)
+    commands = {"/system": chat.system, "/method": chat.method, "/reset": chat.reset}
+    try:
+        import readline  # noqa: F401  history and editing of lines, where the system has it
+    except ImportError:
+        pass
+    print(f"You talk to {chat.name}; /help lists commands.", flush=True)
+    while True:
+        try:
+            line = input("> ").strip()
+        except (EOFError, KeyboardInterrupt):
+            print()
+            return
+        command, _, rest = line.partition(" ")
+        try:
+            if command == "/help":
+                print(__doc__.split("\n\n")[-1].strip())
+            elif command in commands:
+                commands[command](rest.strip())
+            elif command.startswith("/"):
+                print(f"there is no command {command}; /help lists them")
+            elif line:
+                chat.say(line)
+        except ValueError as e:
+            print(f"error: {e}")
+
+
+if __name__ == "__main__":
+    cli(main, Options, __doc__)

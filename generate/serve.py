@@ -1,0 +1,374 @@
+"""A server that speaks OpenAI's protocol: the base and what finetuning runs have trained on it, all in one batch.
+
+    python generate/serve.py --checkpoint_dir checkpoints/my-model --methods fr=out/fr,de=out/de
+
+Then http://127.0.0.1:8000 shows two answers side by side, and programs talk to http://127.0.0.1:8000/v1, where `model`
+is the name of a method, or that of the checkpoint's folder for the base: /v1/models, /v1/chat/completions,
+/v1/completions. Beside them /health, and /metrics for Prometheus.
+"""
+
+import asyncio
+import hmac
+import ipaddress
+import json
+import os
+import socket
+import time
+import uuid
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+from urllib.parse import urlsplit
+
+import torch
+import uvicorn
+from starlette.applications import Starlette
+from starlette.requests import Request as Http
+from starlette.responses import FileResponse, JSONResponse, PlainTextResponse, Response, StreamingResponse
+from starlette.routing import Route
+
+from generate.base import style_of
+from lit_model import load
+from lit_model.cli import choose_device, choose_dtype, cli
+from lit_model.data.examples import chat_ids
+from lit_model.data.tokenizer import Tokenizer
+from lit_model.decode import Sampling
+from lit_model.engine import Engine, Full, Request
+from lit_model.generate import TextStream
+from lit_model.load import named_dirs
+from lit_model.weights import demo
+
+MOST_BYTES = 4 * 2**20  # of a request
+MOST_CHOICES = 16
+HEADERS = {
+    "Content-Security-Policy": "default-src 'self'; style-src 'unsafe-inline'; script-src 'unsafe-inline'",
+    "X-Content-Type-Options": "nosniff",
+}
+
+
+@dataclass
+class Options:
+    """Options."""
+
+    checkpoint_dir: Path = demo.DEMO_CHECKPOINT
+    """Hugging Face folder of the base network; default: the demo's, fetched once"""
+    methods: str = ""
+    """name=folder of each method beside the base, with commas between them; a PEFT folder is one, too"""
+    host: str = "127.0.0.1"
+    """address to listen at; 0.0.0.0: for other machines, too"""
+    port: int = 8000
+    """port to listen at; 0: a free one"""
+    api_key: str | None = None
+    """key that clients must name, else that of the environment variable LIT_API_KEY; without one any will do"""
+    places: int = 64
+    """most answers that are written at a time"""
+    queue: int = 256
+    """most that wait for a place"""
+    context: int | None = None
+    """most tokens of a prompt and its answer; default: the network's context"""
+    slots: int | None = None
+    """tokens of all answers that are written; default: what fits into half of the free memory"""
+    dtype: Literal["auto", "bfloat16", "float32"] = "auto"
+    """auto: bfloat16 on a GPU, float32 on a CPU"""
+    quantize: Literal["none", "nf4", "int8", "fp8"] = "none"
+    """form of the base weights, such as that of the runs"""
+    device: str = "auto"
+    """auto: the GPU if there is one"""
+
+
+class Refused(Exception):
+    """What a client asked for cannot be had."""
+
+    def __init__(self, status: int, message: str, code: str | None = None, param: str | None = None):
+        kinds = {401: "authentication_error", 429: "rate_limit_error", 500: "server_error"}
+        error = dict(message=message, type=kinds.get(status, "invalid_request_error"), param=param, code=code)
+        self.response = JSONResponse(dict(error=error), status, HEADERS)
+
+
+def main(options: Options) -> None:
+    demo.fetch_if_demo(options.checkpoint_dir)
+    key = os.environ.get("LIT_API_KEY") if options.api_key is None else options.api_key
+    served = Served(options)
+    listening = socket.create_server((options.host, options.port))
+    port = listening.getsockname()[1]
+    print(f"http://{options.host}:{port} answers as {', '.join(served.models)}", flush=True)
+    config = uvicorn.Config(app(served, key, own_hosts(options.host, port)), log_level="warning", server_header=False)
+    uvicorn.Server(config).run([listening])
+
+
+def own_hosts(host: str, port: int) -> Callable[[str], bool]:
+    """Whether a Host header names this server; another one is a page's that had its name point here."""
+    names = {"localhost", host, socket.gethostname()}
+
+    def is_own(header: str) -> bool:
+        try:
+            url = urlsplit(f"//{header}")
+            if (url.port or 80) != port or url.hostname is None:
+                return False
+            return url.hostname in names or bool(ipaddress.ip_address(url.hostname))
+        except ValueError:
+            return False
+
+    return is_own
+
+
+class Served:
+    """The network, and what it is asked as: `models` has the method and the style behind each name."""
+
+    def __init__(self, options: Options):
+        device = choose_device(options.device)
+        folders = named_dirs(options.methods)
+        base = options.checkpoint_dir.resolve().name
+        if base in folders:
+            raise ValueError(f"{base} is the name of the base: name the method otherwise")
+        args = options.checkpoint_dir, folders or None, device, choose_dtype(options.dtype, device), options.quantize
+        self.gpt, self.tokenizer = load(*args), Tokenizer(options.checkpoint_dir)
+        self.models = {base: (None, "chat")} | {name: (name, style_of(path)) for name, path in folders.items()}
+        self.methods, config = [None, *folders] if folders else None, self.gpt.config
+        self.length = min(n for n in (config.block_size, config.short_context, options.context) if n)
+        slots = options.slots or min(options.places * self.length, fitting_slots(self.gpt))
+        if slots < self.length:
+            raise ValueError(f"{slots} slots are fewer than a context of {self.length}: lower --context")
+        self.engine = Engine(self.gpt, options.places, slots, self.length, self.methods, options.queue)
+        self.began, self.n_slots = time.time(), slots
+
+    def room(self, ids: list[int], method: str | None) -> int:
+        """Tokens that an answer to a prompt can have. Raises ValueError if there is none."""
+        self.gpt.config.check_tokens(max(ids, default=0))
+        room = self.length - len(ids) - (self.gpt.n_front(method) if self.methods else 0)
+        if not ids or room < 1:
+            raise ValueError(f"the prompt has {len(ids)} tokens, and the context {self.length}")
+        return room
+
+
+def fitting_slots(gpt: Any) -> int:
+    """Keys and values that fit into half of the free memory."""
+    c, dtype = gpt.config, gpt.dtype or torch.float32
+    if gpt.device.type == "cuda":
+        free = torch.cuda.mem_get_info(gpt.device)[0]
+    else:
+        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return int(free / 2 / (2 * c.n_layer * c.n_kv_head * c.head_size * dtype.itemsize))
+
+
+def app(served: Served, key: str | None, is_own: Callable[[str], bool]) -> Starlette:
+    async def guarded(handler: Callable, http: Http) -> Response:
+        try:
+            host, origin = http.headers.get("host", ""), http.headers.get("origin")
+            if not is_own(host) or (origin is not None and urlsplit(origin).netloc != host):
+                raise Refused(403, "this server answers under its own address only")
+            given = http.headers.get("authorization", "").removeprefix("Bearer ")
+            if key is not None and "/v1/" in http.url.path and not hmac.compare_digest(given.encode(), key.encode()):
+                raise Refused(401, "the API key is wrong, or there is none", "invalid_api_key")
+            return await handler(http)
+        except Refused as e:
+            return e.response
+
+    async def page(http: Http) -> Response:
+        return FileResponse(Path(__file__).with_name("page.html"), headers=HEADERS)
+
+    async def models(http: Http) -> Response:
+        more = dict(object="model", created=int(served.began), owned_by="lit-model")
+        return JSONResponse(dict(object="list", data=[dict(id=name, **more) for name in served.models]))
+
+    async def health(http: Http) -> Response:
+        return JSONResponse(dict(status="ok"))
+
+    async def metrics(http: Http) -> Response:
+        engine = served.engine
+        values = dict(
+            tokens_total=engine.n_tokens,
+            tokens_per_second=engine.speed if engine.active else 0,
+            waiting=len(engine.waiting),
+            active=len(engine.active),
+            slots_used=served.n_slots - engine.n_free,
+            slots=served.n_slots,
+        )
+        return PlainTextResponse("".join(f"lit_{name} {value}\n" for name, value in values.items()))
+
+    routes = {"/": page, "/health": health, "/metrics": metrics, "/v1/models": models}
+    asked = {
+        "/v1/chat/completions": partial(complete, served, True),
+        "/v1/completions": partial(complete, served, False),
+    }
+    return Starlette(
+        routes=[Route(path, partial(guarded, handler), methods=["GET"]) for path, handler in routes.items()]
+        + [Route(path, partial(guarded, handler), methods=["POST"]) for path, handler in asked.items()]
+    )
+
+
+async def complete(served: Served, is_chat: bool, http: Http) -> Response:
+    """Answers a chat, or continues a text."""
+    body = await read_body(http)
+    name = body.get("model")
+    if name not in served.models:
+        raise Refused(404, f"there is no model {name!r:.80}; there are {', '.join(served.models)}", "model_not_found")
+    (method, style), tokenizer = served.models[name], served.tokenizer
+    try:
+        if is_chat:
+            ids = chat_ids(tokenizer, style, body["messages"], body.get("tools"))
+        elif isinstance(body["prompt"], str):
+            ids = tokenizer.bos + tokenizer.encode(body["prompt"])
+        else:
+            ids = [int(i) for i in body["prompt"]]
+        asked = Asked(body, is_chat, served.room(ids, method))
+    except KeyError as e:
+        raise Refused(400, f"{e.args[0]} is missing", param=str(e.args[0])) from None
+    except (ValueError, TypeError, AttributeError) as e:
+        raise Refused(400, " ".join(str(e).split())[:400]) from None
+    queue, loop = asyncio.Queue(), asyncio.get_running_loop()
+    put = lambda i, made: loop.call_soon_threadsafe(queue.put_nowait, (i, made))  # noqa: E731
+    stop_ids = {*tokenizer.stop_ids, *tokenizer.special_ids(asked.stops)}
+    requests = [Request(ids, asked.n_new, way, method, stop_ids, partial(put, i)) for i, way in enumerate(asked.ways)]
+    try:
+        served.engine.submit(requests)
+    except Full:
+        raise Refused(429, "too many requests wait: try again later") from None
+    answer = Answer(tokenizer, asked, requests, queue, name, is_chat)
+    if asked.streams:
+        return StreamingResponse(answer.events(), media_type="text/event-stream", headers=HEADERS)
+    return JSONResponse(await answer.whole(http), headers=HEADERS)
+
+
+async def read_body(http: Http) -> dict[str, Any]:
+    data = b""
+    async for part in http.stream():
+        data += part
+        if len(data) > MOST_BYTES:
+            raise Refused(413, f"a request has at most {MOST_BYTES} bytes")
+    try:
+        body = json.loads(data)
+    except (ValueError, RecursionError):
+        body = None
+    if not isinstance(body, dict):
+        raise Refused(400, "the body must be a JSON object")
+    return body
+
+
+class Asked:
+    """How an answer is to be. Raises ValueError or TypeError for what cannot be."""
+
+    def __init__(self, body: dict[str, Any], is_chat: bool, room: int):
+        value = lambda name, default: default if body.get(name) is None else body[name]  # noqa: E731
+        n = int(value("n", 1))
+        if not 1 <= n <= MOST_CHOICES:
+            raise ValueError(f"n is {n}; it must be 1 to {MOST_CHOICES}")
+        self.n_new = int(value("max_completion_tokens", value("max_tokens", room if is_chat else 16)))
+        if not 1 <= self.n_new <= room:
+            raise ValueError(f"max_tokens is {self.n_new}; the context has room for 1 to {room}")
+        stops = value("stop", [])
+        self.stops = [stop for stop in ([stops] if isinstance(stops, str) else stops) if str.strip(stop) or stop]
+        self.logprobs = value("top_logprobs", 0) if is_chat and value("logprobs", False) else None
+        if not is_chat and body.get("logprobs") is not None:
+            self.logprobs = int(body["logprobs"])
+        more = dict(top_k=body.get("top_k"), min_p=body.get("min_p"), logprobs=self.logprobs)
+        penalty, seed = value("repetition_penalty", 1.0), body.get("seed")
+        way = Sampling(value("temperature", 1.0), top_p=body.get("top_p"), repetition_penalty=penalty, **more)
+        self.ways = [way._replace(seed=None if seed is None else int(seed) + i) for i in range(n)]
+        for way in self.ways:
+            way.check(self.n_new)
+        self.streams = bool(value("stream", False))
+        self.tells_usage = bool(value("stream_options", {}).get("include_usage"))
+
+
+class Answer:
+    """The choices of a completion, as events or whole."""
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        asked: Asked,
+        requests: list[Request],
+        queue: asyncio.Queue,
+        name: str,
+        is_chat: bool,
+    ):
+        self.tokenizer, self.asked, self.requests, self.queue, self.is_chat = tokenizer, asked, requests, queue, is_chat
+        kind = "chat.completion" if is_chat else "text_completion"
+        self.head = dict(id=f"cmpl-{uuid.uuid4().hex}", object=kind, created=int(time.time()), model=name)
+
+    async def pieces(self, http: Http | None = None) -> AsyncIterator[tuple[int, str, list, str | None]]:
+        """(number of the choice, text, log-probabilities, reason why it ends) as they come. http: of a client that may
+        go away meanwhile."""
+        streams = [TextStream(self.tokenizer, self.asked.stops) for _ in self.requests]
+        open_ones = {*range(len(self.requests))}
+        try:
+            while open_ones:
+                i, made = await self.queue.get()
+                if made.error:
+                    raise Refused(500, made.error)
+                if http is not None and await http.is_disconnected():
+                    return
+                if i not in open_ones:
+                    continue
+                piece, n = "", 0
+                for n, token in enumerate(made.tokens, 1):  # noqa: B007
+                    piece += streams[i].push(token)
+                    if streams[i].is_stopped:
+                        break
+                finish = "stop" if streams[i].is_stopped else made.finish
+                if finish:
+                    piece += streams[i].end()
+                    open_ones.discard(i)
+                    self.requests[i].is_gone = True
+                yield i, piece, made.logprobs[:n], finish
+        finally:
+            for request in self.requests:
+                request.is_gone = True
+
+    async def whole(self, http: Http) -> dict[str, Any]:
+        texts, logprobs, ends = ([[] for _ in self.requests] for _ in range(3))
+        async for i, piece, found, finish in self.pieces(http):
+            texts[i].append(piece)
+            logprobs[i] += found
+            ends[i] = finish
+        choices = []
+        for i, parts in enumerate(texts):
+            text = "".join(parts)
+            said = dict(message=dict(role="assistant", content=text)) if self.is_chat else dict(text=text)
+            choices.append(dict(index=i, **said, logprobs=self.described(logprobs[i]), finish_reason=ends[i] or "stop"))
+        return self.head | dict(choices=choices, usage=self.usage())
+
+    async def events(self) -> AsyncIterator[str]:
+        head = self.head | (dict(object="chat.completion.chunk") if self.is_chat else {})
+        event = lambda value: f"data: {json.dumps(head | value)}\n\n"  # noqa: E731
+        try:
+            if self.is_chat:
+                for i in range(len(self.requests)):
+                    yield event(dict(choices=[dict(index=i, delta=dict(role="assistant", content=""))]))
+            async for i, piece, found, finish in self.pieces():
+                said = dict(delta=dict(content=piece) if piece else {}) if self.is_chat else dict(text=piece)
+                if piece or finish or found:
+                    choice = dict(index=i, **said, logprobs=self.described(found), finish_reason=finish)
+                    yield event(dict(choices=[choice]))
+            if self.asked.tells_usage:
+                yield event(dict(choices=[], usage=self.usage()))
+            yield "data: [DONE]\n\n"
+        except Refused as e:
+            yield f"data: {e.response.body.decode()}\n\n"
+
+    def usage(self) -> dict[str, int]:
+        prompt, made = len(self.requests[0].ids), sum(request.n_made for request in self.requests)
+        return dict(prompt_tokens=prompt, completion_tokens=made, total_tokens=prompt + made)
+
+    def described(self, found: list[list[list[float]]]) -> dict[str, Any] | None:
+        """Log-probabilities of tokens in OpenAI's form."""
+        if self.asked.logprobs is None:
+            return None
+        text = lambda i: self.tokenizer.decode([int(i)])  # noqa: E731
+        if not self.is_chat:
+            best = [{text(i): p for i, p in of[1 : 1 + self.asked.logprobs]} for of in found]
+            return dict(
+                tokens=[text(of[0][0]) for of in found], token_logprobs=[of[0][1] for of in found], top_logprobs=best
+            )
+        one = lambda i, p: dict(token=text(i), logprob=p, bytes=[*text(i).encode()])  # noqa: E731
+        content = [
+            one(*of[0]) | dict(top_logprobs=[one(*pair) for pair in of[1 : 1 + self.asked.logprobs]]) for of in found
+        ]
+        return dict(content=content, refusal=None)
+
+
+if __name__ == "__main__":
+    cli(main, Options, __doc__)

@@ -1,0 +1,128 @@
+"""Requests of many, answered together: each gets a place in a decoder as soon as one is free (continuous batching,
+Orca, https://www.usenix.org/conference/osdi22/presentation/yu)."""
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Container, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from lit_model.decode import LOOK, ROW_TOKENS, Decoder, Sampling
+from lit_model.model import GPT
+
+
+class Made(NamedTuple):
+    """The next tokens of an answer."""
+
+    tokens: list[int]
+    logprobs: list[list[list[float]]]  # for each the ids and log-probabilities: its own, then those of the likeliest
+    finish: str | None = None  # stop: a token that ends it; length: it is as long as was asked for
+    error: str | None = None
+
+
+@dataclass
+class Request:
+    ids: Sequence[int]
+    n_new: int
+    way: Sampling
+    method: str | None
+    stop_ids: Container[int]
+    put: Callable[[Made], None]  # is called with the next tokens, from the engine's thread
+    is_gone: bool = False  # nobody wants the rest
+    n_made: int = 0
+
+
+class Full(Exception):
+    """The queue is full."""
+
+
+class Engine:
+    """A thread that answers requests."""
+
+    def __init__(
+        self, gpt: GPT, places: int, slots: int, length: int, names: Sequence[str | None] | None, most_waiting: int
+    ):
+        """places: most sequences at a time; slots: tokens and keys of all of them; length: those of the longest."""
+        self.decoder, self.places, self.most_waiting = Decoder(gpt, places, length, names, slots), places, most_waiting
+        self.waiting: deque[Request] = deque()
+        self.active: list[Request] = []  # by place
+        self.changed, self.n_tokens, self.speed = threading.Condition(), 0, 0.0  # tokens a second
+        # what all sequences of a method begin with is computed now, and kernels compiled
+        self.decoder.admit([[0]], [1], [Sampling(0)], None if names is None else [names[0]])
+        self.decoder.steps(1)
+        self.decoder.release(0)
+        threading.Thread(target=self._run, daemon=True).start()
+
+    @property
+    def n_free(self) -> int:
+        """Slots that are free."""
+        return int((self.decoder.users == 0).sum())
+
+    def submit(self, requests: Sequence[Request]) -> None:
+        """Raises Full if not all of them can wait."""
+        with self.changed:
+            if len(self.waiting) + len(requests) > self.most_waiting:
+                raise Full
+            self.waiting += requests
+            self.changed.notify()
+
+    def _run(self) -> None:
+        while True:
+            with self.changed:
+                self.changed.wait_for(lambda: self.waiting or self.active)
+                fresh = self._fitting()
+            try:
+                if fresh:
+                    of_fresh = zip(*((r.ids, r.n_new, r.way, r.method) for r in fresh))
+                    self.decoder.admit(*map(list, of_fresh))
+                    self.active += fresh
+                self._step()
+            except Exception as e:  # such as too little memory: it goes to whoever waits, and the next ones may fit
+                for request in [r for r in fresh if r not in self.active] + self.active:
+                    request.put(Made([], [], error=" ".join(str(e).split())[:300] or type(e).__name__))
+                for place in reversed(range(self.decoder.size)):
+                    self.decoder.release(place)
+                self.active.clear()
+                self.decoder.sampler.is_finite.fill_(True)
+
+    def _fitting(self) -> list[Request]:
+        """Takes from the queue, in order, what there is room for."""
+        fresh, free, tokens = [], self.n_free, ROW_TOKENS
+        while self.waiting and len(self.active) + len(fresh) < self.places:
+            request = self.waiting[0]
+            if not request.is_gone:
+                free -= len(request.ids) + request.n_new
+                tokens -= len(request.ids)
+                if free < 0 or (tokens < 0 and fresh):
+                    break
+                fresh.append(request)
+            self.waiting.popleft()
+        return fresh
+
+    def _step(self) -> None:
+        if not self.active:
+            return
+        began, before = time.perf_counter(), self.n_tokens
+        made = self.decoder.steps(min(LOOK, max(r.n_new - r.n_made for r in self.active)))
+        sampler, logprobs = self.decoder.sampler, []
+        if sampler.kind.logprobs is not None:
+            logprobs = sampler.made[: len(made), : len(self.active)].tolist()  # (steps, places, 1 + most, 2)
+        for place in reversed(range(len(self.active))):
+            request, tokens, finish = self.active[place], [], None
+            for line in made:
+                if line[place] in request.stop_ids:
+                    finish = "stop"
+                    break
+                tokens.append(line[place])
+                if request.n_made + len(tokens) == request.n_new:
+                    finish = "length"
+                    break
+            request.n_made += len(tokens)
+            self.n_tokens += len(tokens)
+            request.put(Made(tokens, [line[place] for line in logprobs[: len(tokens)]], finish))
+            if finish or request.is_gone:
+                self.decoder.release(place)
+                self.active[place] = self.active[-1]
+                self.active.pop()
+        self.speed = (self.n_tokens - before) / (time.perf_counter() - began)

@@ -1,0 +1,263 @@
+"""The server, asked as programs ask OpenAI's: what it answers is what the network says alone."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import openai
+import pytest
+import requests
+import torch
+import uvicorn
+from conftest import ROOT, fail
+from test_methods import build, save, shake
+
+from generate import serve
+from lit_model import generate, load
+from lit_model.data.tokenizer import Tokenizer
+
+TEXTS = ("Name three fruits.", "Say so", "x", "The capital of France is a town on a river")
+
+
+@pytest.fixture(scope="module")
+def folders(tiny, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("served")
+    torch.manual_seed(1)
+    for name, row in (("fr", "lora"), ("de", "prefix")):
+        (folder / name).mkdir()
+        save(folder / name / "lit_method.safetensors", shake(build(tiny / "base", row)), row, tiny / "base")
+        (folder / name / "hparams.yaml").write_text("examples: {style: alpaca}")
+    return {name: folder / name for name in ("fr", "de")}
+
+
+class Running:
+    """A server in a thread."""
+
+    def __init__(self, base: Path, folders: dict[str, Path], key: str | None = None, **options):
+        methods = ",".join(f"{name}={path}" for name, path in folders.items())
+        self.served = serve.Served(serve.Options(base, methods, device="cpu", **options))
+        self.socket = socket.create_server(("127.0.0.1", 0))
+        self.port = self.socket.getsockname()[1]
+        app = serve.app(self.served, key, serve.own_hosts("127.0.0.1", self.port))
+        self.server = uvicorn.Server(uvicorn.Config(app, log_level="warning"))
+        self.thread = threading.Thread(target=self.server.run, args=([self.socket],), daemon=True)
+        self.thread.start()
+        self.url = f"http://127.0.0.1:{self.port}"
+        self.client = openai.OpenAI(base_url=f"{self.url}/v1", api_key=key or "any", max_retries=0)
+
+    def is_idle(self) -> bool:
+        """Within 20 seconds nobody has a place or waits, and all slots are free."""
+        engine, until = self.served.engine, time.monotonic() + 20
+        while time.monotonic() < until:
+            if not engine.active and not engine.waiting:
+                return engine.n_free == self.served.n_slots - len(engine.decoder.front)
+            time.sleep(0.02)
+        return False
+
+
+@pytest.fixture(scope="module")
+def running(tiny, folders):
+    server = Running(tiny / "base", folders, places=5, context=200, slots=900)
+    yield server
+    assert server.is_idle()
+    server.server.should_exit = True
+    server.thread.join(20)
+
+
+def test_models_are_the_base_and_the_methods(running):
+    assert [model.id for model in running.client.models.list()] == ["base", "fr", "de"]
+    assert requests.get(f"{running.url}/health").json() == dict(status="ok")
+
+
+def test_all_answers_at_once_are_what_each_says_alone(tiny, folders, running):
+    tokenizer, jobs = Tokenizer(tiny / "base"), [(name, text) for text in TEXTS for name in ("base", "fr", "de")]
+
+    def ask(job: tuple[str, str]) -> str:
+        name, text = job
+        made = running.client.completions.create(model=name, prompt=text, max_tokens=20, temperature=0)
+        assert made.usage.prompt_tokens == len(tokenizer.bos + tokenizer.encode(text))
+        return made.choices[0].text
+
+    with ThreadPoolExecutor(12) as pool:
+        found = list(pool.map(ask, jobs))
+    for name in ("base", "fr", "de"):
+        gpt = load(tiny / "base", folders.get(name))
+        for (other, text), answer in zip(jobs, found):
+            if other == name:
+                ids = tokenizer.bos + tokenizer.encode(text)
+                tokens = list(generate(gpt, ids, 20, temperature=0, stop_ids=tokenizer.stop_ids))
+                assert answer == tokenizer.decode(tokens), (name, text)
+    assert len({*found}) > 9
+
+
+@pytest.mark.parametrize("name", ["base", "fr"])
+def test_a_stream_is_the_answer_in_pieces(running, name):
+    """Of several choices, each with a seed of its own; with usage at the end."""
+    how = dict(model=name, messages=[dict(role="user", content="Say so")], max_tokens=30, seed=4)
+    whole = running.client.chat.completions.create(**how, n=3)
+    texts, usage, ends = ["", "", ""], None, {}
+    for event in running.client.chat.completions.create(
+        **how, n=3, stream=True, stream_options=dict(include_usage=True)
+    ):
+        usage = event.usage
+        for choice in event.choices:
+            texts[choice.index] += choice.delta.content or ""
+            ends[choice.index] = choice.finish_reason or ends.get(choice.index)
+    assert texts == [choice.message.content for choice in whole.choices] and len({*texts}) == 3
+    assert usage == whole.usage and [ends[i] for i in range(3)] == [c.finish_reason for c in whole.choices]
+    second = running.client.chat.completions.create(**how | dict(seed=5))
+    assert second.choices[0].message.content == texts[1]
+
+
+def test_a_method_is_asked_in_the_style_that_it_was_trained_in(tiny, running):
+    made = running.client.chat.completions.create(
+        model="fr", messages=[dict(role="user", content="Say so")], max_tokens=1
+    )
+    from lit_model.data.examples import prompt_ids, render
+
+    tokenizer = Tokenizer(tiny / "base")
+    assert made.usage.prompt_tokens == len(prompt_ids(tokenizer, "alpaca", render("alpaca", "Say so")))
+
+
+def test_log_probabilities_are_those_of_one_pass(tiny, running):
+    made = running.client.completions.create(model="base", prompt="Say so", max_tokens=8, temperature=0, logprobs=3)
+    found, tokenizer = made.choices[0].logprobs, Tokenizer(tiny / "base")
+    ids = tokenizer.bos + tokenizer.encode("Say so")
+    tokens = list(generate(load(tiny / "base"), ids, 8, temperature=0))
+    logp = load(tiny / "base")(torch.tensor([ids + tokens]))[0, len(ids) - 1 : -1].log_softmax(-1)
+    assert found.token_logprobs == pytest.approx(logp.gather(1, torch.tensor(tokens)[:, None])[:, 0].tolist(), abs=1e-4)
+    assert found.tokens == [tokenizer.decode([i]) for i in tokens] and all(
+        len(best) <= 3 for best in found.top_logprobs
+    )
+    chat = running.client.chat.completions.create(
+        model="base", messages=[dict(role="user", content="a")], max_tokens=3, logprobs=True, top_logprobs=2
+    )
+    content = chat.choices[0].logprobs.content
+    assert len(content) == 3 and all(len(of.top_logprobs) == 2 and of.logprob <= 0 for of in content)
+
+
+def test_an_answer_ends_before_a_stop_text(running):
+    how = dict(model="base", prompt="Say so", max_tokens=30, temperature=0)
+    whole = running.client.completions.create(**how).choices[0].text
+    stop = whole[6:9]
+    made = running.client.completions.create(**how, stop=[stop, "never said"]).choices[0]
+    assert made.text == whole[: whole.index(stop)] and made.finish_reason == "stop"
+
+
+@pytest.mark.parametrize(
+    "status, says, body",
+    [
+        (404, "there is no model 'x'", dict(model="x")),
+        (400, "temperature", dict(temperature=-1)),
+        (400, "top_p", dict(top_p=2)),
+        (400, "n is 99", dict(n=99)),
+        (400, "max_tokens", dict(max_tokens=10**9)),
+        (400, "max_tokens", dict(max_tokens=0)),
+        (400, "context", dict(prompt="a b c " * 300)),
+        (400, "prompt", dict(prompt=[])),
+        (400, "", dict(prompt=[10**6])),
+        (400, "", dict(prompt={})),
+        (400, "", dict(temperature="hot")),
+        (400, "", dict(stop=3)),
+        (400, "seed", dict(seed=-5)),
+        (400, "logprobs", dict(logprobs=99)),
+    ],
+)
+def test_what_cannot_be_is_said_in_openais_form(running, status, says, body):
+    body = dict(model="base", prompt="a") | body
+    answer = requests.post(f"{running.url}/v1/completions", json=body)
+    error = answer.json()["error"]
+    assert answer.status_code == status and says in error["message"] and {"type", "param", "code"} <= error.keys()
+
+
+def test_broken_bodies_and_strange_pages_are_refused(running):
+    url = f"{running.url}/v1/completions"
+    for body in (b"{", b"[1]", b"\xff\xfe", b"[" * 100_000):
+        assert requests.post(url, data=body).status_code == 400
+    assert requests.post(url, data=b" " * (serve.MOST_BYTES + 1)).status_code == 413
+    assert (
+        requests.post(f"{running.url}/v1/chat/completions", json=dict(model="base")).json()["error"]["param"]
+        == "messages"
+    )
+    for headers in (dict(Host="evil.example"), dict(Origin="http://evil.example"), dict(Origin="null")):
+        answer = requests.post(url, json=dict(model="base", prompt="a"), headers=headers)
+        assert answer.status_code == 403 and "access-control-allow-origin" not in answer.headers
+    assert requests.get(f"{running.url}/../../etc/passwd").status_code == 404
+    assert requests.get(f"{running.url}/", headers=dict(Origin=running.url)).status_code == 200
+
+
+def test_a_full_queue_says_so(running, monkeypatch):
+    monkeypatch.setattr(running.served.engine, "most_waiting", 0)
+    with pytest.raises(openai.RateLimitError):
+        running.client.completions.create(model="base", prompt="a")
+
+
+def test_who_goes_away_frees_a_place(running):
+    for _ in range(7):  # more than there are places
+        stream = running.client.completions.create(model="base", prompt="a", max_tokens=190, stream=True)
+        next(iter(stream))
+        stream.close()
+    body = json.dumps(dict(model="base", prompt="a", max_tokens=190)).encode()
+    with socket.create_connection(("127.0.0.1", running.port)) as connection:  # one that does not stream
+        head = f"POST /v1/completions HTTP/1.1\r\nHost: 127.0.0.1:{running.port}\r\nContent-Length: {len(body)}\r\n\r\n"
+        connection.sendall(head.encode() + body)
+        time.sleep(0.1)
+    assert running.is_idle()
+
+
+def test_a_failure_is_said_and_the_next_ones_are_answered(running, monkeypatch):
+    def broken(*args):
+        raise RuntimeError("out of something")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(running.served.engine.decoder, "steps", broken)
+        with pytest.raises(openai.InternalServerError, match="out of something"):
+            running.client.completions.create(model="fr", prompt="a")
+    assert running.client.completions.create(model="fr", prompt="a").choices[0].finish_reason
+    assert running.is_idle()
+
+
+def test_a_key_is_asked_for(tiny, folders):
+    server = Running(tiny / "base", {}, key="secret", places=2, context=50, slots=100)
+    assert server.client.completions.create(model="base", prompt="a").choices
+    for key in ("wrong", "secre", "secrets"):
+        with pytest.raises(openai.AuthenticationError):
+            openai.OpenAI(base_url=f"{server.url}/v1", api_key=key, max_retries=0).models.list()
+    assert requests.get(f"{server.url}/").status_code == 200  # the page, which asks for it
+    server.server.should_exit = True
+
+
+def test_a_signal_lets_what_runs_end(tiny):
+    args = [sys.executable, "generate/serve.py", "--checkpoint_dir", tiny / "base", "--port", "0", "--places", "2"]
+    with subprocess.Popen(
+        args, stdout=subprocess.PIPE, text=True, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}
+    ) as process:
+        url = process.stdout.readline().split()[0]
+        client = openai.OpenAI(base_url=f"{url}/v1", api_key="any", max_retries=0)
+        stream = client.completions.create(model="base", prompt="a", max_tokens=200, stream=True, temperature=0)
+        pieces = iter(stream)
+        next(pieces)
+        process.send_signal(signal.SIGTERM)
+        assert [*pieces][-1].choices[0].finish_reason in ("length", "stop")
+        assert process.wait(20) in (0, -signal.SIGTERM)
+
+
+@pytest.mark.parametrize(
+    "args, says",
+    [
+        ("--methods fr", "must be name=folder"),
+        ("--methods base=x", "is the name of the base"),
+        ("--methods fr={tmp}/none", "none"),
+        ("--slots 10", "slots are fewer"),
+    ],
+)
+def test_options_that_cannot_be(tiny, tmp_path, capsys, monkeypatch, args, says):
+    args = args.format(tmp=tmp_path)
+    assert says in fail(serve, capsys, monkeypatch, f"--checkpoint_dir {tiny}/base {args}")
