@@ -102,11 +102,9 @@ class Chat:
                 print(piece, end="", flush=True)
         except KeyboardInterrupt:
             print(" (stopped)", end="")
-        print(
-            f"\n({self.name}: {n} tokens, {n / (time.perf_counter() - began):.1f} tokens/s)",
-            file=sys.stderr,
-            flush=True,
-        )
+        print(flush=True)
+        speed = n / (time.perf_counter() - began)
+        print(f"({self.name}: {n} tokens, {speed:.1f} tokens/s)", file=sys.stderr, flush=True)
         if answer:
             self.messages = [*messages, dict(role="assistant", content=answer)]
 

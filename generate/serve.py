@@ -304,10 +304,9 @@ class Answer:
                 if i not in open_ones:
                     continue
                 piece, n = "", 0
-                for n, token in enumerate(made.tokens, 1):  # noqa: B007
-                    piece += streams[i].push(token)
-                    if streams[i].is_stopped:
-                        break
+                for tokens in [[token] for token in made.tokens] if made.logprobs else [made.tokens]:
+                    if not streams[i].is_stopped:
+                        piece, n = piece + streams[i].push(*tokens), n + 1
                 finish = "stop" if streams[i].is_stopped else made.finish
                 if finish:
                     piece += streams[i].end()

@@ -96,9 +96,9 @@ class TextStream:
         self.text = tokenizer.decode(self.ids) if self.ids else ""
         self.shown = len(self.text)
 
-    def push(self, token: int) -> str:
+    def push(self, *tokens: int) -> str:
         """What can be shown now. A stop text ends it: see is_stopped."""
-        self.ids.append(token)
+        self.ids += tokens
         self.text = self.tokenizer.decode(self.ids)
         found = [at for at in (self.text.find(stop, self.shown) for stop in self.stops) if at >= 0]
         if found:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -22,6 +23,7 @@ from test_methods import build, save, shake
 from generate import serve
 from lit_model import generate, load
 from lit_model.data.tokenizer import Tokenizer
+from lit_model.weights import demo
 
 TEXTS = ("Name three fruits.", "Say so", "x", "The capital of France is a town on a river")
 
@@ -261,3 +263,54 @@ def test_a_signal_lets_what_runs_end(tiny):
 def test_options_that_cannot_be(tiny, tmp_path, capsys, monkeypatch, args, says):
     args = args.format(tmp=tmp_path)
     assert says in fail(serve, capsys, monkeypatch, f"--checkpoint_dir {tiny}/base {args}")
+
+
+@pytest.mark.slow
+def test_a_hundred_clients_get_what_each_would_alone(tmp_path):
+    """2,000 requests of base and methods, some of which are left in the middle, from 60 that were asked alone once."""
+    demo.fetch_if_demo(demo.DEMO_CHECKPOINT)
+    torch.manual_seed(0)
+    rng, folders = random.Random(0), {}
+    for name, row in (("lora", "lora"), ("prefix", "prefix"), ("adapter", "adapter")):
+        folders[name] = tmp_path / name
+        folders[name].mkdir()
+        gpt = build(demo.DEMO_CHECKPOINT, row)
+        with torch.no_grad():
+            for p in (p for p in gpt.parameters() if p.requires_grad):
+                p.add_(0.02 * torch.randn_like(p))
+        save(folders[name] / "lit_method.safetensors", gpt, row, demo.DEMO_CHECKPOINT)
+        (folders[name] / "hparams.yaml").write_text("examples: {style: chat}")
+    server = Running(demo.DEMO_CHECKPOINT, folders, places=32, context=128, slots=4096)
+    asked = [
+        dict(
+            model=rng.choice([*folders, "smollm2-135m-instruct"]), max_tokens=rng.randint(1, 16),
+            messages=[dict(role="user", content=f"Name {n} {rng.choice(('fruits', 'towns', 'rivers and hills'))}.")],
+            temperature=rng.choice((0, 0.8)), seed=n,
+        )
+        for n in range(60)
+    ]  # fmt: skip
+    create = server.client.chat.completions.create
+    alone = [create(**one).choices[0].message.content for one in asked]
+    rss = []
+
+    def ask(n: int) -> bool:
+        i, leaves = random.Random(n).randrange(60), n % 9 == 0
+        if n % 100 == 0:
+            rss.append(int(Path("/proc/self/statm").read_text().split()[1]) * 4096 / 2**20)
+        pieces = create(**asked[i], stream=True)
+        text = ""
+        for event in pieces:
+            text += event.choices[0].delta.content or ""
+            if leaves and text:
+                pieces.close()
+                return alone[i].startswith(text)
+        return text == alone[i]
+
+    began = time.monotonic()
+    with ThreadPoolExecutor(100) as pool:
+        equal = list(pool.map(ask, range(2000)))
+    seconds, n = time.monotonic() - began, server.served.engine.n_tokens
+    print(f"{sum(equal)} of 2,000 equal in {seconds:.0f} s, {n / seconds:.0f} tokens/s, MiB {[round(m) for m in rss]}")
+    assert all(equal) and server.is_idle()
+    assert max(rss[10:]) < 1.05 * max(rss[5:10])
+    server.server.should_exit = True
