@@ -100,14 +100,12 @@ def main(options: Options) -> None:
 
 def own_hosts(host: str, port: int) -> Callable[[str], bool]:
     """Whether a Host header names this server; another one is a page's that had its name point here."""
-    names = {"localhost", host, socket.gethostname()}
 
     def is_own(header: str) -> bool:
         try:
             url = urlsplit(f"//{header}")
-            if (url.port or 80) != port or url.hostname is None:
-                return False
-            return url.hostname in names or bool(ipaddress.ip_address(url.hostname))
+            is_name = url.hostname in ("localhost", host, socket.gethostname())
+            return (url.port or 80) == port and (is_name or bool(ipaddress.ip_address(url.hostname)))
         except ValueError:
             return False
 
@@ -128,16 +126,21 @@ class Served:
         self.models = {base: (None, "chat")} | {name: (name, style_of(path)) for name, path in folders.items()}
         self.methods, config = [None, *folders] if folders else None, self.gpt.config
         self.length = min(n for n in (config.block_size, config.short_context, options.context) if n)
-        slots = options.slots or min(options.places * self.length, fitting_slots(self.gpt))
-        if slots < self.length:
-            raise ValueError(f"{slots} slots are fewer than a context of {self.length}: lower --context")
-        self.engine = Engine(self.gpt, options.places, slots, self.length, self.methods, options.queue)
-        self.began, self.n_slots = time.time(), slots
+        self.slots = options.slots or min(options.places * self.length, fitting_slots(self.gpt))
+        if self.slots < self.length:
+            raise ValueError(f"{self.slots} slots are fewer than a context of {self.length}: lower --context")
+        self.slots += sum(map(self.front, self.methods or []))
+        self.engine = Engine(self.gpt, options.places, self.slots, self.length, self.methods, options.queue)
+        self.began = int(time.time())
+
+    def front(self, method: str | None) -> int:
+        """Number of keys and tokens that a method puts in front of a prompt."""
+        return self.gpt.n_front(method) if self.methods else 0
 
     def room(self, ids: list[int], method: str | None) -> int:
         """Tokens that an answer to a prompt can have. Raises ValueError if there is none."""
         self.gpt.config.check_tokens(max(ids, default=0))
-        room = self.length - len(ids) - (self.gpt.n_front(method) if self.methods else 0)
+        room = self.length - len(ids) - self.front(method)
         if not ids or room < 1:
             raise ValueError(f"the prompt has {len(ids)} tokens, and the context {self.length}")
         return room
@@ -170,7 +173,7 @@ def app(served: Served, key: str | None, is_own: Callable[[str], bool]) -> Starl
         return FileResponse(Path(__file__).with_name("page.html"), headers=HEADERS)
 
     async def models(http: Http) -> Response:
-        more = dict(object="model", created=int(served.began), owned_by="lit-model")
+        more = dict(object="model", created=served.began, owned_by="lit-model")
         return JSONResponse(dict(object="list", data=[dict(id=name, **more) for name in served.models]))
 
     async def health(http: Http) -> Response:
@@ -183,53 +186,25 @@ def app(served: Served, key: str | None, is_own: Callable[[str], bool]) -> Starl
             tokens_per_second=engine.speed if engine.active else 0,
             waiting=len(engine.waiting),
             active=len(engine.active),
-            slots_used=served.n_slots - engine.n_free,
-            slots=served.n_slots,
+            slots_used=served.slots - engine.n_free,
+            slots=served.slots,
         )
         return PlainTextResponse("".join(f"lit_{name} {value}\n" for name, value in values.items()))
 
+    async def complete(is_chat: bool, http: Http) -> Response:
+        answer = Answer(served, await read_body(http), is_chat)
+        if answer.streams:
+            return StreamingResponse(answer.events(), media_type="text/event-stream", headers=HEADERS)
+        return JSONResponse(await answer.whole(http), headers=HEADERS)
+
     routes = {"/": page, "/health": health, "/metrics": metrics, "/v1/models": models}
-    asked = {
-        "/v1/chat/completions": partial(complete, served, True),
-        "/v1/completions": partial(complete, served, False),
-    }
+    asked = {"/v1/chat/completions": partial(complete, True), "/v1/completions": partial(complete, False)}
     return Starlette(
-        routes=[Route(path, partial(guarded, handler), methods=["GET"]) for path, handler in routes.items()]
-        + [Route(path, partial(guarded, handler), methods=["POST"]) for path, handler in asked.items()]
+        routes=[
+            Route(path, partial(guarded, handler), methods=["POST" if path in asked else "GET"])
+            for path, handler in (routes | asked).items()
+        ]
     )
-
-
-async def complete(served: Served, is_chat: bool, http: Http) -> Response:
-    """Answers a chat, or continues a text."""
-    body = await read_body(http)
-    name = body.get("model")
-    if name not in served.models:
-        raise Refused(404, f"there is no model {name!r:.80}; there are {', '.join(served.models)}", "model_not_found")
-    (method, style), tokenizer = served.models[name], served.tokenizer
-    try:
-        if is_chat:
-            ids = chat_ids(tokenizer, style, body["messages"], body.get("tools"))
-        elif isinstance(body["prompt"], str):
-            ids = tokenizer.bos + tokenizer.encode(body["prompt"])
-        else:
-            ids = [int(i) for i in body["prompt"]]
-        asked = Asked(body, is_chat, served.room(ids, method))
-    except KeyError as e:
-        raise Refused(400, f"{e.args[0]} is missing", param=str(e.args[0])) from None
-    except (ValueError, TypeError, AttributeError) as e:
-        raise Refused(400, " ".join(str(e).split())[:400]) from None
-    queue, loop = asyncio.Queue(), asyncio.get_running_loop()
-    put = lambda i, made: loop.call_soon_threadsafe(queue.put_nowait, (i, made))  # noqa: E731
-    stop_ids = {*tokenizer.stop_ids, *tokenizer.special_ids(asked.stops)}
-    requests = [Request(ids, asked.n_new, way, method, stop_ids, partial(put, i)) for i, way in enumerate(asked.ways)]
-    try:
-        served.engine.submit(requests)
-    except Full:
-        raise Refused(429, "too many requests wait: try again later") from None
-    answer = Answer(tokenizer, asked, requests, queue, name, is_chat)
-    if asked.streams:
-        return StreamingResponse(answer.events(), media_type="text/event-stream", headers=HEADERS)
-    return JSONResponse(await answer.whole(http), headers=HEADERS)
 
 
 async def read_body(http: Http) -> dict[str, Any]:
@@ -247,52 +222,69 @@ async def read_body(http: Http) -> dict[str, Any]:
     return body
 
 
-class Asked:
-    """How an answer is to be. Raises ValueError or TypeError for what cannot be."""
-
-    def __init__(self, body: dict[str, Any], is_chat: bool, room: int):
-        value = lambda name, default: default if body.get(name) is None else body[name]  # noqa: E731
-        n = int(value("n", 1))
-        if not 1 <= n <= MOST_CHOICES:
-            raise ValueError(f"n is {n}; it must be 1 to {MOST_CHOICES}")
-        self.n_new = int(value("max_completion_tokens", value("max_tokens", room if is_chat else 16)))
-        if not 1 <= self.n_new <= room:
-            raise ValueError(f"max_tokens is {self.n_new}; the context has room for 1 to {room}")
-        stops = value("stop", [])
-        self.stops = [stop for stop in ([stops] if isinstance(stops, str) else stops) if str.strip(stop) or stop]
-        self.logprobs = value("top_logprobs", 0) if is_chat and value("logprobs", False) else None
-        if not is_chat and body.get("logprobs") is not None:
-            self.logprobs = int(body["logprobs"])
-        more = dict(top_k=body.get("top_k"), min_p=body.get("min_p"), logprobs=self.logprobs)
-        penalty, seed = value("repetition_penalty", 1.0), body.get("seed")
-        way = Sampling(value("temperature", 1.0), top_p=body.get("top_p"), repetition_penalty=penalty, **more)
-        self.ways = [way._replace(seed=None if seed is None else int(seed) + i) for i in range(n)]
-        for way in self.ways:
-            way.check(self.n_new)
-        self.streams = bool(value("stream", False))
-        self.tells_usage = bool(value("stream_options", {}).get("include_usage"))
-
-
 class Answer:
-    """The choices of a completion, as events or whole."""
+    """The choices of a completion: a chat's next message, or what continues a text."""
 
-    def __init__(
-        self,
-        tokenizer: Tokenizer,
-        asked: Asked,
-        requests: list[Request],
-        queue: asyncio.Queue,
-        name: str,
-        is_chat: bool,
-    ):
-        self.tokenizer, self.asked, self.requests, self.queue, self.is_chat = tokenizer, asked, requests, queue, is_chat
+    def __init__(self, served: Served, body: dict[str, Any], is_chat: bool):
+        """Has the engine begin. Raises Refused."""
+        name, self.is_chat, self.tokenizer = body.get("model"), is_chat, served.tokenizer
+        if name not in served.models:
+            there = ", ".join(served.models)
+            raise Refused(404, f"there is no model {name!r:.80}; there are {there}", "model_not_found", "model")
+        method, style = served.models[name]
+        self.queue, loop = asyncio.Queue(), asyncio.get_running_loop()
+        put = lambda i, made: loop.call_soon_threadsafe(self.queue.put_nowait, (i, made))  # noqa: E731
+        try:
+            ids = self.prompt(style, body)
+            n_new, ways = self.ways(body, served.room(ids, method))
+            stop_ids = {*self.tokenizer.stop_ids, *self.tokenizer.special_ids(self.stops)}
+            self.requests = [Request(ids, n_new, way, method, stop_ids, partial(put, i)) for i, way in enumerate(ways)]
+            served.engine.submit(self.requests)
+        except Full:
+            raise Refused(429, "too many requests wait: try again later") from None
+        except KeyError as e:
+            raise Refused(400, f"{e.args[0]} is missing", param=str(e.args[0])) from None
+        except Exception as e:  # whatever a body may hold
+            raise Refused(400, " ".join(str(e).split())[:400]) from None
         kind = "chat.completion" if is_chat else "text_completion"
         self.head = dict(id=f"cmpl-{uuid.uuid4().hex}", object=kind, created=int(time.time()), model=name)
+
+    def prompt(self, style: str, body: dict[str, Any]) -> list[int]:
+        if self.is_chat:
+            parts = [m["content"] if isinstance(m.get("content"), list) else None for m in body["messages"]]
+            texts = [{} if of is None else dict(content="".join(part["text"] for part in of)) for of in parts]
+            messages = [message | text for message, text in zip(body["messages"], texts)]
+            return chat_ids(self.tokenizer, style, messages, body.get("tools"))
+        if isinstance(body["prompt"], str):
+            return self.tokenizer.bos + self.tokenizer.encode(body["prompt"])
+        return [int(i) for i in body["prompt"]]
+
+    def ways(self, body: dict[str, Any], room: int) -> tuple[int, list[Sampling]]:
+        """Most new tokens, and how those of each choice are chosen. Raises ValueError or TypeError."""
+        given = {key: value for key, value in body.items() if value is not None}
+        n, seed = int(given.get("n", 1)), given.get("seed")
+        n_new = int(given.get("max_completion_tokens", given.get("max_tokens", room if self.is_chat else 16)))
+        for key, value, most in (("n", n, MOST_CHOICES), ("max_tokens", n_new, room)):
+            if not 1 <= value <= most:
+                raise ValueError(f"{key} is {value}; it must be 1 to {most}")
+        stops = given.get("stop", [])
+        self.stops = [stop for stop in ([stops] if isinstance(stops, str) else stops) if str(stop)]
+        self.logprobs = given.get("logprobs")
+        if self.is_chat:
+            self.logprobs = int(given.get("top_logprobs", 0)) if self.logprobs else None
+        self.streams = bool(given.get("stream"))
+        self.tells_usage = bool(given.get("stream_options", {}).get("include_usage"))
+        names = "temperature", "top_k", "top_p", "min_p", "repetition_penalty"
+        way = Sampling(**{key: given[key] for key in names if key in given}, logprobs=self.logprobs)
+        ways = [way._replace(seed=None if seed is None else int(seed) + i) for i in range(n)]
+        for way in ways:
+            way.check()
+        return n_new, ways
 
     async def pieces(self, http: Http | None = None) -> AsyncIterator[tuple[int, str, list, str | None]]:
         """(number of the choice, text, log-probabilities, reason why it ends) as they come. http: of a client that may
         go away meanwhile."""
-        streams = [TextStream(self.tokenizer, self.asked.stops) for _ in self.requests]
+        streams = [TextStream(self.tokenizer, self.stops) for _ in self.requests]
         open_ones = {*range(len(self.requests))}
         try:
             while open_ones:
@@ -342,7 +334,7 @@ class Answer:
                 if piece or finish or found:
                     choice = dict(index=i, **said, logprobs=self.described(found), finish_reason=finish)
                     yield event(dict(choices=[choice]))
-            if self.asked.tells_usage:
+            if self.tells_usage:
                 yield event(dict(choices=[], usage=self.usage()))
             yield "data: [DONE]\n\n"
         except Refused as e:
@@ -354,19 +346,18 @@ class Answer:
 
     def described(self, found: list[list[list[float]]]) -> dict[str, Any] | None:
         """Log-probabilities of tokens in OpenAI's form."""
-        if self.asked.logprobs is None:
+        if self.logprobs is None:
             return None
         text = lambda i: self.tokenizer.decode([int(i)])  # noqa: E731
-        if not self.is_chat:
-            best = [{text(i): p for i, p in of[1 : 1 + self.asked.logprobs]} for of in found]
-            return dict(
-                tokens=[text(of[0][0]) for of in found], token_logprobs=[of[0][1] for of in found], top_logprobs=best
-            )
         one = lambda i, p: dict(token=text(i), logprob=p, bytes=[*text(i).encode()])  # noqa: E731
-        content = [
-            one(*of[0]) | dict(top_logprobs=[one(*pair) for pair in of[1 : 1 + self.asked.logprobs]]) for of in found
-        ]
-        return dict(content=content, refusal=None)
+        tokens, best = [of[0] for of in found], [of[1 : 1 + self.logprobs] for of in found]
+        if self.is_chat:
+            content = [
+                one(*token) | dict(top_logprobs=[one(*of) for of in others]) for token, others in zip(tokens, best)
+            ]
+            return dict(content=content, refusal=None)
+        top = [{text(i): p for i, p in others} for others in best]
+        return dict(tokens=[text(i) for i, _ in tokens], token_logprobs=[p for _, p in tokens], top_logprobs=top)
 
 
 if __name__ == "__main__":
