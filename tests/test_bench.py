@@ -11,10 +11,11 @@ import torch
 from conftest import LLAMA, ROOT, fail, say
 
 from lit_model import GPT, Config, families, load
+from lit_model.cli import cli
 from lit_model.data.examples import render
 from lit_model.data.tokenizer import Tokenizer
 from lit_model.methods import full
-from scripts.bench import bench, random_checkpoint
+from scripts.bench import bench, random_checkpoint, serve
 from scripts.bench.bench_table import table
 from scripts.bench.kernel_time import products
 from scripts.bench.workload import lengths
@@ -97,3 +98,12 @@ def test_a_start_is_timed_by_part(tiny):
     parts = [line.split(": ")[-1] for line in process.stdout.splitlines() if "after launch" in line]
     names = ["imported", "rows", "network", "optimizer", "validated", "first"]
     assert [part.replace(",", "").split()[0] for part in parts] == names
+
+
+def test_the_server_is_measured_under_load(tiny, capfd, monkeypatch):
+    server = f"--server=--checkpoint_dir {tiny}/base --places 2 --device cpu"
+    monkeypatch.setattr(sys, "argv", ["serve.py", "--clients", "1,3", "--prompt", "20", "--new", "12", server])
+    cli(serve.main, serve.Options, "")
+    start, head, *rows = capfd.readouterr().out.splitlines()
+    assert start.startswith("start: ") and [row.split(" | ")[0] for row in rows] == ["1", "3"]
+    assert all(float(row.split(" | ")[3].replace(",", "")) > 0 for row in rows)

@@ -1,12 +1,13 @@
 """Measures generate/serve.py under load: time to start, to the first token, and tokens a second, of clients that ask at
-the same time. Options behind `--` go to the server:
+the same time.
 
-    python scripts/bench/serve.py --clients 1,8,64 -- --checkpoint_dir checkpoints/random-7b
+    python scripts/bench/serve.py --server "--checkpoint_dir checkpoints/random-7b"
 """
 
 import http.client
 import json
 import random
+import shlex
 import subprocess
 import sys
 import time
@@ -31,15 +32,14 @@ class Options:
     new: int = 100
     """tokens of an answer"""
     rounds: int = 2
-    """how often they ask; the first compiles kernels, and does not count"""
-
-
-SERVER = sys.argv[sys.argv.index("--") + 1 :] if "--" in sys.argv else []
+    """how often they ask; the last time counts, since the first one compiles kernels"""
+    server: str = ""
+    """options of generate/serve.py"""
 
 
 def main(options: Options) -> None:
     began = time.monotonic()
-    args = [sys.executable, "generate/serve.py", "--port", "0", "--queue", "1000", *SERVER]
+    args = [sys.executable, "generate/serve.py", "--port", "0", "--queue", "1000", *shlex.split(options.server)]
     with subprocess.Popen(args, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).resolve().parents[2]) as server:
         try:
             said = server.stdout.readline().replace(",", "").split()  # http://... answers as BASE, METHOD, ...
@@ -64,7 +64,7 @@ def main(options: Options) -> None:
 
 def ask(url: str, name: str, options: Options, seed: int) -> list[tuple[float, int]]:
     """(time, tokens that came) of a streamed answer."""
-    ids = random.Random(f"{seed} {time.monotonic()}").choices(range(300, 2000), k=options.prompt)
+    ids = random.Random(f"{seed} {time.monotonic()}").choices(range(5, 256), k=options.prompt)
     body = dict(model=name, prompt=ids, max_tokens=options.new, stream=True, temperature=0.8, top_k=200)
     body["stream_options"] = dict(include_usage=True)
     connection = http.client.HTTPConnection(urlsplit(url).netloc, timeout=600)
@@ -81,6 +81,4 @@ def ask(url: str, name: str, options: Options, seed: int) -> list[tuple[float, i
 
 
 if __name__ == "__main__":
-    if SERVER:
-        del sys.argv[sys.argv.index("--") :]
     cli(main, Options, __doc__)
