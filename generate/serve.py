@@ -90,10 +90,15 @@ class Refused(Exception):
 def main(options: Options) -> None:
     demo.fetch_if_demo(options.checkpoint_dir)
     key = os.environ.get("LIT_API_KEY") if options.api_key is None else options.api_key
-    served = Served(options)
-    listening = socket.create_server((options.host, options.port))
-    port = listening.getsockname()[1]
-    print(f"http://{options.host}:{port} answers as {', '.join(served.models)}", flush=True)
+    is_six = ":" in options.host
+    try:  # before the weights are loaded
+        family = socket.AF_INET6 if is_six else socket.AF_INET
+        listening = socket.create_server((options.host, options.port), family=family)
+    except OSError as e:
+        raise ValueError(f"--host {options.host} --port {options.port}: {e.strerror or e}") from None
+    port, served = listening.getsockname()[1], Served(options)
+    shown = f"[{options.host}]" if is_six else options.host
+    print(f"http://{shown}:{port} answers as {', '.join(served.models)}", flush=True)
     config = uvicorn.Config(app(served, key, own_hosts(options.host, port)), log_level="warning", server_header=False)
     uvicorn.Server(config).run([listening])
 
@@ -177,7 +182,8 @@ def app(served: Served, key: str | None, is_own: Callable[[str], bool]) -> Starl
         return JSONResponse(dict(object="list", data=[dict(id=name, **more) for name in served.models]))
 
     async def health(http: Http) -> Response:
-        return JSONResponse(dict(status="ok"))
+        lives = served.engine.thread.is_alive()
+        return JSONResponse(dict(status="ok" if lives else "failed"), 200 if lives else 503)
 
     async def metrics(http: Http) -> Response:
         engine = served.engine

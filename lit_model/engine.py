@@ -52,7 +52,8 @@ class Engine:
         self.decoder.admit([[0]], [1], [Sampling(0)], None if names is None else [names[0]])
         self.decoder.steps(1)
         self.decoder.release(0)
-        threading.Thread(target=self._run, daemon=True).start()
+        self.thread = threading.Thread(target=self._run, daemon=True)
+        self.thread.start()
 
     @property
     def n_free(self) -> int:

@@ -108,11 +108,11 @@ class TextStream:
         if not self.text.endswith("\ufffd"):
             piece = self.text[self.shown : len(self.text) - self.held_back]
             self.shown += len(piece)
-        if len(self.ids) > 2 * self.WINDOW:
-            tail = self.tokenizer.decode(self.ids[-self.WINDOW :])
-            start = len(self.text) - len(tail)
-            if self.text.endswith(tail) and start <= self.shown:
-                self.ids, self.text, self.shown = self.ids[-self.WINDOW :], tail, self.shown - start
+        if len(self.ids) > 2 * self.WINDOW and len(self.text) - self.shown <= self.held_back:
+            rest = len(self.text) - self.shown
+            self.ids = self.ids[-self.WINDOW :]  # longer than any rest
+            self.text = self.tokenizer.decode(self.ids)
+            self.shown = len(self.text) - rest
         return piece
 
     def end(self) -> str:

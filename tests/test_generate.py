@@ -11,8 +11,9 @@ from conftest import LLAMA, fail, randomize, say
 from generate import base
 from generate.base import Options, prompt_style, stop_texts
 from lit_model import generate, load, model
+from lit_model.data.tokenizer import Tokenizer
 from lit_model.decode import Decoder, Sampler, Sampling, gumbel
-from lit_model.generate import generate_batch, stream_text
+from lit_model.generate import TextStream, generate_batch, stream_text
 
 
 @pytest.fixture
@@ -196,3 +197,16 @@ def test_ids_may_be_an_array(gpt):
     assert list(generate(gpt, np.array([1, 2, 3]), 5, temperature=0)) == list(
         generate(gpt, [1, 2, 3], 5, temperature=0)
     )
+
+
+@pytest.mark.parametrize("stops", [(), ("\n\n", "###")])
+def test_a_long_stream_is_its_text(tiny, stops):
+    """Only the last tokens are decoded again and again; characters of many bytes lie across every border."""
+    tokenizer = Tokenizer(tiny / "base")
+    text = "".join(f"{n} 水🙂é, and so\n" for n in range(90))
+    ids = tokenizer.encode(text)
+    assert len(ids) > 600 and "".join(stream_text(tokenizer, ids, stops)) == text
+    stream = TextStream(tokenizer, stops)
+    assert "".join([stream.push(*ids[i : i + 7]) for i in range(0, len(ids), 7)] + [stream.end()]) == text
+    assert len(stream.ids) <= 2 * TextStream.WINDOW + 7
+    assert "".join(stream_text(tokenizer, tokenizer.encode(text + "###" + text), ("###",))) == text

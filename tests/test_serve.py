@@ -201,7 +201,10 @@ def test_a_full_queue_says_so(running, monkeypatch):
         running.client.completions.create(model="base", prompt="a")
 
 
-def test_who_goes_away_frees_a_place(running):
+def test_who_goes_away_frees_a_place(running, monkeypatch):
+    engine = running.served.engine
+    steps, before = engine.decoder.steps, engine.n_tokens
+    monkeypatch.setattr(engine.decoder, "steps", lambda n: (time.sleep(0.02), steps(n))[1])
     for _ in range(7):  # more than there are places
         stream = running.client.completions.create(model="base", prompt="a", max_tokens=190, stream=True)
         next(iter(stream))
@@ -211,7 +214,7 @@ def test_who_goes_away_frees_a_place(running):
         head = f"POST /v1/completions HTTP/1.1\r\nHost: 127.0.0.1:{running.port}\r\nContent-Length: {len(body)}\r\n\r\n"
         connection.sendall(head.encode() + body)
         time.sleep(0.1)
-    assert running.is_idle()
+    assert running.is_idle() and engine.n_tokens - before < 8 * 190 / 2
 
 
 def test_a_failure_is_said_and_the_next_ones_are_answered(running, monkeypatch):
@@ -257,12 +260,13 @@ def test_a_signal_lets_what_runs_end(tiny):
         ("--methods fr", "must be name=folder"),
         ("--methods base=x", "is the name of the base"),
         ("--methods fr={tmp}/none", "none"),
+        ("--host 1.2.3.4", "--host 1.2.3.4 --port 0: Cannot assign"),
         ("--slots 10", "slots are fewer"),
     ],
 )
 def test_options_that_cannot_be(tiny, tmp_path, capsys, monkeypatch, args, says):
     args = args.format(tmp=tmp_path)
-    assert says in fail(serve, capsys, monkeypatch, f"--checkpoint_dir {tiny}/base {args}")
+    assert says in fail(serve, capsys, monkeypatch, f"--checkpoint_dir {tiny}/base --port 0 {args}")
 
 
 @pytest.mark.slow

@@ -60,7 +60,7 @@ def test_sequences_come_and_go(checkpoint, folders, mixed):
     methods = [names[i % len(names)] for i in range(8)] if mixed else None
     prompts = [torch.randint(0, 97, (n,)).tolist() for n in (9, 3, 30, 1, 17, 9, 26, 4)]
     n_new = [4, 9, 2, 12, 7, 1, 9, 11]
-    ways = [Sampling(0.8, seed=i, repetition_penalty=1 + i % 3 / 10) for i in range(8)]
+    ways = [Sampling(0.8, seed=i, repetition_penalty=1 + i % 3 * 2) for i in range(8)]
     alone = []
     for i, ids in enumerate(prompts):
         mine = None if methods is None else methods[i : i + 1]
