@@ -55,6 +55,7 @@ def ended(page) -> None:
 
 
 def test_both_answer_as_they_do_alone(page, running):
+    assert not page.is_visible("[name=key]")
     assert page.eval_on_selector_all("select", "all => all.map(one => one.value)") == ["base", "fr"]
     page.select_option("select >> nth=1", "de")
     page.fill("[name=tokens]", "40")
