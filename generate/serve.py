@@ -38,6 +38,7 @@ from lit_model.decode import Sampling
 from lit_model.engine import Engine, Full, Request
 from lit_model.generate import TextStream
 from lit_model.load import named_dirs
+from lit_model.methods.side_by_side import n_front
 from lit_model.weights import demo
 
 MOST_BYTES = 4 * 2**20  # of a request
@@ -140,7 +141,7 @@ class Served:
 
     def front(self, method: str | None) -> int:
         """Number of keys and tokens that a method puts in front of a prompt."""
-        return self.gpt.n_front(method) if self.methods else 0
+        return n_front(self.gpt.slots[method]) if self.methods else 0
 
     def room(self, ids: list[int], method: str | None) -> int:
         """Tokens that an answer to a prompt can have. Raises ValueError if there is none."""

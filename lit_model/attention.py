@@ -64,7 +64,8 @@ class PackedRow:
         if rope is not None and not (has_kernel and rope.turns_all_of(q)):
             (q, k), rope = self.rotated(q, k), None
         if has_kernel:
-            small = prompts[:1] if prompts and len(prompts[0][0]) <= MOST_PROMPT_KEYS else ()
+            fits = prompts and len(prompts[0][0]) <= MOST_PROMPT_KEYS and prompts[0][2].ndim == 1  # one gate for all
+            small = prompts[:1] if fits else ()
             from lit_model.kernels.packed_attention import packed_attention  # needs Triton to be imported
 
             y = packed_attention(q, k, v, packed.blocks, self.scale, rope, *small)

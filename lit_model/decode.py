@@ -8,17 +8,18 @@ numbers included, so on a GPU a step is one CUDA graph; the host looks at the to
 
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from operator import itemgetter
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lit_model.attention import HAS_TRITON, CachedRow, GatedKeys, KVCache, PackedRow, plain_attention
 from lit_model.kernels.cpu import Packed1
+from lit_model.methods.mixed import Choice, mix
+from lit_model.methods.side_by_side import filled, n_front, places_in, slots_of
 from lit_model.model import GPT, Linear
 from lit_model.packing import Example, Packed, Segment, lay_out, tree
 from lit_model.rope import rope_angles
@@ -101,19 +102,6 @@ def decode_attention(
     return (scores.softmax(-1) @ v).flatten(1, 2)
 
 
-class Kept(nn.Module):
-    """What a method adds to the keys of an attention, made once."""
-
-    def __init__(self, delta: nn.Module):
-        super().__init__()
-        self.delta, self.keys = delta, None
-
-    def forward(self, attn: nn.Module, dtype: torch.dtype) -> GatedKeys:
-        if self.keys is None:
-            self.keys = self.delta(attn, dtype)
-        return self.keys
-
-
 class Decoder:
     """The state of sequences, on the device: `admit` computes their prompts, `steps` makes the next tokens of each, and
     `release` takes one out. They lie in the first places."""
@@ -131,17 +119,10 @@ class Decoder:
         self.length, self.size, self.roots, self.graphs = length, 0, None, {}
         self.sampler = Sampler(places, gpt.config.vocab_size, self.device)
         self.lines: list[np.ndarray] = []  # the slots of each sequence
-        self.slots, self.kept = {}, {}
         if places == 1 and self.device.type == "cpu":
             self._pack()
-        if names:
-            from lit_model.methods.mixed import Choice, mix
-
-            self.choice = Choice(self.names)
-            self.slots = mix(gpt.slots, self.choice)
-        else:
-            for attn in (block.attn for block in gpt.blocks if block.attn.deltas):
-                self.kept[attn] = nn.ModuleDict({name: Kept(delta) for name, delta in attn.deltas.items()})
+        self.choice, self.slots = Choice(self.names), slots_of(gpt, names)
+        self.fillings = places_in(gpt, mix(self.slots, self.choice))
         counts = torch.zeros(3, places, dtype=torch.long, device=self.device)
         self.n, self.number, self.token = counts  # of tokens and keys so far; of the method; the newest token
         look = LOOK if self.device.type == "cuda" else 1
@@ -154,8 +135,7 @@ class Decoder:
         methods: Sequence[str | None] | None = None,
     ) -> "Decoder":  # fmt: skip
         """One with these sequences, and room for no more; the rest as in `admit`."""
-        own = gpt.n_virtual_keys + gpt.n_virtual_tokens
-        fronts = [gpt.n_front(name) for name in methods] if methods else [own] * len(prompts)
+        fronts = [n_front(slots_of(gpt, methods)[name]) for name in methods or [None] * len(prompts)]
         length = max(front + len(ids) + n for front, ids, n in zip(fronts, prompts, n_new, strict=True))
         decoder = cls(gpt, len(prompts), length, [*dict.fromkeys(methods)] if methods else None)
         decoder.admit(prompts, n_new, ways, methods)
@@ -173,7 +153,7 @@ class Decoder:
             methods: of each sequence, of those in `names`.
         """
         numbers = [self.names.index(name) for name in methods or [None] * len(prompts)]
-        with self._methods():
+        with filled(self.fillings):
             front, leaves, rows = [], [], []
             is_first = self.roots is None
             if is_first:
@@ -243,23 +223,9 @@ class Decoder:
                 if m.weight.dtype is torch.bfloat16 and not (m.packed and m.packed.is_of(m.weight)):
                     m.packed = Packed1(m.weight)
 
-    @contextmanager
-    def _methods(self) -> Iterator[None]:
-        """Meanwhile the methods of the sequences are in their slots, and the keys that they add are made once."""
-        before = {attn: attn.deltas for attn in self.kept}
-        with self.gpt.mixed(self.slots) if self.slots else nullcontext():
-            for attn, deltas in self.kept.items():
-                attn.deltas = deltas
-            try:
-                yield
-            finally:
-                for attn, deltas in before.items():
-                    attn.deltas = deltas
-
     def _front(self, number: int, front: list, rows: list) -> Segment | None:
         """Adds what a method puts in front of all its sequences: keys to `front`, tokens to `rows`."""
-        own = self.gpt.slots[self.names[number]] if self.slots else vars(self.gpt)["_modules"]
-        root = None
+        own, root = self.slots[self.names[number]], None
         for virtual in own["virtual_keys"].values():
             root = Segment(virtual.length, root)
             lay_out([root], cached=sum(segment.length for segment, _ in front))
@@ -309,7 +275,7 @@ class Decoder:
     ) -> Tensor:  # fmt: skip
         """Logits (M, V) of a row x (T, C) at the positions pos (T,), whose context in each layer is of a kind.
         number: of the method of each token, (T,)."""
-        gpt, c, choice = self.gpt, self.gpt.config, getattr(self, "choice", self)
+        gpt, c, choice = self.gpt, self.gpt.config, self.choice
         choice.of = number
         x = x if gpt.wpe is None else x + gpt.wpe(pos).to(x.dtype)
         ropes = {rope: rope_angles(pos, rope, c.head_size, self.cache.length, x.dtype) for rope in c.ropes}
@@ -356,7 +322,7 @@ class Decoder:
         """The next n tokens of all sequences, at most LOOK on a GPU and one on a CPU, a list a step. Raises ValueError
         for broken weights."""
         self.at.zero_()
-        with self._methods():
+        with filled(self.fillings):
             for _ in range(n := min(n, len(self.made))):
                 self.step()
         made, is_finite = self.made[:n, : self.size].tolist(), self.sampler.is_finite.item()

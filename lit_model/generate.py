@@ -57,9 +57,9 @@ def generate_batch(
     Raises ValueError as `generate` does.
     """
     from lit_model.decode import Decoder
+    from lit_model.methods.side_by_side import n_front, slots_of
 
-    own = gpt.n_virtual_keys + gpt.n_virtual_tokens
-    fronts = [gpt.n_front(name) for name in methods] if methods else [own] * len(prompts)
+    fronts = [n_front(slots_of(gpt, methods)[name]) for name in methods or [None] * len(prompts)]
     room = [gpt.config.block_size - n - len(ids) for ids, n in zip(prompts, fronts, strict=True)]
     for ids, way, n in zip(prompts, ways, room, strict=True):
         way.check(max_new_tokens)

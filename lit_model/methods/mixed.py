@@ -28,16 +28,16 @@ class Choice:
 
 def mix(slots: Mapping[str | None, Slots], choice: Choice) -> Slots:
     """What fills the slots where each token has a method of its own. slots: those of each method, by its name."""
-    if len(choice.names) == 1:
-        return slots[choice.names[0]]
-    mixed = {}
-    for path in slots[None]:
+    mixed, alone = {}, len(choice.names) == 1
+    for path in slots[choice.names[0]]:
         found = {i: slots[name][path] for i, name in enumerate(choice.names) if len(slots[name][path])}
         if path.endswith("attn.deltas"):
             parts = {f"{i} {n}": Gated(d, i, choice) for i, deltas in found.items() for n, d in deltas.items()}
+        elif alone:
+            parts = slots[choice.names[0]][path]
         else:
             parts = dict(mix=Mixed(found, choice)) if found and path.endswith("deltas") else {}
-        mixed[path] = nn.ModuleDict(parts)
+        mixed[path] = parts if alone and isinstance(parts, nn.ModuleDict) else nn.ModuleDict(parts)
     return mixed
 
 
@@ -55,6 +55,8 @@ class Gated(nn.Module):
             self.choice.of = of.new_full((len(self.delta.prompt),), self.number)  # in the layers that make its keys
             self.kept = self.delta(attn, dtype)
             self.choice.of = of
+        if len(self.choice.names) == 1:
+            return self.kept
         k, v, gate = self.kept
         return k, v, gate * (self.choice.of == self.number)[:, None]  # (T, nh)
 

@@ -35,27 +35,9 @@ class SideBySide(GPT):
 
     def switch(self, name: str | None) -> None:
         """Makes `name` the method of all calls without one; None: the base alone. Raises KeyError for another name."""
-        self._hang(self.slots[name])
+        for modules, slot, filling in places_in(self, self.slots[name]):
+            modules[slot] = filling
         self.current = name
-
-    def _hang(self, slots: dict[str, nn.ModuleDict]) -> None:
-        for path, modules in slots.items():
-            owner, _, slot = path.rpartition(".")
-            setattr(self.get_submodule(owner), slot, modules)
-
-    @contextmanager
-    def mixed(self, slots: dict[str, nn.ModuleDict]) -> Iterator[None]:
-        """Meanwhile the slots are filled with these."""
-        self._hang(slots)
-        try:
-            yield
-        finally:
-            self.switch(self.current)
-
-    def n_front(self, name: str | None) -> int:
-        """Number of virtual keys and tokens that a method puts in front of an example."""
-        slots = self.slots[name]
-        return sum(v.length for slot in ("virtual_keys", "virtual_tokens") for v in slots[slot].values())
 
     def merge(self) -> None:
         raise ValueError("methods that lie side by side cannot all be merged: load one of them alone")
@@ -83,6 +65,35 @@ class SideBySide(GPT):
             return logits
         finally:
             self.switch(before)
+
+
+def slots_of(gpt: GPT, names: Sequence[str | None] | None) -> dict[str | None, dict[str, nn.ModuleDict]]:
+    """What fills the slots under each method, by their paths; without names under None what fills them now."""
+    return {None: _slots(gpt)} if names is None else gpt.slots
+
+
+def n_front(slots: dict[str, nn.ModuleDict]) -> int:
+    """Number of virtual keys and tokens that a method puts in front of an example."""
+    return sum(v.length for slot in ("virtual_keys", "virtual_tokens") for v in slots[slot].values())
+
+
+def places_in(gpt: GPT, slots: dict[str, nn.ModuleDict]) -> list[tuple[dict, str, nn.ModuleDict]]:
+    """(modules of the owner, name of the slot, what is to fill it)."""
+    paths = [(*path.rpartition(".")[::2], filling) for path, filling in slots.items()]
+    return [(gpt.get_submodule(owner)._modules, slot, filling) for owner, slot, filling in paths]
+
+
+@contextmanager
+def filled(places: list[tuple[dict, str, nn.ModuleDict]]) -> Iterator[None]:
+    """Meanwhile the slots are filled with these."""
+    before = [(modules, slot, modules[slot]) for modules, slot, _ in places]
+    for modules, slot, filling in places:
+        modules[slot] = filling
+    try:
+        yield
+    finally:
+        for modules, slot, filling in before:
+            modules[slot] = filling
 
 
 def _slots(gpt: GPT) -> dict[str, nn.ModuleDict]:
