@@ -25,6 +25,7 @@ from lit_model.packing import Example, Packed, Segment, lay_out, tree
 from lit_model.rope import rope_angles
 
 LOOK = 8  # steps on a GPU between two looks of the host at the tokens
+MOST_GRAPHS = 32  # that are kept: one for each number of sequences and each way in which they are sampled
 MOST_LOGPROBS = 20
 ROW_TOKENS = 16384  # about the most tokens of prompts that go through the network at a time
 
@@ -314,6 +315,8 @@ class Decoder:
         has_experts = any(layer.experts for layer in config.layers)
         if is_cuda and not (has_experts and self.cache.k.dtype is not torch.bfloat16):
             # the first step has compiled kernels and filled caches
+            if len(self.graphs) == MOST_GRAPHS:
+                self.graphs.clear()
             self.graphs[key] = torch.cuda.CUDAGraph()
             with torch.cuda.graph(self.graphs[key]):
                 self._step(width)
@@ -387,13 +390,14 @@ class Sampler:
         self._look()
 
     def _look(self) -> None:
-        ways, n = self.ways, self.seen.shape[1]
+        ways = [way for way in self.ways if way.temperature >= 1e-5]  # logits divided by less are no numbers
+        top_k = {way.top_k or self.seen.shape[1] for way in ways}
         self.kind = Kind(
-            is_greedy=all(way.temperature < 1e-5 for way in ways),  # logits divided by less are no numbers
-            is_filtered=any(way.top_p or way.min_p for way in ways) or len({way.top_k for way in ways}) > 1,
-            most=min(n, max(way.top_k for way in ways)) if ways and all(way.top_k for way in ways) else None,
-            has_penalty=any(way.repetition_penalty != 1 for way in ways),
-            logprobs=max((way.logprobs for way in ways if way.logprobs is not None), default=None),
+            is_greedy=not ways,
+            is_filtered=any(way.top_p or way.min_p for way in ways) or len(top_k) > 1,
+            most=max(top_k) if ways and max(top_k) < self.seen.shape[1] else None,
+            has_penalty=any(way.repetition_penalty != 1 for way in self.ways),
+            logprobs=max((way.logprobs for way in self.ways if way.logprobs is not None), default=None),
         )
 
     def __call__(self, logits: Tensor, n: Tensor, places: slice) -> Tensor:
