@@ -325,6 +325,7 @@ class Decoder:
         """The next n tokens of all sequences, at most LOOK on a GPU and one on a CPU, a list a step. Raises ValueError
         for broken weights."""
         self.at.zero_()
+        self.n[self.size :] = 0  # places without a sequence see next to nothing
         with filled(self.fillings):
             for _ in range(n := min(n, len(self.made))):
                 self.step()

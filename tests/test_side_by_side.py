@@ -52,8 +52,9 @@ def test_a_mixed_batch_is_decoded_as_each_alone(checkpoint, folders):
     assert torch.equal(gpt(idx), base) and len({tuple(tokens) for tokens in found}) > 6
 
 
+@pytest.mark.parametrize("wide", [False, True])
 @pytest.mark.parametrize("mixed", [False, True])
-def test_sequences_come_and_go(checkpoint, folders, mixed):
+def test_sequences_come_and_go(checkpoint, folders, mixed, wide, monkeypatch):
     """Each as if it were alone, whatever came before it in its slots; in the end all slots are free again."""
     torch.manual_seed(0)
     gpt, names = load(checkpoint, folders if mixed else None), [None, *folders] if mixed else None
@@ -65,6 +66,8 @@ def test_sequences_come_and_go(checkpoint, folders, mixed):
     for i, ids in enumerate(prompts):
         mine = None if methods is None else methods[i : i + 1]
         alone.append([token for _, token in generate_batch(gpt, [ids], n_new[i], ways[i : i + 1], methods=mine)])
+    if wide:  # as on a GPU, which computes for places without a sequence, too
+        monkeypatch.setattr(Decoder, "step", lambda self: self._step(len(self.n)))
     decoder = Decoder(gpt, 3, 60, names, 100)
     places, found, waiting = [], [[] for _ in prompts], [*range(8)]
     while places or waiting:
@@ -74,6 +77,7 @@ def test_sequences_come_and_go(checkpoint, folders, mixed):
             of_fresh = ([values[i] for i in fresh] for values in (prompts, n_new, ways, methods or [None] * 8))
             decoder.admit(*of_fresh)
             places += fresh
+        decoder.ends += wide
         for tokens in decoder.steps(1):
             for i, token in zip(places, tokens, strict=True):
                 found[i].append(token)
