@@ -21,7 +21,7 @@ class Made(NamedTuple):
     error: str | None = None
 
 
-@dataclass
+@dataclass(eq=False)
 class Request:
     ids: Sequence[int]
     n_new: int
