@@ -183,7 +183,9 @@ def style_of(method_dir: Path) -> str:
     try:
         return "chat" if is_peft(method_dir) else str(read_yaml(path)["examples"]["style"])
     except (OSError, KeyError, TypeError):
-        raise ValueError(f"{path} does not say which style the run had; give --style") from None
+        raise ValueError(
+            f"{path} does not say which style the run had; generate/base.py takes a --style instead"
+        ) from None
 
 
 if __name__ == "__main__":

@@ -58,7 +58,9 @@ class Chat:
         named = "=" in options.method_dir
         folders = named_dirs(options.method_dir) if named else {}
         if options.method_dir and not named:
-            folders = {Path(options.method_dir).name: Path(options.method_dir)}
+            folders = {Path(options.method_dir).resolve().name: Path(options.method_dir)}
+        if "base" in folders:
+            raise ValueError("base is the name of the network alone: name the method otherwise, NAME=FOLDER")
         dtype = choose_dtype(options.dtype, device)
         self.gpt = load(options.checkpoint_dir, folders or None, device, dtype, options.quantize)
         self.tokenizer = Tokenizer(options.checkpoint_dir)
@@ -127,7 +129,7 @@ def main(options: Options) -> None:
         command, _, rest = line.partition(" ")
         try:
             if command == "/help":
-                print(__doc__.split("\n\n")[-1].strip())
+                print(__doc__.split("\n\n")[-1].strip(), "Methods:", ", ".join(chat.styles))
             elif command in commands:
                 commands[command](rest.strip())
             elif command.startswith("/"):

@@ -12,6 +12,7 @@ import hmac
 import ipaddress
 import json
 import os
+import re
 import socket
 import time
 import uuid
@@ -25,6 +26,8 @@ from urllib.parse import urlsplit
 import torch
 import uvicorn
 from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.requests import Request as Http
 from starlette.responses import FileResponse, JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route
@@ -43,6 +46,13 @@ from lit_model.weights import demo
 
 MOST_BYTES = 4 * 2**20  # of a request
 MOST_CHOICES = 16
+KINDS = {  # of the fields of a request
+    **dict.fromkeys(("n", "seed", "max_tokens", "max_completion_tokens", "top_k", "top_logprobs"), (int,)),
+    **dict.fromkeys(("temperature", "top_p", "min_p", "repetition_penalty"), (int, float)),
+    **dict(prompt=(str, list), messages=(list,), tools=(list,), stop=(str, list), model=(str,), logprobs=(bool, int)),
+    **dict(stream=(bool,), stream_options=(dict,)),
+}
+PARTS = dict(prompt=int, messages=dict, tools=dict, stop=str)  # of those that are lists
 HEADERS = {
     "Content-Security-Policy": "default-src 'self'; style-src 'unsafe-inline'; script-src 'unsafe-inline'",
     "X-Content-Type-Options": "nosniff",
@@ -61,12 +71,14 @@ class Options:
     """address to listen at; 0.0.0.0: for other machines, too"""
     port: int = 8000
     """port to listen at; 0: a free one"""
+    names: str = ""
+    """other host names that it is reached by, such as a proxy's, with commas between them"""
     api_key: str | None = None
     """key that clients must name, else that of the environment variable LIT_API_KEY; without one any will do"""
     places: int = 64
     """most answers that are written at a time"""
     queue: int = 256
-    """most that wait for a place"""
+    """most that wait for a place; more are refused"""
     context: int | None = None
     """most tokens of a prompt and its answer; default: the network's context"""
     slots: int | None = None
@@ -89,33 +101,36 @@ class Refused(Exception):
 
 
 def main(options: Options) -> None:
+    for name, least in (("places", 1), ("queue", 0), ("context", 2), ("slots", 2)):
+        if (value := getattr(options, name)) is not None and value < least:
+            raise ValueError(f"--{name} is {value}; it must be {least} or more")
     demo.fetch_if_demo(options.checkpoint_dir)
     key = os.environ.get("LIT_API_KEY") if options.api_key is None else options.api_key
     is_six = ":" in options.host
     try:  # before the weights are loaded
         family = socket.AF_INET6 if is_six else socket.AF_INET
         listening = socket.create_server((options.host, options.port), family=family)
-    except OSError as e:
-        raise ValueError(f"--host {options.host} --port {options.port}: {e.strerror or e}") from None
+    except (OSError, OverflowError) as e:
+        reason = getattr(e, "strerror", None) or e
+        raise ValueError(f"--host {options.host} --port {options.port}: {reason}") from None
     port, served = listening.getsockname()[1], Served(options)
     shown = f"[{options.host}]" if is_six else options.host
     print(f"http://{shown}:{port} answers as {', '.join(served.models)}", flush=True)
-    config = uvicorn.Config(app(served, key, own_hosts(options.host, port)), log_level="warning", server_header=False)
+    config = uvicorn.Config(app(served, key, options), log_level="warning", server_header=False)
     uvicorn.Server(config).run([listening])
 
 
-def own_hosts(host: str, port: int) -> Callable[[str], bool]:
-    """Whether a Host header names this server; another one is a page's that had its name point here."""
-
-    def is_own(header: str) -> bool:
-        try:
-            url = urlsplit(f"//{header}")
-            is_name = url.hostname in ("localhost", host, socket.gethostname())
-            return (url.port or 80) == port and (is_name or bool(ipaddress.ip_address(url.hostname)))
-        except ValueError:
-            return False
-
-    return is_own
+def is_own(host: str, origin: str | None, options: Options) -> bool:
+    """Whether the Host and Origin headers of a request name this server; others are those of a page that had its name
+    point here, or of a page from elsewhere."""
+    names = {name.lower() for name in ("localhost", options.host, socket.gethostname())}
+    others = {name.lower() for name in options.names.split(",") if name}
+    try:
+        name, of_page = (urlsplit(text).hostname for text in (f"//{host}", origin or ""))
+        is_mine = name in names | others or bool(ipaddress.ip_address(name or ""))
+    except ValueError:
+        return False
+    return is_mine and (origin is None or origin.partition("://")[2] == host or of_page in others)
 
 
 class Served:
@@ -146,6 +161,8 @@ class Served:
     def room(self, ids: list[int], method: str | None) -> int:
         """Tokens that an answer to a prompt can have. Raises ValueError if there is none."""
         self.gpt.config.check_tokens(max(ids, default=0))
+        if min(ids, default=0) < 0:
+            raise ValueError("the prompt has a negative token")
         room = self.length - len(ids) - self.front(method)
         if not ids or room < 1:
             raise ValueError(f"the prompt has {len(ids)} tokens, and the context {self.length}")
@@ -158,29 +175,37 @@ def fitting_slots(gpt: Any) -> int:
     if gpt.device.type == "cuda":
         free = torch.cuda.mem_get_info(gpt.device)[0]
     else:
-        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        stated = Path("/proc/meminfo")  # where there is none, 8 GiB
+        found = re.search(r"MemAvailable: *(\d+)", stated.read_text() if stated.exists() else "")
+        free = int(found[1]) * 2**10 if found else 2**33
     return int(free / 2 / (2 * c.n_layer * c.n_kv_head * c.head_size * dtype.itemsize))
 
 
-def app(served: Served, key: str | None, is_own: Callable[[str], bool]) -> Starlette:
+def app(served: Served, key: str | None, options: Options) -> Starlette:
     async def guarded(handler: Callable, http: Http) -> Response:
         try:
-            host, origin = http.headers.get("host", ""), http.headers.get("origin")
-            if not is_own(host) or (origin is not None and urlsplit(origin).netloc != host):
-                raise Refused(403, "this server answers under its own address only")
-            given = http.headers.get("authorization", "").removeprefix("Bearer ")
-            if key is not None and "/v1/" in http.url.path and not hmac.compare_digest(given.encode(), key.encode()):
+            if not is_own(http.headers.get("host", ""), http.headers.get("origin"), options):
+                raise Refused(403, "this server answers under its own address only, see --names")
+            scheme, _, given = http.headers.get("authorization", "").partition(" ")
+            is_right = scheme.lower() == "bearer" and hmac.compare_digest(given.encode(), (key or "").encode())
+            if key is not None and http.scope["path"].startswith("/v1/") and not is_right:
                 raise Refused(401, "the API key is wrong, or there is none", "invalid_api_key")
             return await handler(http)
         except Refused as e:
             return e.response
+        except ClientDisconnect:
+            return Response()
 
     async def page(http: Http) -> Response:
         return FileResponse(Path(__file__).with_name("page.html"), headers=HEADERS)
 
     async def models(http: Http) -> Response:
         more = dict(object="model", created=served.began, owned_by="lit-model")
-        return JSONResponse(dict(object="list", data=[dict(id=name, **more) for name in served.models]))
+        found = [dict(id=name, **more) for name in served.models]
+        if "name" not in http.path_params:
+            return JSONResponse(dict(object="list", data=found))
+        known(http.path_params["name"], served)
+        return JSONResponse(dict(id=http.path_params["name"], **more))
 
     async def health(http: Http) -> Response:
         lives = served.engine.thread.is_alive()
@@ -199,19 +224,30 @@ def app(served: Served, key: str | None, is_own: Callable[[str], bool]) -> Starl
         return PlainTextResponse("".join(f"lit_{name} {value}\n" for name, value in values.items()))
 
     async def complete(is_chat: bool, http: Http) -> Response:
-        answer = Answer(served, await read_body(http), is_chat)
+        body, loop = await read_body(http), asyncio.get_running_loop()
+        answer = await asyncio.to_thread(Answer, served, body, is_chat, loop)  # a long text takes seconds
         if answer.streams:
             return StreamingResponse(answer.events(), media_type="text/event-stream", headers=HEADERS)
         return JSONResponse(await answer.whole(http), headers=HEADERS)
 
-    routes = {"/": page, "/health": health, "/metrics": metrics, "/v1/models": models}
+    async def refused(http: Http, e: HTTPException) -> Response:
+        return Refused(e.status_code, f"{http.method} {http.url.path:.80}: {e.detail}").response
+
+    routes = {"/": page, "/health": health, "/metrics": metrics, "/v1/models": models, "/v1/models/{name}": models}
     asked = {"/v1/chat/completions": partial(complete, True), "/v1/completions": partial(complete, False)}
     return Starlette(
         routes=[
             Route(path, partial(guarded, handler), methods=["POST" if path in asked else "GET"])
             for path, handler in (routes | asked).items()
-        ]
+        ],
+        exception_handlers={HTTPException: refused},
     )
+
+
+def known(name: Any, served: Served) -> None:
+    if not isinstance(name, str) or name not in served.models:
+        there = ", ".join(served.models)
+        raise Refused(404, f"there is no model {name!r:.80}; there are {there}", "model_not_found", "model")
 
 
 async def read_body(http: Http) -> dict[str, Any]:
@@ -222,24 +258,29 @@ async def read_body(http: Http) -> dict[str, Any]:
             raise Refused(413, f"a request has at most {MOST_BYTES} bytes")
     try:
         body = json.loads(data)
+        json.dumps(body, ensure_ascii=False).encode()  # half a character is no text
     except (ValueError, RecursionError):
         body = None
     if not isinstance(body, dict):
         raise Refused(400, "the body must be a JSON object")
+    body = {name: value for name, value in body.items() if value is not None}
+    for name, kinds in KINDS.items():
+        value = body.get(name)
+        parts = value if isinstance(value, list) and name in PARTS else []
+        if name in body and (type(value) not in kinds or any(type(part) is not PARTS[name] for part in parts)):
+            raise Refused(400, f"{name} is of another kind: {value!r:.80}", param=name)
     return body
 
 
 class Answer:
     """The choices of a completion: a chat's next message, or what continues a text."""
 
-    def __init__(self, served: Served, body: dict[str, Any], is_chat: bool):
+    def __init__(self, served: Served, body: dict[str, Any], is_chat: bool, loop: asyncio.AbstractEventLoop):
         """Has the engine begin. Raises Refused."""
         name, self.is_chat, self.tokenizer = body.get("model"), is_chat, served.tokenizer
-        if name not in served.models:
-            there = ", ".join(served.models)
-            raise Refused(404, f"there is no model {name!r:.80}; there are {there}", "model_not_found", "model")
+        known(name, served)
         method, style = served.models[name]
-        self.queue, loop = asyncio.Queue(), asyncio.get_running_loop()
+        self.queue = asyncio.Queue()
         put = lambda i, made: loop.call_soon_threadsafe(self.queue.put_nowait, (i, made))  # noqa: E731
         try:
             ids = self.prompt(style, body)
@@ -264,26 +305,25 @@ class Answer:
             return chat_ids(self.tokenizer, style, messages, body.get("tools"))
         if isinstance(body["prompt"], str):
             return self.tokenizer.bos + self.tokenizer.encode(body["prompt"])
-        return [int(i) for i in body["prompt"]]
+        return body["prompt"]
 
     def ways(self, body: dict[str, Any], room: int) -> tuple[int, list[Sampling]]:
         """Most new tokens, and how those of each choice are chosen. Raises ValueError or TypeError."""
-        given = {key: value for key, value in body.items() if value is not None}
-        n, seed = int(given.get("n", 1)), given.get("seed")
-        n_new = int(given.get("max_completion_tokens", given.get("max_tokens", room if self.is_chat else 16)))
+        n, seed, default = body.get("n", 1), body.get("seed"), room if self.is_chat else min(16, room)
+        n_new = body.get("max_completion_tokens", body.get("max_tokens", default))
         for key, value, most in (("n", n, MOST_CHOICES), ("max_tokens", n_new, room)):
             if not 1 <= value <= most:
                 raise ValueError(f"{key} is {value}; it must be 1 to {most}")
-        stops = given.get("stop", [])
-        self.stops = [stop for stop in ([stops] if isinstance(stops, str) else stops) if str(stop)]
-        self.logprobs = given.get("logprobs")
-        if self.is_chat:
-            self.logprobs = int(given.get("top_logprobs", 0)) if self.logprobs else None
-        self.streams = bool(given.get("stream"))
-        self.tells_usage = bool(given.get("stream_options", {}).get("include_usage"))
+        stops = body.get("stop", [])
+        self.stops = [stop for stop in ([stops] if isinstance(stops, str) else stops) if stop]
+        self.logprobs = body.get("logprobs")
+        if isinstance(self.logprobs, bool) or self.is_chat:
+            self.logprobs = body.get("top_logprobs", 0) if self.logprobs else None
+        self.streams = body.get("stream", False)
+        self.tells_usage = bool(body.get("stream_options", {}).get("include_usage"))
         names = "temperature", "top_k", "top_p", "min_p", "repetition_penalty"
-        way = Sampling(**{key: given[key] for key in names if key in given}, logprobs=self.logprobs)
-        ways = [way._replace(seed=None if seed is None else int(seed) + i) for i in range(n)]
+        way = Sampling(**{key: body[key] for key in names if key in body}, logprobs=self.logprobs)
+        ways = [way._replace(seed=None if seed is None else seed + i) for i in range(n)]
         for way in ways:
             way.check()
         return n_new, ways
@@ -291,21 +331,28 @@ class Answer:
     async def pieces(self, http: Http | None = None) -> AsyncIterator[tuple[int, str, list, str | None]]:
         """(number of the choice, text, log-probabilities, reason why it ends) as they come. http: of a client that may
         go away meanwhile."""
-        streams = [TextStream(self.tokenizer, self.stops) for _ in self.requests]
-        open_ones = {*range(len(self.requests))}
+        open_ones, self.n_made = {*range(len(self.requests))}, 0
         try:
+            streams = [TextStream(self.tokenizer, self.stops) for _ in self.requests]
             while open_ones:
-                i, made = await self.queue.get()
-                if made.error:
-                    raise Refused(500, made.error)
+                try:
+                    i, made = await asyncio.wait_for(self.queue.get(), None if http is None else 1)
+                except TimeoutError:
+                    made = None
                 if http is not None and await http.is_disconnected():
                     return
+                if made is None:
+                    continue
+                if made.error:
+                    raise Refused(500, made.error)
                 if i not in open_ones:
                     continue
                 piece, n = "", 0
-                for tokens in [[token] for token in made.tokens] if made.logprobs else [made.tokens]:
+                one_by_one = made.logprobs or self.stops
+                for tokens in [[token] for token in made.tokens] if one_by_one else [made.tokens]:
                     if not streams[i].is_stopped:
-                        piece, n = piece + streams[i].push(*tokens), n + 1
+                        piece, n = piece + streams[i].push(*tokens), n + len(tokens)
+                self.n_made += n
                 finish = "stop" if streams[i].is_stopped else made.finish
                 if finish:
                     piece += streams[i].end()
@@ -348,8 +395,8 @@ class Answer:
             yield f"data: {e.response.body.decode()}\n\n"
 
     def usage(self) -> dict[str, int]:
-        prompt, made = len(self.requests[0].ids), sum(request.n_made for request in self.requests)
-        return dict(prompt_tokens=prompt, completion_tokens=made, total_tokens=prompt + made)
+        n = len(self.requests[0].ids)
+        return dict(prompt_tokens=n, completion_tokens=self.n_made, total_tokens=n + self.n_made)
 
     def described(self, found: list[list[list[float]]]) -> dict[str, Any] | None:
         """Log-probabilities of tokens in OpenAI's form."""

@@ -374,7 +374,9 @@ class Sampler:
         draws = [way.seed is None and way.temperature >= 1e-5 for way in ways]  # the likeliest token takes no numbers
         seeds = [torch.randint(2**62, ()).item() if draw else way.seed or 0 for draw, way in zip(draws, ways)]
         self.seed[mine, 0] = torch.tensor(seeds).to(self.seed)
-        rows = [(w.temperature, w.top_k or n, w.top_p or 1.0, w.min_p or 0.0, w.repetition_penalty) for w in ways]
+        rows = [
+            (w.temperature, min(w.top_k or n, n), w.top_p or 1.0, w.min_p or 0.0, w.repetition_penalty) for w in ways
+        ]
         self.numbers[mine] = torch.tensor(rows).to(self.numbers)
         for i, (way, ids) in enumerate(zip(ways, prompts), first):
             if way.repetition_penalty != 1:
@@ -386,17 +388,18 @@ class Sampler:
         """Moves the last sequence."""
         self.ways[to] = self.ways[place]
         self.ways.pop()
-        for t in (self.seed, self.numbers, self.seen):
+        for t in (self.seed, self.numbers, self.seen, self.found):
             t[to] = t[place]
         self._look()
 
     def _look(self) -> None:
         ways = [way for way in self.ways if way.temperature >= 1e-5]  # logits divided by less are no numbers
-        top_k = {way.top_k or self.seen.shape[1] for way in ways}
+        n = self.seen.shape[1]
+        top_k = {min(way.top_k or n, n) for way in ways}
         self.kind = Kind(
             is_greedy=not ways,
             is_filtered=any(way.top_p or way.min_p for way in ways) or len(top_k) > 1,
-            most=max(top_k) if ways and max(top_k) < self.seen.shape[1] else None,
+            most=max(top_k) if ways and max(top_k) < n else None,
             has_penalty=any(way.repetition_penalty != 1 for way in self.ways),
             logprobs=max((way.logprobs for way in self.ways if way.logprobs is not None), default=None),
         )

@@ -63,7 +63,9 @@ class Engine:
     def submit(self, requests: Sequence[Request]) -> None:
         """Raises Full if not all of them can wait."""
         with self.changed:
-            if len(self.waiting) + len(requests) > self.most_waiting:
+            self.waiting = deque(request for request in self.waiting if not request.is_gone)
+            places = max(0, self.places - len(self.active))
+            if len(self.waiting) + len(requests) > self.most_waiting + places:
                 raise Full
             self.waiting += requests
             self.changed.notify()
@@ -74,18 +76,31 @@ class Engine:
                 self.changed.wait_for(lambda: self.waiting or self.active)
                 fresh = self._fitting()
             try:
-                if fresh:
-                    of_fresh = zip(*((r.ids, r.n_new, r.way, r.method) for r in fresh))
-                    self.decoder.admit(*map(list, of_fresh))
-                    self.active += fresh
+                self._admit(fresh)
                 self._step()
-            except Exception as e:  # such as too little memory: it goes to whoever waits, and the next ones may fit
-                for request in [r for r in fresh if r not in self.active] + self.active:
-                    request.put(Made([], [], error=" ".join(str(e).split())[:300] or type(e).__name__))
+            except Exception as e:
+                self._fail(self.active, e)
                 for place in reversed(range(self.decoder.size)):
                     self.decoder.release(place)
                 self.active.clear()
                 self.decoder.sampler.is_finite.fill_(True)
+
+    def _admit(self, fresh: list[Request]) -> None:
+        if not fresh:
+            return
+        try:
+            of_fresh = zip(*((r.ids, r.n_new, r.way, r.method) for r in fresh))
+            self.decoder.admit(*map(list, of_fresh))
+            self.active += fresh
+        except Exception as e:  # such as too little memory for these prompts: what is being written goes on
+            self._fail(fresh, e)
+            if self.decoder.size > len(self.active):
+                raise
+
+    @staticmethod
+    def _fail(requests: Sequence[Request], e: Exception) -> None:
+        for request in requests:
+            request.put(Made([], [], error=" ".join(str(e).split())[:300] or type(e).__name__))
 
     def _fitting(self) -> list[Request]:
         """Takes from the queue, in order, what there is room for."""

@@ -47,7 +47,7 @@ class Running:
         self.served = serve.Served(serve.Options(base, methods, device="cpu", **options))
         self.socket = socket.create_server(("127.0.0.1", 0))
         self.port = self.socket.getsockname()[1]
-        app = serve.app(self.served, key, serve.own_hosts("127.0.0.1", self.port))
+        app = serve.app(self.served, key, serve.Options(names="known.example"))
         self.server = uvicorn.Server(uvicorn.Config(app, log_level="warning"))
         self.thread = threading.Thread(target=self.server.run, args=([self.socket],), daemon=True)
         self.thread.start()
@@ -165,9 +165,15 @@ def test_an_answer_ends_before_a_stop_text(running):
         (400, "context", dict(prompt="a b c " * 300)),
         (400, "prompt", dict(prompt=[])),
         (400, "", dict(prompt=[10**6])),
-        (400, "", dict(prompt={})),
-        (400, "", dict(temperature="hot")),
-        (400, "", dict(stop=3)),
+        (400, "model", dict(model=[])),
+        (400, "negative", dict(prompt=[-1])),
+        (400, "prompt", dict(prompt={})),
+        (400, "prompt", dict(prompt=["5"])),
+        (400, "temperature", dict(temperature="hot")),
+        (400, "stop", dict(stop=3)),
+        (400, "stop", dict(stop=["a", None])),
+        (400, "top_k", dict(top_k=50.0)),
+        (400, "stream", dict(stream="false")),
         (400, "seed", dict(seed=-5)),
         (400, "logprobs", dict(logprobs=99)),
     ],
@@ -183,6 +189,8 @@ def test_broken_bodies_and_strange_pages_are_refused(running):
     url = f"{running.url}/v1/completions"
     for body in (b"{", b"[1]", b"\xff\xfe", b"[" * 100_000):
         assert requests.post(url, data=body).status_code == 400
+    for more in (b'"prompt": "\\ud800"', b'"prompt": "a", "top_p": 1e400', b'"prompt": "a", "temperature": NaN'):
+        assert requests.post(url, data=b'{"model": "base", ' + more + b"}").status_code == 400
     assert requests.post(url, data=b" " * (serve.MOST_BYTES + 1)).status_code == 413
     assert (
         requests.post(f"{running.url}/v1/chat/completions", json=dict(model="base")).json()["error"]["param"]
@@ -191,20 +199,80 @@ def test_broken_bodies_and_strange_pages_are_refused(running):
     for headers in (dict(Host="evil.example"), dict(Origin="http://evil.example"), dict(Origin="null")):
         answer = requests.post(url, json=dict(model="base", prompt="a"), headers=headers)
         assert answer.status_code == 403 and "access-control-allow-origin" not in answer.headers
-    assert requests.get(f"{running.url}/../../etc/passwd").status_code == 404
+    for host, origin in (
+        ("known.example", "https://known.example"),
+        (f"127.0.0.1:{running.port}", "http://known.example"),
+    ):
+        assert requests.get(f"{running.url}/v1/models", headers=dict(Host=host, Origin=origin)).status_code == 200
+    assert requests.get(f"{running.url}/v1/models", headers=dict(Origin="http://[")).status_code == 403
+    assert requests.get(f"{running.url}/../../etc/passwd").json()["error"]["message"]
+    assert requests.get(url).status_code == 405
     assert requests.get(f"{running.url}/", headers=dict(Origin=running.url)).status_code == 200
 
 
 def test_a_full_queue_says_so(running, monkeypatch):
-    monkeypatch.setattr(running.served.engine, "most_waiting", 0)
+    """Whoever has left it does not count."""
+    engine = running.served.engine
+    monkeypatch.setattr(engine, "most_waiting", 1)
+    monkeypatch.setattr(engine.decoder, "steps", slowly(engine.decoder.steps))
+    how = dict(model="base", prompt="a", stream=True)
+    first = [running.client.completions.create(**how, max_tokens=150) for _ in range(5)]
+    while len(engine.active) < 5:
+        time.sleep(0.01)
+    waits = running.client.completions.create(**how)
     with pytest.raises(openai.RateLimitError):
         running.client.completions.create(model="base", prompt="a")
+    waits.close()
+    until = time.monotonic() + 20
+    while not engine.waiting[0].is_gone and time.monotonic() < until:
+        time.sleep(0.01)
+    waits = running.client.completions.create(**how)
+    for stream in (*first, waits):
+        stream.close()
+    assert running.is_idle()
+
+
+def slowly(steps):
+    return lambda n: (time.sleep(0.02), steps(n))[1]
+
+
+def test_a_prompt_that_fails_takes_no_other_answer_with_it(running, monkeypatch):
+    engine = running.served.engine
+    admit = engine.decoder.admit
+
+    def failing(prompts, *rest):
+        if any(len(ids) > 30 for ids in prompts):
+            raise MemoryError("too large")
+        admit(prompts, *rest)
+
+    monkeypatch.setattr(engine.decoder, "admit", failing)
+    monkeypatch.setattr(engine.decoder, "steps", slowly(engine.decoder.steps))
+    how = dict(model="base", prompt="a", max_tokens=60, temperature=0)
+    alone = running.client.completions.create(**how).choices[0].text
+    stream = running.client.completions.create(**how, stream=True)
+    with pytest.raises(openai.InternalServerError, match="too large"):
+        running.client.completions.create(model="base", prompt=[5] * 40)
+    assert "".join(event.choices[0].text for event in stream) == alone
+
+
+def test_log_probabilities_stay_with_their_sequence(running):
+    """When another one ends, and the last one moves to its place."""
+    hows = [
+        dict(model="base", prompt=text, max_tokens=n, temperature=0, logprobs=2) for text, n in (("x", 4), ("Say", 12))
+    ]
+    create = running.client.completions.create
+    alone = [create(**how).choices[0].logprobs for how in hows]
+    for _ in range(4):
+        with ThreadPoolExecutor(2) as pool:
+            assert [c.choices[0].logprobs.tokens for c in pool.map(lambda how: create(**how), hows)] == [
+                of.tokens for of in alone
+            ]
 
 
 def test_who_goes_away_frees_a_place(running, monkeypatch):
     engine = running.served.engine
-    steps, before = engine.decoder.steps, engine.n_tokens
-    monkeypatch.setattr(engine.decoder, "steps", lambda n: (time.sleep(0.02), steps(n))[1])
+    before = engine.n_tokens
+    monkeypatch.setattr(engine.decoder, "steps", slowly(engine.decoder.steps))
     for _ in range(7):  # more than there are places
         stream = running.client.completions.create(model="base", prompt="a", max_tokens=190, stream=True)
         next(iter(stream))
@@ -262,6 +330,8 @@ def test_a_signal_lets_what_runs_end(tiny):
         ("--methods fr={tmp}/none", "none"),
         ("--host 1.2.3.4", "--host 1.2.3.4 --port 0: Cannot assign"),
         ("--slots 10", "slots are fewer"),
+        ("--places 0", "--places is 0"),
+        ("--queue -1", "--queue is -1"),
     ],
 )
 def test_options_that_cannot_be(tiny, tmp_path, capsys, monkeypatch, args, says):

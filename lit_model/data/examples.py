@@ -129,6 +129,9 @@ def chat_ids(
     from lit_model.data.chat import chat_text
 
     if style not in ("chat", "chatml"):
+        if not messages or not isinstance(messages[-1].get("content"), str):
+            raise ValueError("the last message has no text")
+        validate_style(style, tokenizer)
         return prompt_ids(tokenizer, style, render(style, messages[-1]["content"]))
     style = conversation_style(style, tokenizer)
     return prompt_ids(tokenizer, style, chat_text(tokenizer, style, messages, True, tools))
