@@ -212,16 +212,7 @@ def app(served: Served, key: str | None, options: Options) -> Starlette:
         return JSONResponse(dict(status="ok" if lives else "failed"), 200 if lives else 503)
 
     async def metrics(http: Http) -> Response:
-        engine = served.engine
-        values = dict(
-            tokens_total=engine.n_tokens,
-            tokens_per_second=engine.speed if engine.active else 0,
-            waiting=len(engine.waiting),
-            active=len(engine.active),
-            slots_used=served.slots - engine.n_free,
-            slots=served.slots,
-        )
-        return PlainTextResponse("".join(f"lit_{name} {value}\n" for name, value in values.items()))
+        return PlainTextResponse("".join(f"lit_{name} {value}\n" for name, value in served.engine.metrics().items()))
 
     async def complete(is_chat: bool, http: Http) -> Response:
         body, loop = await read_body(http), asyncio.get_running_loop()

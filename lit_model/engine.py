@@ -60,6 +60,11 @@ class Engine:
         """Slots that are free."""
         return int((self.decoder.users == 0).sum())
 
+    def metrics(self) -> dict[str, float]:
+        slots, speed = len(self.decoder.users), self.speed if self.active else 0.0
+        counts = dict(tokens_total=self.n_tokens, waiting=len(self.waiting), active=len(self.active))
+        return counts | dict(tokens_per_second=speed, slots=slots, slots_used=slots - self.n_free)
+
     def submit(self, requests: Sequence[Request]) -> None:
         """Raises Full if not all of them can wait."""
         with self.changed:
