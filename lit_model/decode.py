@@ -3,7 +3,8 @@
 The pool's slots are flat. A table says which slot holds the key of each position of each sequence, so what sequences
 begin with (a system prompt, examples, virtual keys and tokens of a method) is computed once and stored once. A step is
 a row of one token for each sequence. Everything that it needs lies on the device, the sampled tokens and the random
-numbers included, so on a GPU a step is one CUDA graph; the host looks at the tokens every few steps.
+numbers included, so on a GPU a step is one CUDA graph; the host looks at the tokens every few steps. Sequences come and
+go meanwhile (engine.py does that for a server), and leave their slots to others.
 """
 
 import math

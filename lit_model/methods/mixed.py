@@ -33,11 +33,11 @@ def mix(slots: Mapping[str | None, Slots], choice: Choice) -> Slots:
         found = {i: slots[name][path] for i, name in enumerate(choice.names) if len(slots[name][path])}
         if path.endswith("attn.deltas"):
             parts = {f"{i} {n}": Gated(d, i, choice) for i, deltas in found.items() for n, d in deltas.items()}
+            mixed[path] = nn.ModuleDict(parts)
         elif alone:
-            parts = slots[choice.names[0]][path]
+            mixed[path] = slots[choice.names[0]][path]
         else:
-            parts = dict(mix=Mixed(found, choice)) if found and path.endswith("deltas") else {}
-        mixed[path] = parts if alone and isinstance(parts, nn.ModuleDict) else nn.ModuleDict(parts)
+            mixed[path] = nn.ModuleDict({"mix": Mixed(found, choice)} if found and path.endswith("deltas") else {})
     return mixed
 
 
