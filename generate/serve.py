@@ -150,7 +150,6 @@ class Served:
         self.slots = options.slots or min(options.places * self.length, fitting_slots(self.gpt))
         if self.slots < self.length:
             raise ValueError(f"{self.slots} slots are fewer than a context of {self.length}: lower --context")
-        self.slots += sum(map(self.front, self.methods or []))
         self.engine = Engine(self.gpt, options.places, self.slots, self.length, self.methods, options.queue)
         self.began = int(time.time())
 

@@ -108,25 +108,39 @@ class Decoder:
     """The state of sequences, on the device: `admit` computes their prompts, `steps` makes the next tokens of each, and
     `release` takes one out. They lie in the first places."""
 
-    def __init__(
-        self, gpt: GPT, places: int, length: int, names: Sequence[str | None] | None = None, slots: int | None = None
-    ):
-        """
+    @torch.no_grad()
+    def __init__(self, gpt: GPT, places: int, slots: int, length: int, names: Sequence[str | None] | None = None):
+        """Computes what methods put in front of all their sequences.
+
         Args:
-            places: most sequences at a time. length: of the longest one, with what its method puts in front.
+            places: most sequences at a time. slots: tokens that it has room for, of all sequences.
+            length: of the longest one, with what its method puts in front.
             names: of methods side by side that sequences may have; None: what the network has.
-            slots: keys that it has room for; None: for those of the first sequences alone.
         """
-        self.gpt, self.device, self.names, self.n_slots = gpt, gpt.device, [*(names or [None])], slots
-        self.length, self.size, self.roots, self.graphs = length, 0, None, {}
-        self.sampler = Sampler(places, gpt.config.vocab_size, self.device)
+        self.gpt, self.device, self.names = gpt, gpt.device, [*(names or [None])]
+        self.length, self.size, self.graphs = length, 0, {}
         self.lines: list[np.ndarray] = []  # the slots of each sequence
+        self.choice, self.methods = Choice(self.names), slots_of(gpt, names)
+        self.fillings = places_in(gpt, mix(self.methods, self.choice))
         if places == 1 and self.device.type == "cpu":
             self._pack()
-        self.choice, self.slots = Choice(self.names), slots_of(gpt, names)
-        self.fillings = places_in(gpt, mix(self.slots, self.choice))
+        with filled(self.fillings):
+            front, rows = [], []
+            self.roots = [self._front(number, front, rows) for number in range(len(self.names))]
+            n_keys = sum(segment.length for segment, _ in front)
+            self.front = np.arange(n_keys + sum(segment.length for segment, *_ in rows))
+            self.users = np.zeros(len(self.front) + slots, dtype=int)  # sequences that see each slot
+            self.users[self.front] = 1
+            self.cache = gpt.new_cache(len(self.users) + 1)  # the last one: of what nobody wants
+            self.cache.length = length
+            for segment, kv in front:  # (L, 2, P, nkv, hs)
+                self.cache.k[:, segment.keys], self.cache.v[:, segment.keys] = kv.to(self.cache.k.dtype).unbind(1)
+            self._prefill(rows, n_keys, self.front, [])
         counts = torch.zeros(3, places, dtype=torch.long, device=self.device)
         self.n, self.number, self.token = counts  # of tokens and keys so far; of the method; the newest token
+        self.ends = np.zeros(places, dtype=int)  # `n` on the host
+        self.table = torch.full((places, length), len(self.users), device=self.device)  # the slot of each position
+        self.sampler = Sampler(places, gpt.config.vocab_size, self.device)
         look = LOOK if self.device.type == "cuda" else 1
         self.made = torch.zeros(look, places, dtype=torch.long, device=self.device)
         self.at = torch.zeros((), dtype=torch.long, device=self.device)  # the line of `made` that is next
@@ -137,9 +151,12 @@ class Decoder:
         methods: Sequence[str | None] | None = None,
     ) -> "Decoder":  # fmt: skip
         """One with these sequences, and room for no more; the rest as in `admit`."""
-        fronts = [n_front(slots_of(gpt, methods)[name]) for name in methods or [None] * len(prompts)]
+        names = methods or [None] * len(prompts)
+        fronts = [n_front(slots_of(gpt, methods)[name]) for name in names]
         length = max(front + len(ids) + n for front, ids, n in zip(fronts, prompts, n_new, strict=True))
-        decoder = cls(gpt, len(prompts), length, [*dict.fromkeys(methods)] if methods else None)
+        groups = [[ids for ids, name in zip(prompts, names) if name == other] for other in dict.fromkeys(names)]
+        n_stored = sum(segment.length for group in groups for segment in cls._tree(group, None)[0])
+        decoder = cls(gpt, len(prompts), n_stored + sum(n_new), length, [*dict.fromkeys(names)] if methods else None)
         decoder.admit(prompts, n_new, ways, methods)
         return decoder
 
@@ -155,56 +172,35 @@ class Decoder:
             methods: of each sequence, of those in `names`.
         """
         numbers = [self.names.index(name) for name in methods or [None] * len(prompts)]
+        leaves, rows = [], []
+        for number in dict.fromkeys(numbers):
+            mine = [i for i, other in enumerate(numbers) if other == number]
+            segments, ids, ends = self._tree([prompts[i] for i in mine], self.roots[number])
+            rows += [(segment, part, number) for segment, part in zip(segments, ids, strict=True)]
+            leaves += zip(mine, ends, strict=True)
+        leaves = [leaf for _, leaf in sorted(leaves, key=itemgetter(0))]
+        free, n_stored = np.flatnonzero(self.users == 0), sum(segment.length for segment, *_ in rows)
+        slots = np.concatenate((self.front, free[:n_stored]))
+        own = np.split(free[n_stored:], np.cumsum(n_new))  # for what follows each prompt
         with filled(self.fillings):
-            front, leaves, rows = [], [], []
-            is_first = self.roots is None
-            if is_first:
-                self.roots = [self._front(number, front, rows) for number in range(len(self.names))]
-            n_keys = sum(segment.length for segment, _ in front)
-            n_front = n_keys + sum(segment.length for segment, *_ in rows)
-            for number, root in enumerate(self.roots):
-                mine = [i for i, other in enumerate(numbers) if other == number]
-                segments, ids, ends = self._tree([prompts[i] for i in mine], root) if mine else ([], [], [])
-                rows += [(segment, part, number) for segment, part in zip(segments, ids, strict=True)]
-                leaves += zip(mine, ends, strict=True)
-            leaves = [leaf for _, leaf in sorted(leaves, key=itemgetter(0))]
-            n_stored = n_keys + sum(segment.length for segment, *_ in rows)
-            if is_first:
-                self._allocate(n_stored + sum(n_new) if self.n_slots is None else self.n_slots)
-                self.front = np.arange(n_front)
-                self.users[self.front] = 1
-            free = np.flatnonzero(self.users == 0)
-            slots = np.concatenate((self.front, free))[: n_stored + (0 if is_first else len(self.front))]
-            own = np.split(free[len(slots) - len(self.front) :], np.cumsum(n_new))  # for what follows each prompt
-            for segment, kv in front:  # (L, 2, P, nkv, hs)
-                self.cache.k[:, segment.keys], self.cache.v[:, segment.keys] = kv.to(self.cache.k.dtype).unbind(1)
-            logits = self._prefill(rows, n_keys if is_first else len(self.front), slots, leaves)
-            first, last = self.size, self.cache.k.shape[1] - 1  # a slot of what nobody wants
-            for i, (leaf, more) in enumerate(zip(leaves, own)):
-                line = np.concatenate((slots[leaf.keys], more))
-                self.users[line] += 1
-                self.lines.append(line)
-                self.table[first + i] = torch.from_numpy(
-                    np.pad(line, (0, self.length - len(line)), constant_values=last)
-                )
-            self.size += len(prompts)
-            mine = slice(first, self.size)
-            self.ends[mine] = [len(line) - n for line, n in zip(self.lines[first:], n_new)]
-            self.n[mine], self.number[mine] = torch.from_numpy(self.ends[mine]), torch.tensor(numbers)
-            self.sampler.put(ways, prompts)
-            self.token[mine] = self.sampler(logits, self.n[mine], mine)
-            shortest = int(self.ends[: self.size].min())
-            lines = np.stack([line[:shortest] for line in self.lines])
-            shared = int((lines == lines[0]).all(0).cumprod().sum())
-            self.shared = shared if self.size > 1 and shared >= 64 else 0  # fewer are not worth it
-
-    def _allocate(self, slots: int) -> None:
-        self.cache = self.gpt.new_cache(slots + 1)
-        self.cache.length = self.length
-        self.users = np.zeros(slots, dtype=int)  # sequences that see each slot
-        places = len(self.n)
-        self.table = torch.full((places, self.length), slots, device=self.device)  # which slot holds which position
-        self.ends = np.zeros(places, dtype=int)  # `n` on the host
+            logits = torch.stack(self._prefill(rows, len(self.front), slots, leaves))
+        first = self.size
+        for i, (leaf, more) in enumerate(zip(leaves, own), first):
+            line = np.concatenate((slots[leaf.keys], more))
+            self.users[line] += 1
+            self.lines.append(line)
+            self.table[i, : len(line)] = torch.from_numpy(line)
+            self.table[i, len(line) :] = len(self.users)
+        self.size += len(prompts)
+        mine = slice(first, self.size)
+        self.ends[mine] = [len(line) - n for line, n in zip(self.lines[first:], n_new)]
+        self.n[mine], self.number[mine] = torch.from_numpy(self.ends[mine]), torch.tensor(numbers)
+        self.sampler.put(ways, prompts)
+        self.token[mine] = self.sampler(logits, self.n[mine], mine)
+        shortest = int(self.ends[: self.size].min())
+        lines = np.stack([line[:shortest] for line in self.lines])
+        shared = int((lines == lines[0]).all(0).cumprod().sum())
+        self.shared = shared if self.size > 1 and shared >= 64 else 0  # fewer are not worth it
 
     def release(self, place: int) -> None:
         """Takes out the sequence in a place; the last one moves there."""
@@ -214,7 +210,7 @@ class Decoder:
         self.lines.pop()
         for t in (self.table, self.n, self.number, self.token):
             t[place] = t[self.size]
-        self.table[self.size], self.n[self.size] = self.cache.k.shape[1] - 1, 0
+        self.table[self.size], self.n[self.size] = len(self.users), 0
         self.sampler.move(self.size, place)
 
     def _pack(self) -> None:
@@ -227,7 +223,7 @@ class Decoder:
 
     def _front(self, number: int, front: list, rows: list) -> Segment | None:
         """Adds what a method puts in front of all its sequences: keys to `front`, tokens to `rows`."""
-        own, root = self.slots[self.names[number]], None
+        own, root = self.methods[self.names[number]], None
         for virtual in own["virtual_keys"].values():
             root = Segment(virtual.length, root)
             lay_out([root], cached=sum(segment.length for segment, _ in front))
@@ -247,16 +243,16 @@ class Decoder:
         segments, ids, ends = tree(examples, root)
         return segments, ids, [end for _, end in sorted(zip(order, ends), key=itemgetter(0))]
 
-    def _prefill(self, rows: list, used: int, slots: np.ndarray, leaves: list[Segment]) -> Tensor:
+    def _prefill(self, rows: list, used: int, slots: np.ndarray, leaves: list[Segment]) -> list[Tensor]:
         """Stores keys and values of all (segment, its ids or its embeddings, number of its method), the i-th key in
-        slots[i], the first `used` of which are there. Returns the logits behind each prompt, (B, V)."""
+        slots[i], the first `used` of which are there. Returns the logits behind each leaf, (V,)."""
         gpt, found, slots = self.gpt, {}, torch.from_numpy(slots).to(self.device)
         while rows:
             lengths = np.cumsum([segment.length for segment, *_ in rows])
             n = max(1, int(np.searchsorted(lengths, ROW_TOKENS, "right")))
             (segments, parts, numbers), rows, lengths = zip(*rows[:n]), rows[n:], lengths[:n]
             ends = {s: end - 1 for s, end in zip(segments, lengths) if s in leaves}
-            packed = lay_out(segments, cached=used, wanted=[*ends.values()]).to(gpt.device)
+            packed = lay_out(segments, cached=used, wanted=np.array([*ends.values()], dtype=int)).to(gpt.device)
             packed.slots = slots[packed.slots]
             if packed.blocks is None:  # it sees keys of other rows, too
                 packed.kv_index = slots[packed.kv_index]
@@ -269,7 +265,7 @@ class Decoder:
             logits = self._through(x, CachedRow, packed.pos, self.cache, number.to(gpt.device), packed)
             found |= dict(zip(ends, logits, strict=True))
             used += int(lengths[-1])
-        return torch.stack([found[leaf] for leaf in leaves])
+        return [found[leaf] for leaf in leaves]
 
     def _through(
         self, x: Tensor, kind: type, pos: Tensor, keys: "KVCache | Decoder", number: Tensor,

@@ -44,11 +44,11 @@ class Engine:
         self, gpt: GPT, places: int, slots: int, length: int, names: Sequence[str | None] | None, most_waiting: int
     ):
         """places: most sequences at a time; slots: tokens and keys of all of them; length: those of the longest."""
-        self.decoder, self.places, self.most_waiting = Decoder(gpt, places, length, names, slots), places, most_waiting
+        self.decoder, self.places, self.most_waiting = Decoder(gpt, places, slots, length, names), places, most_waiting
         self.waiting: deque[Request] = deque()
         self.active: list[Request] = []  # by place
         self.changed, self.n_tokens, self.speed = threading.Condition(), 0, 0.0  # tokens a second
-        # what all sequences of a method begin with is computed now, and kernels compiled
+        # kernels are compiled now
         self.decoder.admit([[0]], [1], [Sampling(0)], None if names is None else [names[0]])
         self.decoder.steps(1)
         self.decoder.release(0)

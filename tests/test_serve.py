@@ -59,7 +59,7 @@ class Running:
         engine, until = self.served.engine, time.monotonic() + 20
         while time.monotonic() < until:
             if not engine.active and not engine.waiting:
-                return engine.n_free == self.served.slots - len(engine.decoder.front)
+                return engine.n_free == self.served.slots
             time.sleep(0.02)
         return False
 

@@ -68,7 +68,7 @@ def test_sequences_come_and_go(checkpoint, folders, mixed, wide, monkeypatch):
         alone.append([token for _, token in generate_batch(gpt, [ids], n_new[i], ways[i : i + 1], methods=mine)])
     if wide:  # as on a GPU, which computes for places without a sequence, too
         monkeypatch.setattr(Decoder, "step", lambda self: self._step(len(self.n)))
-    decoder = Decoder(gpt, 3, 60, names, 100)
+    decoder = Decoder(gpt, 3, 100, 60, names)
     places, found, waiting = [], [[] for _ in prompts], [*range(8)]
     while places or waiting:
         fresh = waiting[: 3 - len(places)]
