@@ -117,8 +117,9 @@ def test_a_key_is_asked_for_and_used(browser, tiny):
 def test_nothing_is_wider_than_the_screen(page, width):
     page.set_viewport_size(dict(width=width, height=700))
     page.fill("[name=tokens]", "20")
-    ask(page, "word" * 100)
+    ask(page, "word" * 30)
     ended(page)
+    assert page.locator(".answer").count() == 2
     assert page.evaluate(
         "document.documentElement.scrollWidth <= innerWidth && document.body.scrollHeight <= innerHeight"
     )
