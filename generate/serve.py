@@ -235,7 +235,7 @@ def app(served: Served, key: str | None, options: Options) -> Starlette:
 
 
 def known(name: Any, served: Served) -> None:
-    if not isinstance(name, str) or name not in served.models:
+    if name not in served.models:
         there = ", ".join(served.models)
         raise Refused(404, f"there is no model {name!r:.80}; there are {there}", "model_not_found", "model")
 

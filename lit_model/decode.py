@@ -151,8 +151,8 @@ class Decoder:
         methods: Sequence[str | None] | None = None,
     ) -> "Decoder":  # fmt: skip
         """One with these sequences, and room for no more; the rest as in `admit`."""
-        names = methods or [None] * len(prompts)
-        fronts = [n_front(slots_of(gpt, methods)[name]) for name in names]
+        names, slots = methods or [None] * len(prompts), slots_of(gpt, methods)
+        fronts = [n_front(slots[name]) for name in names]
         length = max(front + len(ids) + n for front, ids, n in zip(fronts, prompts, n_new, strict=True))
         groups = [[ids for ids, name in zip(prompts, names) if name == other] for other in dict.fromkeys(names)]
         n_stored = sum(segment.length for group in groups for segment in cls._tree(group, None)[0])

@@ -59,7 +59,8 @@ def generate_batch(
     from lit_model.decode import Decoder
     from lit_model.methods.side_by_side import n_front, slots_of
 
-    fronts = [n_front(slots_of(gpt, methods)[name]) for name in methods or [None] * len(prompts)]
+    slots = slots_of(gpt, methods)
+    fronts = [n_front(slots[name]) for name in methods or [None] * len(prompts)]
     room = [gpt.config.block_size - n - len(ids) for ids, n in zip(prompts, fronts, strict=True)]
     for ids, way, n in zip(prompts, ways, room, strict=True):
         way.check(max_new_tokens)
