@@ -18,8 +18,6 @@ from lit_model.methods.adapter import Adapter
 
 @dataclass
 class Options(RunOptions):
-    """Options."""
-
     adapter: Adapter = field(default_factory=Adapter)
     out_dir: Path = may_differ(Path("out/adapter"))
     train: Train = field(default_factory=lambda: Train(lr=3e-2))

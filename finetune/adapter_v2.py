@@ -14,8 +14,6 @@ from lit_model.methods.adapter_v2 import AdapterV2
 
 @dataclass
 class Options(RunOptions):
-    """Options."""
-
     adapter_v2: AdapterV2 = field(default_factory=AdapterV2)
     out_dir: Path = may_differ(Path("out/adapter_v2"))
     train: Train = field(default_factory=lambda: Train(lr=1e-2))

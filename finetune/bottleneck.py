@@ -14,8 +14,6 @@ from lit_model.methods.bottleneck import Bottleneck
 
 @dataclass
 class Options(RunOptions):
-    """Options."""
-
     bottleneck: Bottleneck = field(default_factory=Bottleneck)
     out_dir: Path = may_differ(Path("out/bottleneck"))
     train: Train = field(default_factory=lambda: Train(lr=3e-3))

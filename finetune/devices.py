@@ -110,23 +110,16 @@ def _end_with(parent: int) -> None:
     os._exit(1)
 
 
-def total(t: Tensor) -> Tensor:
-    """The sum over all processes, in place; without waiting for the GPU."""
+def total(t: Tensor, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> Tensor:
+    """The sum over all processes, or what else `op` makes of theirs, in place; without waiting for the GPU."""
     if dist.is_initialized() and dist.get_world_size() > 1:
-        dist.all_reduce(t)
-    return t
-
-
-def highest_of(t: Tensor) -> Tensor:
-    """The highest of all processes, in place; without waiting for the GPU."""
-    if dist.is_initialized() and dist.get_world_size() > 1:
-        dist.all_reduce(t, dist.ReduceOp.MAX)
+        dist.all_reduce(t, op)
     return t
 
 
 def highest(value: float, device: torch.device) -> float:
     """The highest of all processes."""
-    return highest_of(torch.tensor(value, dtype=torch.float64, device=device)).item()
+    return total(torch.tensor(value, dtype=torch.float64, device=device), dist.ReduceOp.MAX).item()
 
 
 def gathered(value: Any) -> list[Any]:
@@ -169,21 +162,16 @@ def shard(gpt: GPT, mesh: DeviceMesh, offload: bool) -> GPT:
     device = torch.device("cpu") if offload else own
     quantized = {p for m in gpt.modules() if isinstance(m, Linear) and m.weight is None for p in m.parameters(False)}
     source: dict[str, nn.Parameter] = {}
-    in_one_piece: set[nn.Parameter] = set()
-    replaced: dict[nn.Parameter, nn.Parameter] = {}
-    for name, p in gpt.named_parameters(remove_duplicate=False):
-        if p not in replaced:
-            dtype = torch.float32 if p.requires_grad else gpt.dtype
-            if p in quantized:
-                t = p.detach().to(own)
-            elif p.ndim < 2 or not is_base(name):
-                t = p.detach().to(own, dtype)
-            else:
-                t = torch.empty_like(p, device="meta", dtype=dtype)
-                source[name] = p
-            replaced[p] = nn.Parameter(t, requires_grad=p.requires_grad)
-            in_one_piece |= set() if t.is_meta else {replaced[p]}
-        _set(gpt, name, replaced[p])
+    for name, p in list(gpt.named_parameters()):
+        dtype = torch.float32 if p.requires_grad else gpt.dtype
+        if p not in quantized and p.ndim > 1 and is_base(name):
+            t, source[name] = torch.empty_like(p, device="meta", dtype=dtype), p
+        else:
+            t = p.detach().to(own, None if p in quantized else dtype)
+        owner, _, leaf = name.rpartition(".")
+        setattr(gpt.get_submodule(owner), leaf, nn.Parameter(t, requires_grad=p.requires_grad))
+    gpt.tie()
+    in_one_piece = {p for p in gpt.parameters() if not p.is_meta}
     for module in gpt.modules():  # such as a LoRA's start
         module._buffers |= {name: b.to(own) for name, b in module._buffers.items() if b is not None}
     # where base weights are trained in float32, blocks are gathered in the dtype that they compute in
@@ -198,15 +186,10 @@ def shard(gpt: GPT, mesh: DeviceMesh, offload: bool) -> GPT:
     )
     for module in (*gpt.blocks, gpt):
         fully_shard(module, **settings)
-    filled: dict[nn.Parameter, nn.Parameter] = {}
-    for name, p in list(gpt.named_parameters(remove_duplicate=False)):
-        if p in in_one_piece:
-            continue
-        if p not in filled:
-            sliced = torch.empty_like(p.detach(), device=device)
-            fill(sliced, source[name].detach())
-            filled[p] = nn.Parameter(sliced, requires_grad=p.requires_grad)
-        _set(gpt, name, filled[p])
+    gpt._apply(lambda t: torch.empty_like(t, device=device) if t.is_meta else t)  # to_empty, of the slices only
+    for name, p in gpt.named_parameters():
+        if name in source:
+            fill(p, source[name].detach())
     return gpt
 
 
@@ -229,8 +212,3 @@ def clip(trained: Sequence[nn.Parameter], most: float) -> Tensor:
     for part in parts:
         nn.utils.clip_grads_with_norm_(part, most, norm)
     return norm
-
-
-def _set(gpt: GPT, name: str, p: nn.Parameter) -> None:
-    owner, _, last = name.rpartition(".")
-    setattr(gpt.get_submodule(owner), last, p)

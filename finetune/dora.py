@@ -15,8 +15,6 @@ from lit_model.methods.dora import DoRA
 
 @dataclass
 class Options(RunOptions):
-    """Options."""
-
     dora: DoRA = field(default_factory=DoRA)
     out_dir: Path = may_differ(Path("out/dora"))
     train: Train = field(default_factory=lambda: Train(lr=2e-3))

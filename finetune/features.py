@@ -16,26 +16,22 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from lit_model import load
-from lit_model.cli import choose_device, choose_dtype, cli
+from lit_model.cli import cli
 from lit_model.data import labels
 from lit_model.data.dataset import read_dataset
 from lit_model.data.examples import ExampleOptions
 from lit_model.data.tokenizer import Tokenizer
 from lit_model.files import reading, refuse_used
+from lit_model.load import NetworkOptions
 from lit_model.model import GPT
 from lit_model.packing import Example, pack
-from lit_model.weights.demo import DEMO_CHECKPOINT, fetch_if_demo
+from lit_model.weights import demo
 
 
 @dataclass
-class Options:
-    """Options."""
-
+class Options(NetworkOptions):
     data: Path
     """.csv, .json or .jsonl file of rows with text and label"""
-    checkpoint_dir: Path = DEMO_CHECKPOINT
-    """Hugging Face folder of the network; default: the demo's, fetched once"""
     out_dir: Path = Path("out/features")
     """folder for the features, the classifier and the confusion matrix"""
     examples: ExampleOptions = field(default_factory=ExampleOptions)
@@ -51,10 +47,6 @@ class Options:
     """seed of the validation split"""
     overwrite: bool = False
     """replace the features that out_dir holds"""
-    dtype: Literal["auto", "bfloat16", "float32"] = "auto"
-    """auto: bfloat16 on a GPU, float32 on a CPU"""
-    device: str = "auto"
-    """auto: the GPU if there is one; or cpu, cuda, cuda:1"""
 
 
 def main(options: Options) -> None:
@@ -63,13 +55,12 @@ def main(options: Options) -> None:
     module, _, name = options.classifier.rpartition(".")
     with reading(Path(options.classifier)):
         classifier = getattr(import_module(module), name)(**dict(max_iter=2000) if "Logistic" in name else {})
-    fetch_if_demo(options.checkpoint_dir)
+    demo.fetch_if_demo(options.checkpoint_dir)
     tokenizer = Tokenizer(options.checkpoint_dir)
     more = dict(head="linear", seed=options.seed, limit=options.max_examples)
     data = read_dataset(options.data, tokenizer, options.examples, **more)
     classes = np.array(data.task.classes)
-    device = choose_device(options.device)
-    gpt = load(options.checkpoint_dir, None, device, choose_dtype(options.dtype, device))
+    gpt = options.load()
     parts, arrays = {"train": data.train, "val": data.val}, {}
     for part, examples in parts.items():
         arrays[f"{part}_features"] = features(gpt, examples, options.pool, options.row_tokens, part)
@@ -80,7 +71,7 @@ def main(options: Options) -> None:
     (options.out_dir / "classifier.pickle").write_bytes(pickle.dumps(classifier))
     for part in parts:
         predicted = classifier.predict(arrays[f"{part}_features"]).tolist()
-        verdict = labels.verdict(arrays[f"{part}_labels"].tolist(), predicted, data.task.classes)
+        verdict = labels.Verdict(arrays[f"{part}_labels"].tolist(), predicted, data.task.classes)
         print(f"{part}: {verdict}")
     verdict.draw(options.out_dir / "confusion.png")
     print(f"saved {options.out_dir}/: features.npz, classifier.pickle, confusion.png")
@@ -98,14 +89,15 @@ def features(gpt: GPT, examples: list[Example], pool: str, row_tokens: int, name
     gpt.config.check_tokens(max(e.ids.max() for e in examples))
     gpt.heads["features"] = torch.nn.Identity()
     vectors = []
-    rows = pack(examples, row_tokens, share=False, short_context=gpt.config.short_context)
+    order = np.argsort([len(e.ids) for e in examples])  # one that `pack` keeps, which may put short ones first
+    rows = pack([examples[i] for i in order], row_tokens, share=False, short_context=gpt.config.short_context)
     for idx, packed in tqdm(rows, desc=f"features of {name} rows", leave=False):
         if pool == "mean":
             packed = replace(packed, wanted=None, last=None)
         x = gpt(idx.to(gpt.device), replace(packed, targets=None).to(gpt.device)).float().cpu()
         lengths = [1 if pool == "last" else n for n, _ in packed.lengths]
         vectors += [part.mean(0) for part in x.split(lengths)]
-    return torch.stack(vectors).numpy()
+    return torch.stack(vectors).numpy()[order.argsort()]
 
 
 if __name__ == "__main__":

@@ -14,8 +14,6 @@ from lit_model.merge import merge
 
 @dataclass
 class Options(RunOptions):
-    """Options."""
-
     save_hf: bool = True
     """also write the whole network as a Hugging Face folder, out_dir/hf"""
     out_dir: Path = may_differ(Path("out/full"))

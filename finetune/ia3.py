@@ -14,8 +14,6 @@ from lit_model.methods.ia3 import IA3
 
 @dataclass
 class Options(RunOptions):
-    """Options."""
-
     ia3: IA3 = field(default_factory=IA3)
     out_dir: Path = may_differ(Path("out/ia3"))
     train: Train = field(default_factory=lambda: Train(lr=3e-2))

@@ -30,18 +30,13 @@ from lit_model.packing import Packed
 Objective = Callable[[nn.Module, Tensor, Packed], Tensor]  # objective(head, x, row) -> scalar sum, see loss.py
 
 
-def the_same(name: str) -> float:
-    """One learning rate for all."""
-    return 1.0
-
-
 def fit(
     run: Run,
     gpt: GPT,
     method: str,
     method_options: Any = None,
     objective: Objective = cross_entropy,
-    lr_scale: Callable[[str], float] = the_same,
+    lr_scale: Callable[[str], float] | None = None,
     share: bool = True,
 ) -> Summary:
     """Trains what requires gradients in `gpt` and writes `options.out_dir`; resumes the run that it holds. With
@@ -54,7 +49,7 @@ def fit(
     Args:
         method, method_options: written into the file of trained tensors, so that `lit_model.load` can build it again.
         objective: what is minimised, called inside `GPT.forward`.
-        lr_scale: what the learning rate of a trained tensor is multiplied by, from its name.
+        lr_scale: what the learning rate of a trained tensor is multiplied by, from its name; None: one rate for all.
         share: compute what examples begin with once; not with dropout.
     """
     gpt.objective = objective
@@ -95,9 +90,6 @@ def train_step(
                 row_loss = row_loss * 0.0
             run.fabric.backward(row_loss * run.world if run.world > 1 else row_loss)  # DDP and FSDP average gradients
         step.loss += row_loss.detach()
-        if packed.weight:
-            step.n_computed += len(packed.pos)
-            step.n_own_targets += len(packed.targets)
     for group in optimizer.param_groups:
         group["lr"] = step.lr * group["lr_scale"]
     trained = [p for group in optimizer.param_groups for p in group["params"]]
@@ -168,7 +160,7 @@ def ahead(items: Iterator, n: int = 2) -> Iterator:
             yield item
 
 
-def dry_run(run: Run, gpt: GPT, share: bool, lr_scale: Callable[[str], float]) -> Summary:
+def dry_run(run: Run, gpt: GPT, share: bool, lr_scale: Callable[[str], float] | None) -> Summary:
     """Prints what a run would need of memory, time and disk; three steps are measured, and nothing is written."""
     network, optimizer = prepare(run, gpt, share, lr_scale)
     for step, rows in islice(run.steps(gpt, share=share), 3):  # the first one compiles, and fills caches

@@ -19,8 +19,6 @@ from lit_model.methods.lora import LoRA
 
 @dataclass
 class Options(RunOptions):
-    """Options."""
-
     lora: LoRA = field(default_factory=LoRA)
     out_dir: Path = may_differ(Path("out/lora"))
     train: Train = field(default_factory=lambda: Train(lr=2e-3))

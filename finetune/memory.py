@@ -18,7 +18,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from finetune.devices import highest, local
 from lit_model.model import GPT
-from lit_model.packing import Example, Packed, pack
+from lit_model.packing import Example, Packed
 
 if TYPE_CHECKING:
     from finetune.run import Run
@@ -45,7 +45,8 @@ def plan(run: "Run", gpt: GPT, batches: Sequence[list[Example]], share: bool) ->
     for way, meaning in WAYS.items():
         gpt.recompute = way
         for run.row_tokens in (wanted, wanted // 2, wanted // 4):
-            idx, packed = _longest_row(run, gpt, batches, share)
+            rows = (row for batch in batches for row in run.rows(gpt, batch, share))
+            idx, packed = max(rows, key=lambda row: len(row[1].pos))  # of this process; _peak is the highest of all
             peak = _peak(run, gpt, idx, packed)
             if peak <= (1 - SPARE) * limit:
                 rows = f"rows of {len(packed.pos):,} tokens{meaning}"
@@ -65,14 +66,6 @@ def _limit(run: "Run") -> float:
     if memory_gb is not None or run.world > 1:  # all processes run out of memory at the same place, or none
         torch.cuda.set_per_process_memory_fraction(min(limit / total, 1.0), run.device)
     return limit
-
-
-def _longest_row(run: "Run", gpt: GPT, batches: Sequence[list[Example]], share: bool) -> tuple[Tensor, Packed]:
-    """The longest row of all processes."""
-    settings = run.row_tokens, gpt.n_virtual_tokens, gpt.n_virtual_keys, share
-    processes = [(rank, run.world, gpt.config.short_context) for rank in range(run.world)]
-    rows = (row for batch in batches for process in processes for row in pack(batch, *settings, *process))
-    return max(rows, key=lambda row: len(row[1].pos))
 
 
 def _peak(run: "Run", gpt: GPT, idx: Tensor, packed: Packed) -> float:

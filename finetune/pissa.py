@@ -15,8 +15,6 @@ from lit_model.methods.pissa import PiSSA
 
 @dataclass
 class Options(RunOptions):
-    """Options."""
-
     pissa: PiSSA = field(default_factory=PiSSA)
     out_dir: Path = may_differ(Path("out/pissa"))
     train: Train = field(default_factory=lambda: Train(lr=2e-3))

@@ -15,8 +15,6 @@ from lit_model.methods.prefix import Prefix
 
 @dataclass
 class Options(RunOptions):
-    """Options."""
-
     prefix: Prefix = field(default_factory=Prefix)
     out_dir: Path = may_differ(Path("out/prefix"))
     train: Train = field(default_factory=lambda: Train(lr=1e-2))

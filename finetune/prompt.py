@@ -15,8 +15,6 @@ from lit_model.methods.prompt import Prompt
 
 @dataclass
 class Options(RunOptions):
-    """Options."""
-
     prompt: Prompt = field(default_factory=Prompt)
     out_dir: Path = may_differ(Path("out/prompt"))
     train: Train = field(default_factory=lambda: Train(lr=3e-2))

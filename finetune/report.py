@@ -14,11 +14,12 @@ from enum import IntEnum
 from typing import TYPE_CHECKING, Any, NoReturn, Self
 
 import torch
+import torch.distributed as dist
 import yaml
 from torch import Tensor
 from tqdm import tqdm
 
-from finetune.devices import highest_of, total
+from finetune.devices import total
 from finetune.memory import ADVICE
 from finetune.state import plain
 from lit_model.files import lock, replacing, write_text
@@ -49,15 +50,14 @@ class Step:
     evaluates: bool = False
     loss: Tensor | None = None  # () the sum of this process
     norm: Tensor | None = None  # () of the whole gradient
-    n_computed: int = 0  # tokens in this process's rows: fewer than in the examples where these share a beginning
-    n_own_targets: int = 0  # in this process's rows
 
     @property
     def n_targets(self) -> int:
         return sum(e.n_targets for e in self.batch)
 
     def send(self, ask: Ask) -> None:
-        values = torch.stack((total(self.loss), self.norm.to(self.loss), highest_of(torch.full_like(self.loss, ask))))
+        highest_ask = total(torch.full_like(self.loss, ask), dist.ReduceOp.MAX)
+        values = torch.stack((total(self.loss), self.norm.to(self.loss), highest_ask))
         self.values = values.to("cpu", non_blocking=True)
         self.arrived = torch.cuda.Event() if values.is_cuda else None
         if self.arrived:
@@ -76,8 +76,7 @@ class Summary:
 
     n_trained: int
     n_total: int
-    seconds: float
-    """of training, without evaluations"""
+    seconds: float  # of training, without evaluations
     n_tokens: int
     peak_gib: float
     val_loss: float

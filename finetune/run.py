@@ -8,6 +8,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from datetime import datetime
 from functools import cached_property
 from importlib import import_module
 from itertools import islice
@@ -25,7 +26,7 @@ from torch.nn.parallel import DistributedDataParallel
 from finetune import memory
 from finetune.devices import Strategy, launch
 from finetune.report import Step, Watch, n_parameters
-from finetune.state import Progress, State, began, identity, may_differ, state_file
+from finetune.state import Progress, State, identity, may_differ, read_state, state_file
 from lit_model import GPT
 from lit_model.data.dataset import read_dataset
 from lit_model.data.examples import ExampleOptions, marked, parts, validate_options
@@ -230,8 +231,11 @@ def start(options: RunOptions) -> Run:
         memory.keep_freed_memory()
     fabric = launch(options.devices, options.strategy)
     fabric.seed_everything(options.train.seed, verbose=False)
+    stored, progress = ({}, Progress()) if options.overwrite else read_state(options.out_dir)
     tokenizer = Tokenizer(options.checkpoint_dir)
-    tokenizer.now = fabric.broadcast(tokenizer.now if options.overwrite else began(options.out_dir))
+    if progress.began:
+        tokenizer.now = datetime.fromisoformat(progress.began)
+    tokenizer.now = fabric.broadcast(tokenizer.now)
     tokens = add_tokens(tokenizer, options.tokens)
     validate_options(options.examples, tokenizer)
     limit = options.train.max_examples
@@ -241,19 +245,15 @@ def start(options: RunOptions) -> Run:
     with ThreadPoolExecutor(1) as meanwhile:
         if compiles(base, fabric.device):
             meanwhile.submit(import_module, "torch._inductor.compile_fx")  # seconds that tokenizing leaves to Python
-        data = read_dataset(
-            options.data,
-            tokenizer,
-            options.examples,
-            val_data=options.val_data,
-            head=options.head,
-            seed=options.train.seed,
-            limit=limit,
-        )
+        more = dict(val_data=options.val_data, head=options.head, seed=options.train.seed, limit=limit)
+        data = read_dataset(options.data, tokenizer, options.examples, **more)
     options = replace(options, examples=replace(options.examples, style=data.style))  # as generation has to ask
     caption = [("the first example, with ", False), ("what is learned", True), (" of it:\n", False)]
     print(marked(caption + parts(data.train[0], tokenizer, data.task), limit=300))
     state = State(options.out_dir, identity(options, base.identity, data.train + data.val), fabric.global_rank)
+    if stored:
+        state.refuse_other(stored)
+    end_if_done(options, progress)
     return Run(
         options=options,
         fabric=fabric,
@@ -265,7 +265,7 @@ def start(options: RunOptions) -> Run:
         row_tokens=options.train.row_tokens or (16384 if on_gpu else 4096),
         task=data.task,
         state=state,
-        progress=replace(progress_so_far(options, state), began=tokenizer.now.isoformat()),
+        progress=replace(progress, began=tokenizer.now.isoformat()),
         tokens=tokens,
     )
 
@@ -283,18 +283,15 @@ def take_options(options: RunOptions, base: Folder) -> None:
         setattr(options, header["method"], replace(own, **made))
 
 
-def progress_so_far(options: RunOptions, state: State) -> Progress:
-    """That of the run that out_dir holds; ends the program where nothing is left to do."""
-    if options.overwrite:
-        return Progress()
-    progress, limit = state.progress(), options.train.max_time
+def end_if_done(options: RunOptions, progress: Progress) -> None:
+    """Ends the program where the run that out_dir holds has nothing left to do."""
+    limit = options.train.max_time
     if progress.is_finished:
         print(f"{options.out_dir} holds this very run, which ended after step {progress.step}: there is nothing to do")
         sys.exit(0)
     if limit is not None and progress.best and progress.seconds >= 60 * limit:
         print(f"this run has had its train.max_time of {limit} minutes; a higher one resumes it: {options.out_dir}")
         sys.exit(0)
-    return progress
 
 
 def validate_train(train: Train) -> None:
@@ -342,7 +339,7 @@ def build(run: Run, method: str, method_options: Any = None) -> GPT:
 
 
 def prepare(
-    run: Run, gpt: GPT, share: bool, lr_scale: Callable[[str], float]
+    run: Run, gpt: GPT, share: bool, lr_scale: Callable[[str], float] | None = None
 ) -> tuple[nn.Module, torch.optim.Optimizer]:
     """Compiles the network where that pays, spreads it over the devices, makes the optimizer, and finds rows that fit
     into the GPU's memory.
@@ -376,13 +373,14 @@ def prepare(
     return network, optimizer
 
 
-def make_optimizer(gpt: GPT, train: Train, lr_scale: Callable[[str], float]) -> torch.optim.Optimizer:
+def make_optimizer(gpt: GPT, train: Train, lr_scale: Callable[[str], float] | None = None) -> torch.optim.Optimizer:
     """AdamW over what requires gradients; only matrices decay."""
     groups = defaultdict(list)
     for name, p in gpt.named_parameters():
         if p.requires_grad:
             decay = train.weight_decay if p.ndim > 1 else 0.0
-            groups[decay, lr_scale(name), isinstance(p, DTensor)].append(p)
+            scale = lr_scale(name) if lr_scale else 1.0
+            groups[decay, scale, isinstance(p, DTensor)].append(p)
     settings = (dict(params=group, weight_decay=d, lr=train.lr * s, lr_scale=s) for (d, s, _), group in groups.items())
     return torch.optim.AdamW(list(settings), betas=(0.9, 0.95), fused=True)
 

@@ -14,8 +14,6 @@ from lit_model.methods.selective import Selective
 
 @dataclass
 class Options(RunOptions):
-    """Options."""
-
     selective: Selective = field(default_factory=Selective)
     out_dir: Path = may_differ(Path("out/selective"))
     train: Train = field(default_factory=lambda: Train(lr=1e-4))

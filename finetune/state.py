@@ -11,16 +11,15 @@ import hashlib
 import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor, nn
 
 from finetune.devices import fill, gathered, whole
-from lit_model.files import stream_tensors
+from lit_model.files import reading, stream_tensors
 from lit_model.packing import Example
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -32,27 +31,23 @@ class Progress:
     """How far a run has come."""
 
     step: int = 0
-    stale: int = 0
-    """evaluations since the best"""
-    first: dict[str, float] = field(default_factory=dict)
-    """numbers of the evaluation before training"""
-    best: dict[str, float] = field(default_factory=dict)
-    """numbers of the best evaluation"""
+    stale: int = 0  # evaluations since the best
+    first: dict[str, float] = field(default_factory=dict)  # numbers of the evaluation before training
+    best: dict[str, float] = field(default_factory=dict)  # numbers of the best evaluation
     n_tokens: int = 0
-    seconds: float = 0.0
-    """of training, without evaluations"""
+    seconds: float = 0.0  # of training, without evaluations
     is_finished: bool = False
-    began: str = ""
-    """when, as an ISO date and time: a chat template may tell it, also after midnight"""
+    began: str = ""  # when, as an ISO date and time: a chat template may tell it, also after midnight
 
 
-def began(out_dir: Path) -> datetime:
-    """When the run in out_dir began: now, if there is none."""
-    try:
-        with safe_open(state_file(out_dir), framework="pt") as file:
-            return datetime.fromisoformat(json.loads(file.metadata()["state"])["progress"]["began"])
-    except (OSError, SafetensorError, TypeError, KeyError, ValueError):  # what is wrong with it is said later
-        return datetime.now()
+def read_state(out_dir: Path) -> tuple[dict[str, Any], Progress]:
+    """Identity and progress of the run that out_dir holds; {} and a new one without a state. Raises ValueError."""
+    path = state_file(out_dir)
+    if not path.is_file():
+        return {}, Progress()
+    with reading(f"{path} (--overwrite starts anew)"), safe_open(path, framework="pt") as file:
+        header = json.loads(file.metadata()["state"])
+        return header["identity"], Progress(**header["progress"])
 
 
 def may_differ(default: Any) -> Any:
@@ -91,29 +86,15 @@ class State:
     def __init__(self, out_dir: Path, identity: dict[str, Any], rank: int = 0):
         self.path, self.identity, self.rank = state_file(out_dir), identity, rank
 
-    def progress(self) -> Progress:
-        """How far the run has come that is here; a new one without a file.
-
-        Raises ValueError if it had other options or data.
-        """
-        if not self.path.is_file():
-            return Progress()
-        try:
-            header = self._header()
-        except (SafetensorError, TypeError, KeyError) as e:  # or a file of something else
-            raise ValueError(f"{self.path} is broken: start anew with --overwrite ({e})") from None
-        stored = header["identity"]
+    def refuse_other(self, stored: dict[str, Any]) -> None:
+        """Raises ValueError if the run that out_dir holds, which has `stored` as its identity, had other options or
+        data."""
         for name in {**stored, **self.identity}:
             there, here = stored.get(name), self.identity.get(name)
             if there != here:
                 difference = f"another {name}" if name in HASHED else f"{name} {there} there and {here} here"
                 hint = "name another --out_dir, or replace it with --overwrite"
                 raise ValueError(f"{self.path.parent} holds a run with {difference}: {hint}")
-        return Progress(**header["progress"])
-
-    def _header(self) -> dict[str, Any]:
-        with safe_open(self.path, framework="pt") as file:
-            return json.loads(file.metadata()["state"])
 
     def mark(self, progress: Progress) -> None:
         """Writes a state without tensors: a run begins, or has ended."""
@@ -143,11 +124,11 @@ class State:
 
     def load(self, network: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         """Puts everything back as it was."""
-        header = self._header()
-        for p in (p for group in optimizer.param_groups for p in group["params"]):
-            step = torch.tensor(float(header["progress"]["step"]), device=p.device)
-            optimizer.state[p] = dict(step=step) | {name: torch.zeros_like(p) for name in MOMENTS}
         with safe_open(self.path, framework="pt") as file:
+            header = json.loads(file.metadata()["state"])
+            for p in (p for group in optimizer.param_groups for p in group["params"]):
+                step = torch.tensor(float(header["progress"]["step"]), device=p.device)
+                optimizer.state[p] = dict(step=step) | {name: torch.zeros_like(p) for name in MOMENTS}
             for name, t in _tensors(network, optimizer).items():
                 fill(t, file.get_tensor(name))
         if self.rank < len(header["random"]):  # otherwise there were fewer processes

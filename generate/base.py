@@ -14,26 +14,23 @@ import time
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from tqdm import tqdm
 
-from lit_model import GPT, load
-from lit_model.cli import choose_device, choose_dtype, cli
+from lit_model import GPT
+from lit_model.cli import cli
 from lit_model.data.examples import chat_ids, prompt_ids, render, validate_style
 from lit_model.data.formats import files_behind, values_of
 from lit_model.data.tokenizer import Tokenizer
-from lit_model.decode import Sampling
 from lit_model.files import read_yaml, reading, write_text
 from lit_model.generate import generate_batch, stream_text
-from lit_model.load import is_peft, load_tokenizer, method_dirs, method_file
-from lit_model.weights import demo
+from lit_model.load import NetworkOptions, is_peft, load_tokenizer, method_dirs, method_file
+from lit_model.sampling import Sampling
 
 
 @dataclass
-class Options:
-    """Options."""
-
+class Options(NetworkOptions):
     prompt: str = "The capital of France is"
     """instruction, or without a style the text to continue"""
     prompts: Path | None = None
@@ -46,8 +43,6 @@ class Options:
     """input of the instruction, if it has one"""
     system: str = ""
     """system prompt of a chat, as a run on chats was asked with"""
-    checkpoint_dir: Path = demo.DEMO_CHECKPOINT
-    """Hugging Face folder of the base network; default: the demo's, fetched once"""
     method_dir: Path | None = None
     """out_dir of a finetuning run on that base"""
     style: str = "auto"
@@ -69,28 +64,18 @@ class Options:
     """text before which the answer ends, or a list of them: '["###", "\\n\\n"]'; a special token is one, too"""
     seed: int | None = None
     """the same seed gives the same answer"""
-    dtype: Literal["auto", "bfloat16", "float32"] = "auto"
-    """auto: bfloat16 on a GPU, float32 on a CPU"""
-    quantize: Literal["none", "nf4", "int8", "fp8"] = "none"
-    """form of the base weights, such as that of the run in method_dir"""
-    device: str = "auto"
-    """auto: the GPU if there is one"""
 
 
 def main(options: Options) -> None:
-    demo.fetch_if_demo(options.checkpoint_dir)
-    device = choose_device(options.device)
-    dtype = choose_dtype(options.dtype, device)
-    gpt = load(options.checkpoint_dir, options.method_dir, device, dtype, options.quantize)
+    gpt = options.load(options.method_dir)
     if gpt.heads:
         raise ValueError(f"{options.method_dir} classifies, by scripts/evaluate.py, and writes no text")
     tokenizer = load_tokenizer(options.checkpoint_dir, options.method_dir)
-    style = prompt_style(options)
+    style = options.style
+    if style == "auto":
+        style = style_of(method_dirs(options.method_dir)[0]) if options.method_dir else "none"
     validate_style(style, tokenizer)
     stops = stop_texts(options.stop)
-    if options.input and style == "none":
-        raise ValueError("--input goes with a --style, such as alpaca")
-
     more = dict(min_p=options.min_p, repetition_penalty=options.repetition_penalty)
     way = Sampling(options.temperature, options.top_k, options.top_p, **more, seed=options.seed)
     stop_ids = tokenizer.stop_ids + tokenizer.special_ids(stops)
@@ -100,8 +85,6 @@ def main(options: Options) -> None:
     text = render(style, options.prompt, options.input, tokenizer, options.system)
     ids = prompt_ids(tokenizer, style, text)
     counter = count()  # zip takes a number for each token
-    with reading(options.checkpoint_dir):
-        gpt.config.check_tokens(max(ids, default=0))
     made = generate_batch(gpt, [ids], options.max_new_tokens, [way], stop_ids)
     tokens = (token for (_, token), _ in zip(made, counter))
     pieces = stream_text(tokenizer, tokens, stops, after=ids if style == "none" else ())
@@ -111,7 +94,7 @@ def main(options: Options) -> None:
         print(piece, end="", flush=True)
     seconds, n = time.perf_counter() - began, next(counter)
     speed = f"{n} tokens in {seconds:.1f} s: {n / seconds:.1f} tokens/s"
-    print(f"\n{speed} ({device.type}, {dtype})".replace("torch.", ""), file=sys.stderr)
+    print(f"\n{speed} ({gpt.device.type}, {gpt.dtype})".replace("torch.", ""), file=sys.stderr)
 
 
 def answer_file(
@@ -136,7 +119,6 @@ def answer_file(
             batch = rows[start : start + size]
             with reading(options.prompts):
                 prompts = [row_ids(row, tokenizer, style, options.system) for row in batch]
-                gpt.config.check_tokens(max(map(max, prompts)))
                 found: list[list[int]] = [[] for _ in batch]
                 numbers = range(start, start + len(batch))
                 ways = [way if way.seed is None else way._replace(seed=way.seed + n) for n in numbers]
@@ -168,13 +150,6 @@ def stop_texts(text: str) -> list[str]:
         listed = None
     texts = listed if isinstance(listed, list) and all(isinstance(stop, str) for stop in listed) else [text]
     return [stop.replace("\\n", "\n").replace("\\t", "\t") for stop in texts if stop]
-
-
-def prompt_style(options: Options) -> str:
-    """The style that was asked for, or that of the run in method_dir, or none."""
-    if options.style != "auto" or options.method_dir is None:
-        return "none" if options.style == "auto" else options.style
-    return style_of(method_dirs(options.method_dir)[0])
 
 
 def style_of(method_dir: Path) -> str:

@@ -10,28 +10,20 @@ these. Ctrl-C stops an answer, Ctrl-D ends.
 import sys
 import time
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Literal
 
 from generate.base import style_of
-from lit_model import load
-from lit_model.cli import choose_device, choose_dtype, cli
+from lit_model.cli import cli
 from lit_model.data.examples import chat_ids
 from lit_model.data.tokenizer import Tokenizer
-from lit_model.decode import Sampling
 from lit_model.generate import generate_batch, stream_text
-from lit_model.load import named_dirs
-from lit_model.weights import demo
+from lit_model.load import NetworkOptions, named_dirs
+from lit_model.sampling import Sampling
 
 
 @dataclass
-class Options:
-    """Options."""
-
-    checkpoint_dir: Path = demo.DEMO_CHECKPOINT
-    """Hugging Face folder of the base network; default: the demo's, fetched once"""
+class Options(NetworkOptions):
     method_dir: str = ""
-    """out_dir of a finetuning run on that base, or name=folder of several, with commas between them"""
+    """out_dir of a finetuning run on that base; of several, with commas between them, perhaps with names: fr=out/fr"""
     system: str = ""
     """what the network is told first"""
     max_new_tokens: int = 500
@@ -42,27 +34,16 @@ class Options:
     """sample from the smallest set of tokens that has this probability"""
     seed: int | None = None
     """the same seed gives the same answers"""
-    dtype: Literal["auto", "bfloat16", "float32"] = "auto"
-    """auto: bfloat16 on a GPU, float32 on a CPU"""
-    quantize: Literal["none", "nf4", "int8", "fp8"] = "none"
-    """form of the base weights, such as that of the run"""
-    device: str = "auto"
-    """auto: the GPU if there is one"""
 
 
 class Chat:
     """A conversation: `say` answers, the commands change it."""
 
     def __init__(self, options: Options):
-        self.options, device = options, choose_device(options.device)
-        named = "=" in options.method_dir
-        folders = named_dirs(options.method_dir) if named else {}
-        if options.method_dir and not named:
-            folders = {Path(options.method_dir).resolve().name: Path(options.method_dir)}
+        folders = named_dirs(options.method_dir)
         if "base" in folders:
             raise ValueError("base is the name of the network alone: name the method otherwise, NAME=FOLDER")
-        dtype = choose_dtype(options.dtype, device)
-        self.gpt = load(options.checkpoint_dir, folders or None, device, dtype, options.quantize)
+        self.options, self.gpt = options, options.load(folders)
         self.tokenizer = Tokenizer(options.checkpoint_dir)
         self.styles = {"base": "chat"} | {name: style_of(path) for name, path in folders.items()}
         self.name = [*self.styles][min(1, len(folders))]
@@ -87,9 +68,7 @@ class Chat:
         ids = chat_ids(self.tokenizer, self.styles[self.name], messages)
         method = None if self.name == "base" else self.name
         way = Sampling(o.temperature, top_p=o.top_p, seed=o.seed)
-        made = generate_batch(
-            self.gpt, [ids], o.max_new_tokens, [way], stop_ids, [method] if len(self.styles) > 1 else None
-        )
+        made = generate_batch(self.gpt, [ids], o.max_new_tokens, [way], stop_ids, [method])
         began, n, answer = time.perf_counter(), 0, ""
 
         def counted():
@@ -112,7 +91,6 @@ class Chat:
 
 
 def main(options: Options) -> None:
-    demo.fetch_if_demo(options.checkpoint_dir)
     chat = Chat(options)
     commands = {"/system": chat.system, "/method": chat.method, "/reset": chat.reset}
     try:

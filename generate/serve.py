@@ -20,7 +20,7 @@ from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 from urllib.parse import urlsplit
 
 import torch
@@ -33,16 +33,14 @@ from starlette.responses import FileResponse, JSONResponse, PlainTextResponse, R
 from starlette.routing import Route
 
 from generate.base import style_of
-from lit_model import load
-from lit_model.cli import choose_device, choose_dtype, cli
+from lit_model.cli import cli
 from lit_model.data.examples import chat_ids
 from lit_model.data.tokenizer import Tokenizer
-from lit_model.decode import Sampling
-from lit_model.engine import Engine, Full, Request
-from lit_model.generate import TextStream
-from lit_model.load import named_dirs
+from lit_model.engine import Engine, Full, LiveRequest
+from lit_model.generate import TextStream, room_after
+from lit_model.load import NetworkOptions, named_dirs
 from lit_model.methods.side_by_side import n_front
-from lit_model.weights import demo
+from lit_model.sampling import Sampling
 
 MOST_BYTES = 4 * 2**20  # of a request
 MOST_CHOICES = 16
@@ -60,13 +58,10 @@ HEADERS = {
 
 
 @dataclass
-class Options:
-    """Options."""
-
-    checkpoint_dir: Path = demo.DEMO_CHECKPOINT
-    """Hugging Face folder of the base network; default: the demo's, fetched once"""
+class Options(NetworkOptions):
     methods: str = ""
-    """name=folder of each method beside the base, with commas between them; a PEFT folder is one, too"""
+    """out_dirs of methods beside the base, with commas between them, perhaps with names: fr=out/fr; folders of PEFT's
+    are some, too"""
     host: str = "127.0.0.1"
     """address to listen at; 0.0.0.0: for other machines, too"""
     port: int = 8000
@@ -83,12 +78,6 @@ class Options:
     """most tokens of a prompt and its answer; default: the network's context"""
     slots: int | None = None
     """tokens of all answers that are written; default: what fits into half of the free memory"""
-    dtype: Literal["auto", "bfloat16", "float32"] = "auto"
-    """auto: bfloat16 on a GPU, float32 on a CPU"""
-    quantize: Literal["none", "nf4", "int8", "fp8"] = "none"
-    """form of the base weights, such as that of the runs"""
-    device: str = "auto"
-    """auto: the GPU if there is one"""
 
 
 class Refused(Exception):
@@ -104,7 +93,6 @@ def main(options: Options) -> None:
     for name, least in (("places", 1), ("queue", 0), ("context", 2), ("slots", 2)):
         if (value := getattr(options, name)) is not None and value < least:
             raise ValueError(f"--{name} is {value}; it must be {least} or more")
-    demo.fetch_if_demo(options.checkpoint_dir)
     key = os.environ.get("LIT_API_KEY") if options.api_key is None else options.api_key
     is_six = ":" in options.host
     try:  # before the weights are loaded
@@ -137,35 +125,19 @@ class Served:
     """The network, and what it is asked as: `models` has the method and the style behind each name."""
 
     def __init__(self, options: Options):
-        device = choose_device(options.device)
         folders = named_dirs(options.methods)
         base = options.checkpoint_dir.resolve().name
         if base in folders:
             raise ValueError(f"{base} is the name of the base: name the method otherwise")
-        args = options.checkpoint_dir, folders or None, device, choose_dtype(options.dtype, device), options.quantize
-        self.gpt, self.tokenizer = load(*args), Tokenizer(options.checkpoint_dir)
+        self.gpt, self.tokenizer = options.load(folders), Tokenizer(options.checkpoint_dir)
         self.models = {base: (None, "chat")} | {name: (name, style_of(path)) for name, path in folders.items()}
-        self.methods, config = [None, *folders] if folders else None, self.gpt.config
+        config = self.gpt.config
         self.length = min(n for n in (config.block_size, config.short_context, options.context) if n)
         self.slots = options.slots or min(options.places * self.length, fitting_slots(self.gpt))
         if self.slots < self.length:
             raise ValueError(f"{self.slots} slots are fewer than a context of {self.length}: lower --context")
-        self.engine = Engine(self.gpt, options.places, self.slots, self.length, self.methods, options.queue)
+        self.engine = Engine(self.gpt, options.places, self.slots, self.length, [None, *folders], options.queue)
         self.began = int(time.time())
-
-    def front(self, method: str | None) -> int:
-        """Number of keys and tokens that a method puts in front of a prompt."""
-        return n_front(self.gpt.slots[method]) if self.methods else 0
-
-    def room(self, ids: list[int], method: str | None) -> int:
-        """Tokens that an answer to a prompt can have. Raises ValueError if there is none."""
-        self.gpt.config.check_tokens(max(ids, default=0))
-        if min(ids, default=0) < 0:
-            raise ValueError("the prompt has a negative token")
-        room = self.length - len(ids) - self.front(method)
-        if not ids or room < 1:
-            raise ValueError(f"the prompt has {len(ids)} tokens, and the context {self.length}")
-        return room
 
 
 def fitting_slots(gpt: Any) -> int:
@@ -273,10 +245,13 @@ class Answer:
         self.queue = asyncio.Queue()
         put = lambda i, made: loop.call_soon_threadsafe(self.queue.put_nowait, (i, made))  # noqa: E731
         try:
-            ids = self.prompt(style, body)
-            n_new, ways = self.ways(body, served.room(ids, method))
+            ids, front = self.prompt(style, body), n_front(served.gpt.slots[method])
+            n_new, ways = self.ways(body, room_after(served.gpt, ids, front, served.length))
             stop_ids = {*self.tokenizer.stop_ids, *self.tokenizer.special_ids(self.stops)}
-            self.requests = [Request(ids, n_new, way, method, stop_ids, partial(put, i)) for i, way in enumerate(ways)]
+            self.requests = [
+                LiveRequest(ids, n_new, way, method, stop_ids=stop_ids, put=partial(put, i))
+                for i, way in enumerate(ways)
+            ]
             served.engine.submit(self.requests)
         except Full:
             raise Refused(429, "too many requests wait: try again later") from None

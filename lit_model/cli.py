@@ -99,6 +99,8 @@ def cli(main: Callable[[Any], None], options_class: type, description: str, posi
     parser = _Parser(description=description, usage="%(prog)s [options]", formatter_class=_Formatter)
     about = "a YAML file of options, such as a run's hparams.yaml; options on the command line override it"
     parser.add_argument("--config", action="config", help=about)
+    if options_class.__doc__.startswith("Options("):  # it has none, and dataclass has put its signature there
+        options_class.__doc__ = "Options."  # the heading in --help
     parser.add_class_arguments(options_class)
     args = sys.argv[1:]
     for i, name in enumerate(positional):
@@ -130,17 +132,3 @@ def cli(main: Callable[[Any], None], options_class: type, description: str, posi
         _end(f"out of memory: lower --train.row_tokens or --examples.max_length, or take a smaller network ({e})")
     except KeyboardInterrupt:
         sys.exit(130)
-
-
-def choose_device(name: str) -> torch.device:
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        return torch.zeros((), device=name).device
-    except (RuntimeError, AssertionError) as e:
-        raise ValueError(f"there is no device {name!r} here: {str(e).splitlines()[0]}") from None
-
-
-def choose_dtype(name: str, device: torch.device) -> torch.dtype:
-    """dtype of inference. auto: bfloat16 on a GPU, float32 on a CPU."""
-    return getattr(torch, ("bfloat16" if device.type == "cuda" else "float32") if name == "auto" else name)

@@ -89,7 +89,7 @@ class Config:
     @property
     def short_context(self) -> int | None:
         """Length beyond which the positions of an example turn in another way (LongRoPE): of all of a row, or none."""
-        lengths = (r.scaling.original_block_size for r in self.ropes if isinstance(r.scaling, LongScaling))
+        lengths = (r.scaling.original_max_position_embeddings for r in self.ropes if isinstance(r.scaling, LongScaling))
         return next(lengths, None)
 
     def check_tokens(self, highest: int) -> None:

@@ -7,11 +7,9 @@ numbers included, so on a GPU a step is one CUDA graph; the host looks at the to
 go meanwhile (engine.py does that for a server), and leave their slots to others.
 """
 
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from operator import itemgetter
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -24,38 +22,20 @@ from lit_model.methods.side_by_side import filled, n_front, places_in, slots_of
 from lit_model.model import GPT, Linear
 from lit_model.packing import Example, Packed, Segment, lay_out, tree
 from lit_model.rope import rope_angles
+from lit_model.sampling import LOOK, Sampler, Sampling
 
-LOOK = 8  # steps on a GPU between two looks of the host at the tokens
 MOST_GRAPHS = 32  # that are kept: one for each number of sequences and each way in which they are sampled
-MOST_LOGPROBS = 20
 ROW_TOKENS = 16384  # about the most tokens of prompts that go through the network at a time
 
 
-class Sampling(NamedTuple):
-    """How the next token is chosen. The likeliest token always stays."""
+@dataclass(eq=False)
+class Request:
+    """A prompt, and how it goes on."""
 
-    temperature: float = 1.0  # divides the logits; 0 takes the likeliest token each time
-    top_k: int | None = None  # sample from the k likeliest tokens only
-    top_p: float | None = None  # from the smallest set of tokens that has this probability
-    min_p: float | None = None  # from tokens with at least this share of the likeliest one's probability
-    repetition_penalty: float = 1.0  # divides positive logits of tokens that are in the text, multiplies negative ones
-    seed: int | None = None  # the same seed gives the same tokens
-    logprobs: int | None = None  # report the log-probability of each token, and so many likeliest ones beside it
-
-    def check(self, max_new_tokens: int = 1) -> None:
-        """Raises ValueError for a value out of its range."""
-        for name, value, fits in (
-            ("max_new_tokens", max_new_tokens, max_new_tokens >= 1),
-            ("temperature", self.temperature, 0 <= self.temperature < math.inf),
-            ("top_k", self.top_k, self.top_k is None or self.top_k >= 1),
-            ("top_p", self.top_p, self.top_p is None or 0 < self.top_p <= 1),
-            ("min_p", self.min_p, self.min_p is None or 0 <= self.min_p <= 1),
-            ("repetition_penalty", self.repetition_penalty, 0 < self.repetition_penalty < math.inf),
-            ("seed", self.seed, self.seed is None or 0 <= self.seed < 2**63),
-            ("logprobs", self.logprobs, self.logprobs is None or 0 <= self.logprobs <= MOST_LOGPROBS),
-        ):
-            if not fits:
-                raise ValueError(f"{name} is {value}, out of its range")
+    ids: Sequence[int]
+    n_new: int  # most new tokens
+    way: Sampling
+    method: str | None = None  # of those that lie side by side
 
 
 @dataclass
@@ -146,42 +126,30 @@ class Decoder:
         self.at = torch.zeros((), dtype=torch.long, device=self.device)  # the line of `made` that is next
 
     @classmethod
-    def of(
-        cls, gpt: GPT, prompts: Sequence[Sequence[int]], n_new: Sequence[int], ways: Sequence[Sampling],
-        methods: Sequence[str | None] | None = None,
-    ) -> "Decoder":  # fmt: skip
-        """One with these sequences, and room for no more; the rest as in `admit`."""
-        names, slots = methods or [None] * len(prompts), slots_of(gpt, methods)
-        fronts = [n_front(slots[name]) for name in names]
-        length = max(front + len(ids) + n for front, ids, n in zip(fronts, prompts, n_new, strict=True))
-        groups = [[ids for ids, name in zip(prompts, names) if name == other] for other in dict.fromkeys(names)]
+    def of(cls, gpt: GPT, requests: Sequence[Request], names: Sequence[str | None] | None = None) -> "Decoder":
+        """One with these sequences, and room for no more."""
+        slots = slots_of(gpt, names)
+        length = max(n_front(slots[r.method]) + len(r.ids) + r.n_new for r in requests)
+        groups = [[r.ids for r in requests if r.method == name] for name in {r.method for r in requests}]
         n_stored = sum(segment.length for group in groups for segment in cls._tree(group, None)[0])
-        decoder = cls(gpt, len(prompts), n_stored + sum(n_new), length, [*dict.fromkeys(names)] if methods else None)
-        decoder.admit(prompts, n_new, ways, methods)
+        decoder = cls(gpt, len(requests), n_stored + sum(r.n_new for r in requests), length, names)
+        decoder.admit(requests)
         return decoder
 
     @torch.no_grad()
-    def admit(
-        self, prompts: Sequence[Sequence[int]], n_new: Sequence[int], ways: Sequence[Sampling],
-        methods: Sequence[str | None] | None = None,
-    ) -> None:  # fmt: skip
-        """Computes prompts, and makes the first token of each; there must be places and slots.
-
-        Args:
-            n_new: most tokens that each sequence gets.
-            methods: of each sequence, of those in `names`.
-        """
-        numbers = [self.names.index(name) for name in methods or [None] * len(prompts)]
+    def admit(self, requests: Sequence[Request]) -> None:
+        """Computes prompts, and makes the first token of each; there must be places and slots."""
+        numbers = [self.names.index(r.method) for r in requests]
         leaves, rows = [], []
         for number in dict.fromkeys(numbers):
             mine = [i for i, other in enumerate(numbers) if other == number]
-            segments, ids, ends = self._tree([prompts[i] for i in mine], self.roots[number])
+            segments, ids, ends = self._tree([requests[i].ids for i in mine], self.roots[number])
             rows += [(segment, part, number) for segment, part in zip(segments, ids, strict=True)]
             leaves += zip(mine, ends, strict=True)
         leaves = [leaf for _, leaf in sorted(leaves, key=itemgetter(0))]
         free, n_stored = np.flatnonzero(self.users == 0), sum(segment.length for segment, *_ in rows)
         slots = np.concatenate((self.front, free[:n_stored]))
-        own = np.split(free[n_stored:], np.cumsum(n_new))  # for what follows each prompt
+        own = np.split(free[n_stored:], np.cumsum([r.n_new for r in requests]))  # for what follows each prompt
         with filled(self.fillings):
             logits = torch.stack(self._prefill(rows, len(self.front), slots, leaves))
         first = self.size
@@ -191,11 +159,11 @@ class Decoder:
             self.lines.append(line)
             self.table[i, : len(line)] = torch.from_numpy(line)
             self.table[i, len(line) :] = len(self.users)
-        self.size += len(prompts)
+        self.size += len(requests)
         mine = slice(first, self.size)
-        self.ends[mine] = [len(line) - n for line, n in zip(self.lines[first:], n_new)]
+        self.ends[mine] = [len(line) - r.n_new for line, r in zip(self.lines[first:], requests)]
         self.n[mine], self.number[mine] = torch.from_numpy(self.ends[mine]), torch.tensor(numbers)
-        self.sampler.put(ways, prompts)
+        self.sampler.put(requests)
         self.token[mine] = self.sampler(logits, self.n[mine], mine)
         shortest = int(self.ends[: self.size].min())
         lines = np.stack([line[:shortest] for line in self.lines])
@@ -206,12 +174,15 @@ class Decoder:
         """Takes out the sequence in a place; the last one moves there."""
         self.size -= 1
         self.users[self.lines[place]] -= 1
-        self.lines[place], self.ends[place] = self.lines[-1], self.ends[self.size]
-        self.lines.pop()
-        for t in (self.table, self.n, self.number, self.token):
+        sampler = self.sampler
+        for values in (self.lines, sampler.ways):
+            values[place] = values[-1]
+            values.pop()
+        of_places = self.ends, self.table, self.n, self.number, self.token
+        for t in (*of_places, sampler.seed, sampler.numbers, sampler.seen, sampler.found):
             t[place] = t[self.size]
         self.table[self.size], self.n[self.size] = len(self.users), 0
-        self.sampler.move(self.size, place)
+        sampler.look()
 
     def _pack(self) -> None:
         """On a CPU: weights of a network below a billion parameters, where a second copy is small."""
@@ -338,110 +309,3 @@ class Decoder:
             made = self.steps(n)
             n -= len(made)
             yield from made
-
-
-class Kind(NamedTuple):
-    """What a sampler computes for the sequences that it has."""
-
-    is_greedy: bool
-    is_filtered: bool
-    most: int | None  # likeliest tokens that it looks at; None: all
-    has_penalty: bool
-    logprobs: int | None
-
-
-class Sampler:
-    """Chooses the next tokens on the device, each sequence in its own way, whatever stands beside it."""
-
-    def __init__(self, places: int, n: int, device: torch.device):
-        self.ways: list[Sampling] = []
-        self.seed = torch.zeros(places, 1, dtype=torch.long, device=device)
-        self.numbers = torch.ones(places, 5, device=device)  # temperature, top_k, top_p, min_p, repetition_penalty
-        self.seen = torch.zeros(places, n, dtype=torch.bool, device=device)
-        self.is_finite = torch.ones((), dtype=torch.bool, device=device)
-        # ids and log-probabilities of the newest token and of the likeliest ones; the same of the last steps
-        self.found = torch.zeros(places, 1 + MOST_LOGPROBS, 2, dtype=torch.float64, device=device)
-        self.made = torch.zeros(LOOK, *self.found.shape, dtype=torch.float64, device=device)
-
-    def put(self, ways: Sequence[Sampling], prompts: Sequence[Sequence[int]]) -> None:
-        """Adds sequences behind those that it has."""
-        first, n = len(self.ways), self.seen.shape[1]
-        self.ways += ways
-        mine = slice(first, len(self.ways))
-        draws = [way.seed is None and way.temperature >= 1e-5 for way in ways]  # the likeliest token takes no numbers
-        seeds = [torch.randint(2**62, ()).item() if draw else way.seed or 0 for draw, way in zip(draws, ways)]
-        self.seed[mine, 0] = torch.tensor(seeds).to(self.seed)
-        rows = [
-            (w.temperature, min(w.top_k or n, n), w.top_p or 1.0, w.min_p or 0.0, w.repetition_penalty) for w in ways
-        ]
-        self.numbers[mine] = torch.tensor(rows).to(self.numbers)
-        for i, (way, ids) in enumerate(zip(ways, prompts), first):
-            if way.repetition_penalty != 1:
-                self.seen[i] = False
-                self.seen[i, list(ids)] = True
-        self._look()
-
-    def move(self, place: int, to: int) -> None:
-        """Moves the last sequence."""
-        self.ways[to] = self.ways[place]
-        self.ways.pop()
-        for t in (self.seed, self.numbers, self.seen, self.found):
-            t[to] = t[place]
-        self._look()
-
-    def _look(self) -> None:
-        ways = [way for way in self.ways if way.temperature >= 1e-5]  # logits divided by less are no numbers
-        n = self.seen.shape[1]
-        top_k = {min(way.top_k or n, n) for way in ways}
-        self.kind = Kind(
-            is_greedy=not ways,
-            is_filtered=any(way.top_p or way.min_p for way in ways) or len(top_k) > 1,
-            most=max(top_k) if ways and max(top_k) < n else None,
-            has_penalty=any(way.repetition_penalty != 1 for way in self.ways),
-            logprobs=max((way.logprobs for way in self.ways if way.logprobs is not None), default=None),
-        )
-
-    def __call__(self, logits: Tensor, n: Tensor, places: slice) -> Tensor:
-        """Tokens (B,) from logits (B, V), for sequences of n (B,) tokens in these places."""
-        kind, logits, seen = self.kind, logits.float(), self.seen[places]
-        temperature, _, _, _, penalty = self.numbers[places].split(1, dim=-1)  # (B, 1) each
-        self.is_finite &= logits.isfinite().all()
-        x = logits
-        if kind.has_penalty:
-            x = torch.where(seen, torch.where(x > 0, x / penalty, x * penalty), x)
-        token = x.argmax(-1)
-        if not kind.is_greedy:
-            x, ids = x / temperature.clamp(min=1e-5), torch.arange(x.shape[-1], device=x.device)
-            if kind.most is not None:
-                x, ids = x.topk(kind.most, sorted=kind.is_filtered)
-            elif kind.is_filtered:
-                x, ids = x.sort(-1, descending=True)
-            if kind.is_filtered:
-                x = self._filtered(x, places)
-            at = (x + gumbel(self.seed[places], n[:, None], ids)).argmax(-1, keepdim=True)
-            sampled = ids.expand_as(x).gather(1, at)[:, 0]
-            token = torch.where(temperature[:, 0] < 1e-5, token, sampled)
-        if kind.has_penalty:
-            seen.scatter_(1, token[:, None], True)
-        if kind.logprobs is not None:
-            logp = logits.log_softmax(-1)
-            likeliest = logp.topk(kind.logprobs).indices
-            ids = torch.cat((token[:, None], likeliest), dim=1)
-            self.found[places, : ids.shape[1]] = torch.stack((ids, logp.gather(1, ids)), dim=-1).double()
-        return token
-
-    def _filtered(self, x: Tensor, places: slice) -> Tensor:
-        """Minus infinity for what top_k, then top_p and min_p leave out of values in descending order."""
-        _, top_k, top_p, min_p, _ = self.numbers[places].split(1, dim=-1)
-        rank = torch.arange(x.shape[-1], device=x.device)
-        p = x.masked_fill(rank >= top_k, -torch.inf).softmax(-1)
-        return x.masked_fill((p.cumsum(-1) - p >= top_p) | (p < min_p * p[:, :1]) | (p == 0), -torch.inf)
-
-
-def gumbel(seed: Tensor, n: Tensor, ids: Tensor) -> Tensor:
-    """Noise (B, size) whose argmax with logits of the tokens `ids` added is a sample. It depends on seed and n, (B, 1),
-    the token, and on nothing else: numbers of splitmix64 (https://doi.org/10.1145/2714064.2660195)."""
-    x = (seed * -7046029254386353131 + n * -4658895280553007687 + ids) * -7046029254386353131
-    for shift, factor in ((30, -4658895280553007687), (27, -7723592293110705685), (31, 1)):
-        x = (x ^ ((x >> shift) & (2 ** (64 - shift) - 1))) * factor
-    return -(-(((x >> 40) & 0xFFFFFF) + 0.5).mul(2.0**-24).log()).log()

@@ -8,8 +8,9 @@ from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from lit_model.decode import LOOK, ROW_TOKENS, Decoder, Sampling
+from lit_model.decode import ROW_TOKENS, Decoder, Request
 from lit_model.model import GPT
+from lit_model.sampling import LOOK, Sampling
 
 
 class Made(NamedTuple):
@@ -21,12 +22,10 @@ class Made(NamedTuple):
     error: str | None = None
 
 
-@dataclass(eq=False)
-class Request:
-    ids: Sequence[int]
-    n_new: int
-    way: Sampling
-    method: str | None
+@dataclass(eq=False, kw_only=True)
+class LiveRequest(Request):
+    """One that somebody waits for."""
+
     stop_ids: Container[int]
     put: Callable[[Made], None]  # is called with the next tokens, from the engine's thread
     is_gone: bool = False  # nobody wants the rest
@@ -40,16 +39,15 @@ class Full(Exception):
 class Engine:
     """A thread that answers requests."""
 
-    def __init__(
-        self, gpt: GPT, places: int, slots: int, length: int, names: Sequence[str | None] | None, most_waiting: int
-    ):
-        """places: most sequences at a time; slots: tokens and keys of all of them; length: those of the longest."""
+    def __init__(self, gpt: GPT, places: int, slots: int, length: int, names: Sequence[str | None], most_waiting: int):
+        """places: most sequences at a time; slots: tokens and keys of all of them; length: those of the longest; names:
+        of methods side by side, None for the base among them."""
         self.decoder, self.places, self.most_waiting = Decoder(gpt, places, slots, length, names), places, most_waiting
-        self.waiting: deque[Request] = deque()
-        self.active: list[Request] = []  # by place
+        self.waiting: deque[LiveRequest] = deque()
+        self.active: list[LiveRequest] = []  # by place
         self.changed, self.n_tokens, self.speed = threading.Condition(), 0, 0.0  # tokens a second
         # kernels are compiled now
-        self.decoder.admit([[0]], [1], [Sampling(0)], None if names is None else [names[0]])
+        self.decoder.admit([Request([0], 1, Sampling(0))])
         self.decoder.steps(1)
         self.decoder.release(0)
         self.thread = threading.Thread(target=self._run, daemon=True)
@@ -65,7 +63,7 @@ class Engine:
         counts = dict(tokens_total=self.n_tokens, waiting=len(self.waiting), active=len(self.active))
         return counts | dict(tokens_per_second=speed, slots=slots, slots_used=slots - self.n_free)
 
-    def submit(self, requests: Sequence[Request]) -> None:
+    def submit(self, requests: Sequence[LiveRequest]) -> None:
         """Raises Full if not all of them can wait."""
         with self.changed:
             self.waiting = deque(request for request in self.waiting if not request.is_gone)
@@ -90,12 +88,11 @@ class Engine:
                 self.active.clear()
                 self.decoder.sampler.is_finite.fill_(True)
 
-    def _admit(self, fresh: list[Request]) -> None:
+    def _admit(self, fresh: list[LiveRequest]) -> None:
         if not fresh:
             return
         try:
-            of_fresh = zip(*((r.ids, r.n_new, r.way, r.method) for r in fresh))
-            self.decoder.admit(*map(list, of_fresh))
+            self.decoder.admit(fresh)
             self.active += fresh
         except Exception as e:  # such as too little memory for these prompts: what is being written goes on
             self._fail(fresh, e)
@@ -103,11 +100,11 @@ class Engine:
                 raise
 
     @staticmethod
-    def _fail(requests: Sequence[Request], e: Exception) -> None:
+    def _fail(requests: Sequence[LiveRequest], e: Exception) -> None:
         for request in requests:
             request.put(Made([], [], error=" ".join(str(e).split())[:300] or type(e).__name__))
 
-    def _fitting(self) -> list[Request]:
+    def _fitting(self) -> list[LiveRequest]:
         """Takes from the queue, in order, what there is room for."""
         fresh, free, tokens = [], self.n_free, ROW_TOKENS
         while self.waiting and len(self.active) + len(fresh) < self.places:

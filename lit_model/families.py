@@ -276,11 +276,7 @@ def _read_layers(hf: dict[str, Any], family: Family) -> tuple[Layer, ...]:
 
 
 _SCALINGS = dict(linear=LinearScaling, llama3=Llama3Scaling, yarn=YarnScaling, longrope=LongScaling)
-_THEIRS = dict(  # field of a scaling -> theirs, where it differs
-    original_block_size="original_max_position_embeddings", short="short_factor", long="long_factor",
-    query_growth="llama_4_scaling_beta",
-)  # fmt: skip
-_ROPE_FIELDS = {_THEIRS.get(f.name, f.name) for kind in _SCALINGS.values() for f in fields(kind)}
+_ROPE_FIELDS = {f.name for kind in _SCALINGS.values() for f in fields(kind)}
 _ROPE_FIELDS -= {"llama_4_scaling_beta"}  # of one family only
 _ROPE_FIELDS |= {
     "rope_type", "type", "rope_theta", "partial_rotary_factor", "mscale", "mscale_all_dim", "max_position_embeddings",
@@ -318,8 +314,8 @@ def _read_rope(rope: dict[str, Any], hf: dict[str, Any], family: Family) -> Rope
     if kind in ("yarn", "longrope"):
         stated["attention_factor"] = _attention_factor(kind, rope, hf["max_position_embeddings"], *stated.values())
     stated = {name: tuple(v) if isinstance(v, list) else v for name, v in (rope | stated).items() if v is not None}
-    names = {f.name: _THEIRS.get(f.name, f.name) for f in fields(_SCALINGS[kind])}
-    return Rope(base, share, _SCALINGS[kind](**{o: stated[theirs] for o, theirs in names.items() if theirs in stated}))
+    names = {f.name for f in fields(_SCALINGS[kind])} & stated.keys()
+    return Rope(base, share, _SCALINGS[kind](**{name: stated[name] for name in names}))
 
 
 def _attention_factor(kind: str, rope: dict[str, Any], context: int, original: int) -> float:

@@ -8,7 +8,7 @@ from lit_model.model import GPT
 
 if TYPE_CHECKING:
     from lit_model.data.tokenizer import Tokenizer
-    from lit_model.decode import Sampling
+    from lit_model.sampling import Sampling
 
 
 def generate(
@@ -31,7 +31,7 @@ def generate(
     Raises:
         ValueError: a prompt is empty or leaves no room in the model's context, or an option is out of its range.
     """
-    from lit_model.decode import Sampling
+    from lit_model.sampling import Sampling
 
     way = Sampling(temperature, top_k, top_p, **more)
     if len(ids) and isinstance(ids[0], Sequence):
@@ -56,33 +56,43 @@ def generate_batch(
 
     Raises ValueError as `generate` does.
     """
-    from lit_model.decode import Decoder
+    from lit_model.decode import Decoder, Request
     from lit_model.methods.side_by_side import n_front, slots_of
 
-    slots = slots_of(gpt, methods)
-    fronts = [n_front(slots[name]) for name in methods or [None] * len(prompts)]
-    room = [gpt.config.block_size - n - len(ids) for ids, n in zip(prompts, fronts, strict=True)]
-    for ids, way, n in zip(prompts, ways, room, strict=True):
+    slots, context = slots_of(gpt, methods), gpt.config.block_size
+    groups = [], []  # those that end within short_context, and those beyond, whose positions turn in another way
+    for i, (ids, way, name) in enumerate(zip(prompts, ways, methods or [None] * len(prompts), strict=True)):
         way.check(max_new_tokens)
-        if not len(ids) or n < 1:
-            needs = f"at least one, and room after it in the model's context of {gpt.config.block_size}"
-            raise ValueError(f"the prompt has {len(ids)} tokens; it needs {needs}")
-    n_new = [min(max_new_tokens, n) for n in room]
-    ends = [gpt.config.block_size - n + more for n, more in zip(room, n_new)]
-    is_long = [end > (gpt.config.short_context or math.inf) for end in ends]  # whose positions turn in another way
-    for side in {*is_long}:
-        group = [i for i, flag in enumerate(is_long) if flag == side]
-        parts = (None if values is None else [values[i] for i in group] for values in (prompts, n_new, ways, methods))
-        decoder = Decoder.of(gpt, *parts)
+        front = n_front(slots[name])
+        request = Request(ids, min(max_new_tokens, room_after(gpt, ids, front, context)), way, name)
+        is_long = front + len(ids) + request.n_new > (gpt.config.short_context or math.inf)
+        groups[is_long].append((i, request))
+    for group in filter(None, groups):
+        decoder = Decoder.of(gpt, [request for _, request in group], methods and [*dict.fromkeys(methods)])
         open_rows = dict(enumerate(group))
-        for step, tokens in enumerate(decoder.tokens(max(n_new[i] for i in group)), 1):
-            for row, i in list(open_rows.items()):
+        for step, tokens in enumerate(decoder.tokens(max(request.n_new for _, request in group)), 1):
+            for row, (i, request) in list(open_rows.items()):
                 if tokens[row] not in stop_ids:
                     yield i, tokens[row]
-                if tokens[row] in stop_ids or step == n_new[i]:
+                if tokens[row] in stop_ids or step == request.n_new:
                     del open_rows[row]
             if not open_rows:
                 break
+
+
+def room_after(gpt: GPT, ids: Sequence[int], n_front: int, length: int) -> int:
+    """Tokens that may follow a prompt in a context of this length, with n_front keys and tokens of a method in front.
+
+    Raises ValueError if there is none, or the prompt is empty, or has a token that the network lacks.
+    """
+    room = length - n_front - len(ids)
+    if not len(ids) or room < 1:
+        needs = f"at least one, and room after it in the context of {length}"
+        raise ValueError(f"the prompt has {len(ids)} tokens; it needs {needs}")
+    if min(ids) < 0:
+        raise ValueError("the prompt has a negative token")
+    gpt.config.check_tokens(max(ids))
+    return room
 
 
 class TextStream:

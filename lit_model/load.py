@@ -1,10 +1,8 @@
 """load(): a network from a checkpoint folder, plus the tensors that finetuning runs trained for it. The only file that
 knows all methods.
 
-checkpoint folder   a Hugging Face folder (weights/folder.py)
-method folder       lit_method.safetensors   trained tensors; its header names the method, its options and the identity
-                                             of the base that they were trained on: generation needs no option typed
-                                             again
+A checkpoint folder is a Hugging Face folder (weights/folder.py). A method folder has the trained tensors in
+lit_method.safetensors, whose header (`method_header`) says all that generation needs.
 
 A method only adds keys to a state dict and never renames the base's. So every checkpoint loads into every method, and
 the keys that are missing afterwards are exactly the method's own.
@@ -12,12 +10,12 @@ the keys that are missing afterwards are exactly the method's own.
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from importlib import import_module
 from itertools import groupby
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from safetensors import safe_open
@@ -27,6 +25,7 @@ from torch.distributed.tensor import DTensor
 
 from lit_model.files import reading, refuse_pointer, stream_tensors
 from lit_model.model import GPT
+from lit_model.weights import demo
 from lit_model.weights.folder import Folder
 
 if TYPE_CHECKING:
@@ -81,37 +80,28 @@ def load(
     """
     base = Folder(folder)
     if isinstance(method_dir, Mapping):
-        return _side_by_side(base, method_dir, device, dtype, quantize)
-    gpt = empty_network(base)
-    if method_dir is not None:
+        from lit_model.methods.side_by_side import SideBySide
+
+        gpt, side_by_side = empty_network(base, SideBySide), method_dir
+    else:
+        gpt, side_by_side = empty_network(base), {}
         install_saved(gpt, method_dir, base)
     load_base(gpt.requires_grad_(False), base, dtype, device, quantize)
-    return gpt.eval()
-
-
-def _side_by_side(
-    base: Folder, folders: Mapping[str, Path | str], device: torch.device | str, dtype: torch.dtype, quantize: str
-) -> "SideBySide":
-    from lit_model.methods.side_by_side import SideBySide
-
-    with torch.device("meta"):
-        gpt = SideBySide(base.config).requires_grad_(False)
-    load_base(gpt, base, dtype, device, quantize)
-    for name, folder in folders.items():
+    for name, path in side_by_side.items():
         donor = empty_network(base)
-        names = install_saved(donor, folder, base)
+        names = install_saved(donor, path, base)
         if donor.wte.deltas:
-            raise ValueError(f"{folder} adds tokens; side by side go methods over one vocabulary")
+            raise ValueError(f"{path} adds tokens; side by side go methods over one vocabulary")
         if replaced := [key for key in names if is_base(key) or key.startswith("heads.") or ".experts." in key]:
-            raise ValueError(f"{folder} replaces {replaced[0]}; side by side go methods that only add to the base")
+            raise ValueError(f"{path} replaces {replaced[0]}; side by side go methods that only add to the base")
         gpt.take(name, donor.requires_grad_(False).eval())
     return gpt.eval()
 
 
-def empty_network(base: Folder) -> GPT:
+def empty_network(base: Folder, kind: type[GPT] = GPT) -> GPT:
     """The network of a folder on the meta device, frozen, ready for a method."""
     with torch.device("meta"):
-        return GPT(base.config).requires_grad_(False)
+        return kind(base.config).requires_grad_(False)
 
 
 def install_method(gpt: GPT, name: str, options: Any, task: "Task | None", tokens: Mapping[str, int] = {}) -> None:
@@ -228,11 +218,12 @@ def method_dirs(method_dir: MethodDirs | None) -> list[Path]:
 
 
 def named_dirs(text: str) -> dict[str, Path]:
-    """name=folder,name=folder as a dict. Raises ValueError for another text."""
-    pairs = [part.partition("=") for part in text.split(",") if part]
-    if any(not name or not folder for name, _, folder in pairs) or len({name for name, *_ in pairs}) < len(pairs):
+    """name=folder,name=folder as a dict; without a name that of the folder. Raises ValueError for a name twice."""
+    pairs = [part.rpartition("=") for part in text.split(",") if part]
+    folders = {name or Path(folder).resolve().name: Path(folder) for name, _, folder in pairs}
+    if len(folders) < len(pairs):
         raise ValueError(f"{text!r} must be name=folder,name=folder, each name once")
-    return {name: Path(folder) for name, _, folder in pairs}
+    return folders
 
 
 def is_peft(method_dir: Path | str) -> bool:
@@ -315,3 +306,36 @@ def save_method(
         tokens = json.dumps(gpt.wte.deltas["tokens"].tokens if "tokens" in gpt.wte.deltas else {})
         header = dict(method=method, options=options, task=task, tokens=tokens, base=base, quantize=quantize)
         stream_tensors(path, tensors.items(), {name: t.shape for name, t in tensors.items()}, header)
+
+
+# ------------------------------------------------------------------------------------------------- options of scripts
+
+
+@dataclass(kw_only=True)
+class NetworkOptions:
+    """Which network a script asks, and how it is held."""
+
+    checkpoint_dir: Path = demo.DEMO_CHECKPOINT
+    """Hugging Face folder of the base network; default: the demo's, fetched once"""
+    dtype: Literal["auto", "bfloat16", "float32"] = "auto"
+    """auto: bfloat16 on a GPU, float32 on a CPU"""
+    quantize: Literal["none", "nf4", "int8", "fp8"] = "none"
+    """form of the base weights, such as that of the runs"""
+    device: str = "auto"
+    """auto: the GPU if there is one; or cpu, cuda, cuda:1"""
+
+    def load(self, method_dir: MethodDirs | Mapping[str, Path] | None = None) -> "GPT | SideBySide":
+        demo.fetch_if_demo(self.checkpoint_dir)
+        device = choose_device(self.device)
+        auto = "bfloat16" if device.type == "cuda" else "float32"
+        dtype = getattr(torch, auto if self.dtype == "auto" else self.dtype)
+        return load(self.checkpoint_dir, method_dir, device, dtype, self.quantize)
+
+
+def choose_device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.zeros((), device=name).device
+    except (RuntimeError, AssertionError) as e:
+        raise ValueError(f"there is no device {name!r} here: {str(e).splitlines()[0]}") from None

@@ -1,14 +1,13 @@
 """Merges what a finetuning run has trained into the base weights: a Hugging Face folder that needs no method folder."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from lit_model.data.examples import ALPACA
 from lit_model.families import write_config
@@ -156,43 +155,23 @@ def _save_rest(out_dir: Path, name: str, merged: Merged) -> None:
 
 
 @torch.no_grad()
-def compare(checkpoint_dir: Path, method_dir: MethodDirs, dtype: torch.dtype | None = None) -> str:
-    """A line about how `merge` into this dtype will answer beside the unmerged network. Weights stay in the mapped
-    files, and each layer is merged when its turn comes."""
-    merged = Merged(checkpoint_dir, method_dir)  # refuses what does not merge
-    base, tokenizer, gpt = merged.base, merged.tokenizer, load(checkpoint_dir, method_dir, dtype=None)
-    gpt.dtype = torch.float32
+def compare(checkpoint_dir: Path, method_dir: MethodDirs, out_dir: Path) -> str:
+    """A line about how `out_dir`, which `merge` has written, answers beside the unmerged network. Weights stay in the
+    mapped files."""
+    tokenizer, logits = load_tokenizer(checkpoint_dir, method_dir), []
     texts = [tokenizer.encode(ALPACA.replace("{instruction}", question)) for question in QUESTIONS]
     idx = torch.tensor([tokenizer.bos + ids[: min(map(len, texts))] for ids in texts])
-    gpt.heads.clear()
-    before = gpt(idx)
-    for name, p in gpt.named_parameters():
-        if is_base(name) and name in base.names:
-            p.data = p.data.to(dtype or base.tensor(name).dtype).to(p.dtype)
-    for name, m in gpt.named_modules():
-        merges = [delta for delta in getattr(m, "deltas", {}).values() if hasattr(delta, "merged")]
-        if isinstance(m, Linear) and merges:
-            m.deltas = nn.ModuleDict(dict(stored=Stored(merges, dtype or base.tensor(f"{name}.weight").dtype)))
-    after = gpt(idx)
+    rest = [file.parent for file in out_dir.glob("*/lit_method.safetensors")]  # what did not merge
+    for folder, methods in ((checkpoint_dir, method_dir), (out_dir, rest)):
+        gpt = load(folder, methods, dtype=None)
+        gpt.dtype = torch.float32
+        gpt.heads.clear()
+        logits.append(gpt(idx))
+    before, after = logits
     differs = (after - before).abs().max() / before.abs().max()
     same = 100 * (after.argmax(-1) == before.argmax(-1)).float().mean()
     how = f"logits differ by at most {differs:.2g} of the largest, and the likeliest token is the same for {same:.1f} %"
     return f"merged beside unmerged, on {idx.numel()} tokens: {how}"
-
-
-class Stored(nn.Module):
-    """In the place of what merges into a layer: the layer with all of it, as it will be stored."""
-
-    def __init__(self, merges: Sequence[nn.Module], dtype: torch.dtype):
-        super().__init__()
-        self.merges, self.stored = merges, dtype
-
-    def forward(self, linear: Linear, x: Tensor, y: Tensor) -> Tensor:
-        weight, bias = linear.weight.float(), None if linear.bias is None else linear.bias.float()
-        for delta in self.merges:
-            weight, bias = delta.merged(weight, bias)
-        weight, bias = (None if t is None else t.to(self.stored).to(x.dtype) for t in (weight, bias))
-        return F.linear(x, weight, bias)
 
 
 class Loss:

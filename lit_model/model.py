@@ -305,12 +305,11 @@ class GPT(nn.Module):
                 f"({sum(n > room for n in lengths)} of {len(lengths)} examples are too long)"
             )
 
-    def new_cache(self, slots: int, length: int | None = None) -> KVCache:
-        """An empty cache for this many keys and values, the virtual tokens' among them; length: of the longest example
-        that it will hold, if there are several."""
+    def new_cache(self, slots: int) -> KVCache:
+        """An empty cache for this many keys and values, the virtual tokens' among them."""
         c, dtype = self.config, self.dtype or self.wte.weight.dtype
         k = torch.zeros(c.n_layer, slots, c.n_kv_head, c.head_size, dtype=dtype, device=self.device)
-        return KVCache(k, torch.zeros_like(k), (length or slots) + self.n_virtual_keys)
+        return KVCache(k, torch.zeros_like(k), slots + self.n_virtual_keys)
 
     @property
     def device(self) -> torch.device:

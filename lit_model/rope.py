@@ -27,10 +27,10 @@ class Llama3Scaling:
     factor: float
     low_freq_factor: float  # up to this many rotations in the original context: slower by all of `factor`
     high_freq_factor: float  # from this many on: unchanged
-    original_block_size: int
+    original_max_position_embeddings: int
 
     def frequencies(self, plain: Tensor, base: float, length: int) -> Tensor:
-        rotations = self.original_block_size * plain / (2 * math.pi)
+        rotations = self.original_max_position_embeddings * plain / (2 * math.pi)
         unchanged = ((rotations - self.low_freq_factor) / (self.high_freq_factor - self.low_freq_factor)).clamp(0, 1)
         return plain * (unchanged + (1 - unchanged) / self.factor)
 
@@ -41,15 +41,15 @@ class YarnScaling:
     linear in the index of a pair, and cosines and sines are multiplied by `attention_factor`."""
 
     factor: float
-    original_block_size: int
+    original_max_position_embeddings: int
     attention_factor: float
     beta_fast: float = 32.0  # rotations in the original context from which on a pair is unchanged
     beta_slow: float = 1.0  # up to which it is slower by all of `factor`
     truncate: bool = True  # both bounds at whole indices
-    query_growth: float | None = None  # queries grow by this times log(1 + position // original context) (Ministral 3)
+    llama_4_scaling_beta: float | None = None  # queries grow by this times log(1 + position // original context)
 
     def frequencies(self, plain: Tensor, base: float, length: int) -> Tensor:
-        size, context = 2 * len(plain), self.original_block_size
+        size, context = 2 * len(plain), self.original_max_position_embeddings
 
         def index(rotations: float) -> float:
             """Of the pair that turns this often in the original context."""
@@ -69,13 +69,13 @@ class LongScaling:
     """LongRoPE (https://arxiv.org/abs/2402.13753): each pair is slower by a factor of its own; there are two lists, for
     rows whose longest example fits into the original context and for others."""
 
-    short: tuple  # (hs / 2,) factors
-    long: tuple
-    original_block_size: int
+    short_factor: tuple  # (hs / 2,)
+    long_factor: tuple
+    original_max_position_embeddings: int
     attention_factor: float
 
     def frequencies(self, plain: Tensor, base: float, length: int) -> Tensor:
-        factors = self.long if length > self.original_block_size else self.short
+        factors = self.long_factor if length > self.original_max_position_embeddings else self.short_factor
         return plain / torch.tensor(factors, dtype=plain.dtype, device=plain.device)
 
 
@@ -125,10 +125,10 @@ def rope_angles(pos: Tensor, rope: Rope, head_size: int, length: int, dtype: tor
     forward: a buffer would need care on the meta device and under changes of dtype, and the cost is negligible."""
     wide = torch.promote_types(dtype, torch.float32)
     angles = (pos[:, None] * rope.frequencies(head_size, length, wide, pos.device))[:, None, None]
-    size, growth = getattr(rope.scaling, "attention_factor", 1.0), getattr(rope.scaling, "query_growth", None)
+    size, growth = getattr(rope.scaling, "attention_factor", 1.0), getattr(rope.scaling, "llama_4_scaling_beta", None)
     cos, sin = angles.cos() * size, angles.sin() * size
     if growth is not None:
-        context = rope.scaling.original_block_size
+        context = rope.scaling.original_max_position_embeddings
         steps = (pos // context).to(wide)[:, None, None]
         growth = (1 + growth * steps.log1p()).to(dtype) if length > context else None
     return Angles(cos.to(dtype), torch.cat((-sin, sin), dim=2).to(dtype), growth)

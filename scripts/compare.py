@@ -84,8 +84,6 @@ UNTRAINED = ("zero-shot", "few-shot", "features")
 
 @dataclass
 class Options:
-    """Options."""
-
     data: str = "rotten_tomatoes"
     """rotten_tomatoes, imdb (both fetched once), or a file of rows with text and label"""
     checkpoint_dir: Path = DEMO_CHECKPOINT

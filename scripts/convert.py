@@ -15,8 +15,6 @@ from lit_model.weights.gguf import convert_gguf
 
 @dataclass
 class Options:
-    """Options."""
-
     src: Path
     """a .gguf file, of several parts the first"""
     out_dir: Path

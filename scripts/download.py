@@ -18,8 +18,6 @@ from lit_model.weights.folder import TOKENIZER_FILES
 
 @dataclass
 class Options:
-    """Options."""
-
     name: str = "smollm2-135m-instruct"
     """smollm2-135m-instruct (the demo, from the Python package registry), or owner/name on the Hub"""
     out_dir: Path | None = None

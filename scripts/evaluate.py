@@ -3,35 +3,29 @@
     python scripts/evaluate.py --data test.csv --method_dir out/lora     what a finetuning run has learned
     python scripts/evaluate.py --data test.csv --shots 8 --shots_from train.csv     in-context learning, no training
 
-The label that is likeliest as the words after a text is taken. Demonstrations stand before every text; their keys and
-values are computed once.
+The label that is likeliest as the words after a text is taken. Demonstrations stand before every text; they are
+computed once a row.
 """
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 
-from lit_model import load
-from lit_model.cli import choose_device, choose_dtype, cli
+from lit_model.cli import cli
 from lit_model.data import labels
 from lit_model.data.examples import ExampleOptions
 from lit_model.data.rows import read_rows
 from lit_model.data.score import judge
 from lit_model.data.tokenizer import Tokenizer
-from lit_model.load import load_tokenizer, method_dirs, method_header
-from lit_model.weights.demo import DEMO_CHECKPOINT, fetch_if_demo
+from lit_model.load import NetworkOptions, load_tokenizer, method_dirs, method_header
+from lit_model.weights import demo
 
 
 @dataclass
-class Options:
-    """Options."""
-
+class Options(NetworkOptions):
     data: Path
     """.csv, .json or .jsonl file of rows with text and label"""
-    checkpoint_dir: Path = DEMO_CHECKPOINT
-    """Hugging Face folder of the base network; default: the demo's, fetched once"""
     method_dir: Path | None = None
     """out_dir of a finetuning run on that base; its labels and style are taken"""
     shots: int = 0
@@ -47,18 +41,12 @@ class Options:
     """seed of the choice of demonstrations"""
     draw: Path | None = None
     """PNG file for the confusion matrix"""
-    dtype: Literal["auto", "bfloat16", "float32"] = "auto"
-    """auto: bfloat16 on a GPU, float32 on a CPU"""
-    quantize: Literal["none", "nf4", "int8", "fp8"] = "none"
-    """form of the base weights, such as that of the run in method_dir"""
-    device: str = "auto"
-    """auto: the GPU if there is one; or cpu, cuda, cuda:1"""
 
 
 def main(options: Options) -> None:
     if options.shots < 0 or (options.shots > 0) != (options.shots_from is not None):
         raise ValueError("--shots and --shots_from go together: how many demonstrations, and from which rows")
-    fetch_if_demo(options.checkpoint_dir)
+    demo.fetch_if_demo(options.checkpoint_dir)
     tokenizer = load_tokenizer(options.checkpoint_dir, options.method_dir)
     rows = labelled(options.data, options.examples.strict)
     task = next((task for d in method_dirs(options.method_dir) if (task := method_header(d)["task"])), None)
@@ -71,9 +59,7 @@ def main(options: Options) -> None:
     rows = rows[: options.max_examples]
     examples = labels.examples(rows, tokenizer, options.examples, task, bos=not shown)
     before = demonstration_ids(shown, tokenizer, options.examples, task)
-    device = choose_device(options.device)
-    dtype = choose_dtype(options.dtype, device)
-    gpt = load(options.checkpoint_dir, options.method_dir, device, dtype, options.quantize)
+    gpt = options.load(options.method_dir)
     verdict = judge(gpt, examples, task, labels.label_ids(task, tokenizer), options.row_tokens, before)
     print(f"{verdict}, {options.shots} demonstrations of {len(before)} tokens" if shown else verdict)
     if options.draw:

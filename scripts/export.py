@@ -16,17 +16,16 @@ from pathlib import Path
 from typing import Literal
 
 from lit_model.cli import cli
+from lit_model.load import method_dirs, read_method
 from lit_model.merge import Merged, merge
 from lit_model.weights import demo
 from lit_model.weights.folder import Folder
-from lit_model.weights.peft import read_sum, write_mlx, write_peft
+from lit_model.weights.peft import write_mlx, write_peft
 from lit_model.weights.to_gguf import write_gguf, write_gguf_lora
 
 
 @dataclass
 class Options:
-    """Options."""
-
     to: Literal["hf", "gguf", "gguf-lora", "peft", "mlx"]
     """the format, see above"""
     out_dir: Path
@@ -60,18 +59,18 @@ def main(options: Options) -> None:
         merge(base_dir, method_dir, out_dir)
         print(f"serve it with: vllm serve {out}")
         return
-    header, tensors = read_sum(method_dir, base)
+    methods = [read_method(folder, base) for folder in method_dirs(method_dir)]
     if options.to == "peft":
-        write_peft(out_dir, header, tensors, base, options.peft_exact)
-        if header["method"] == "lora":
+        write_peft(out_dir, methods, base, options.peft_exact)
+        if methods[0][0]["method"] == "lora":
             print(f"serve it with: vllm serve {quoted} --enable-lora --lora-modules tuned={out}")
         network = f"AutoModelForCausalLM.from_pretrained({str(base_dir)!r})"
         print(f"in Python: peft.PeftModel.from_pretrained({network}, {str(out_dir)!r})")
     elif options.to == "gguf-lora":
-        write_gguf_lora(out_dir / "lora.gguf", header, tensors, base)
+        write_gguf_lora(out_dir / "lora.gguf", methods, base)
         print(f"serve it with: llama-server -m BASE.gguf --lora {out}/lora.gguf")
     else:
-        write_mlx(out_dir, header, tensors, base)
+        write_mlx(out_dir, methods, base)
         print(f"serve it with: mlx_lm.server --model {quoted} --adapter-path {out}")
 
 

@@ -23,8 +23,6 @@ from lit_model.weights.demo import DEMO_CHECKPOINT
 
 @dataclass
 class Options:
-    """Options."""
-
     method_dir: Path
     """out_dir of a run of finetune/prompt.py or finetune/prefix.py"""
     checkpoint_dir: Path = DEMO_CHECKPOINT

@@ -3,7 +3,7 @@
     python scripts/merge.py --checkpoint_dir D --method_dir out/lora --out_dir checkpoints/merged
 
 The sum is made in float32. Storing it in bfloat16 can lose much of a small correction, so the script says how much, and
-before it starts what that will do to the answers.
+what that does to the answers.
 """
 
 from dataclasses import dataclass
@@ -13,15 +13,12 @@ from typing import Literal
 import torch
 
 from lit_model.cli import cli
-from lit_model.files import refuse_used
 from lit_model.merge import compare, merge
 from lit_model.weights import demo
 
 
 @dataclass
 class Options:
-    """Options."""
-
     method_dir: Path
     """out_dir of the finetuning run; several with commas between them act together"""
     out_dir: Path
@@ -34,9 +31,8 @@ class Options:
 
 def main(options: Options) -> None:
     dtype = None if options.dtype == "same" else getattr(torch, options.dtype)
-    refuse_used(options.out_dir)
-    print(compare(options.checkpoint_dir, options.method_dir, dtype), flush=True)
     merge(options.checkpoint_dir, options.method_dir, options.out_dir, dtype)
+    print(compare(options.checkpoint_dir, options.method_dir, options.out_dir))
     print(f"checkpoint: {options.out_dir}; give generate/base.py the --style that it was trained with")
 
 

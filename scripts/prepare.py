@@ -36,8 +36,6 @@ SETS = {  # name: its file here, where it comes from
 
 @dataclass
 class Options:
-    """Options."""
-
     name: Literal["alpaca", "dolly", "text"]
     """set to fetch"""
     source: str = ""

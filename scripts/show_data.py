@@ -25,8 +25,6 @@ from lit_model.weights import demo
 
 @dataclass
 class Options:
-    """Options."""
-
     data: str = str(demo.DEMO_DATA)
     """file of rows, or owner/name on the Hub, or several files: a.json,b.json; default: the demo's 999 Alpaca rows"""
     checkpoint_dir: Path = demo.DEMO_CHECKPOINT

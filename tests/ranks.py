@@ -20,7 +20,7 @@ from torch.distributed.tensor import DTensor
 
 from finetune import memory
 from finetune.devices import launch, whole
-from finetune.loop import evaluate, the_same, train_step
+from finetune.loop import evaluate, train_step
 from finetune.report import Ask
 from finetune.run import Run, RunOptions, Train, build, prepare
 from lit_model.load import method_module, save_method
@@ -75,7 +75,7 @@ def compute(run: Run, name: str) -> dict:
     shake(gpt)
     if name == "lora":  # forward computes whatever is to be minimised
         gpt.objective = smoothed
-    network, optimizer = prepare(run, gpt, True, the_same)
+    network, optimizer = prepare(run, gpt, True)
     gpt.recompute = "on" if gpt.config.arch == "gpt2" else "off"
     grads, kinds = {}, {n: type(p) for n, p in gpt.named_parameters()}
 

@@ -155,7 +155,7 @@ def test_messages_as_they_are_found(tmp_path, capsys):
     first, second = (row["messages"] for row in read_rows(tmp_path / "a.json"))
     assert first == [{"role": "system", "content": "be kind"}, *CHAT[1:3]]
     assert [m["role"] for m in second] == ["system", "user", "assistant"] and second[1]["content"] == "apple river"
-    assert "not read: id (of 1 rows); first: " in capsys.readouterr().out
+    assert "1 of 2 rows have keys that are not read: id (first: " in capsys.readouterr().out
 
 
 def test_tojson_takes_the_options_that_transformers_gives_it(chatty):

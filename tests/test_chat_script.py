@@ -16,7 +16,9 @@ def talk(tiny, folders, monkeypatch, capsys):  # noqa: F811
     def talk(*lines: str, method_dir: str = "") -> list[str]:
         typed = iter(lines)
         monkeypatch.setattr("builtins.input", lambda prompt: next(typed, None) or end())
-        options = chat.Options(tiny / "base", method_dir, max_new_tokens=10, temperature=0, device="cpu")
+        options = chat.Options(
+            checkpoint_dir=tiny / "base", method_dir=method_dir, max_new_tokens=10, temperature=0, device="cpu"
+        )
         chat.main(options)
         return capsys.readouterr().out.split("\n")[1:]
 

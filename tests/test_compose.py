@@ -51,8 +51,8 @@ def test_two_methods_add_up(second, checkpoint, tmp_path):
 def test_what_adds_up_merges(names, tiny, tmp_path, capsys):
     checkpoint = tiny / "base"
     folders = [saved(checkpoint, tmp_path / f"{i}", name, i)[0] for i, name in enumerate(names)]
-    line = compare(checkpoint, folders)
     merge(checkpoint, folders, tmp_path / "merged")
+    line = compare(checkpoint, folders, tmp_path / "merged")
     expected = load(checkpoint, folders)(IDX)
     torch.testing.assert_close(load(tmp_path / "merged")(IDX), expected, rtol=1e-4, atol=1e-4 * expected.abs().max())
     assert "the same for 100.0 %" in line or pytest.fail(line)

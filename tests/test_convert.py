@@ -67,7 +67,7 @@ def write_gguf(
             slower = Rope(rope.base).frequencies(c.head_size) / rope.frequencies(c.head_size)
             writer.add_tensor("rope_freqs.weight", slower.float().numpy())
         if isinstance(rope.scaling, LongScaling):
-            for name, factors in (("short", rope.scaling.short), ("long", rope.scaling.long)):
+            for name, factors in (("short", rope.scaling.short_factor), ("long", rope.scaling.long_factor)):
                 writer.add_tensor(f"rope_factors_{name}.weight", np.array(factors, np.float32))
     add = {str: writer.add_string, int: writer.add_uint32, bool: writer.add_bool, list: writer.add_array}
     add[float] = writer.add_float32
@@ -157,10 +157,12 @@ def test_gguf_gives_the_logits_it_was_written_from(tiny, tmp_path, kind, error):
 
 
 LONG = dict(
-    short=(1.0, 1.5, 2.0, 2.5, 3.0, 4.0, 5.0, 6.0), long=(1.0, 2.0, 4.0, 5.0, 6.0, 9.0, 9.0, 9.5),
-    original_block_size=8, attention_factor=1.25,
+    short_factor=(1.0, 1.5, 2.0, 2.5, 3.0, 4.0, 5.0, 6.0), long_factor=(1.0, 2.0, 4.0, 5.0, 6.0, 9.0, 9.0, 9.5),
+    original_max_position_embeddings=8, attention_factor=1.25,
 )  # fmt: skip
-LLAMA_3_1 = Rope(5e5, scaling=Llama3Scaling(8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_block_size=8192))
+LLAMA_3_1 = Rope(
+    5e5, scaling=Llama3Scaling(8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=8192)
+)
 GEMMA_3 = (Layer(7),) * 5 + (Layer(rope=Rope(1e6, scaling=LinearScaling(8.0))),)
 OTHERS = {  # architecture -> (Config, what the file says beside it, rule that splits words)
     "qwen2": (dict(qkv_bias=True), {}, "qwen2"),

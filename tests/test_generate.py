@@ -9,11 +9,12 @@ import torch
 from conftest import LLAMA, fail, randomize, say
 
 from generate import base
-from generate.base import Options, prompt_style, stop_texts
+from generate.base import Options, stop_texts
 from lit_model import generate, load, model
 from lit_model.data.tokenizer import Tokenizer
-from lit_model.decode import Decoder, Sampler, Sampling, gumbel
+from lit_model.decode import Decoder, Request
 from lit_model.generate import TextStream, generate_batch, stream_text
+from lit_model.sampling import Sampler, Sampling, gumbel
 
 
 @pytest.fixture
@@ -35,7 +36,7 @@ def test_several_prompts_are_answered_at_a_time(gpt):
 
 def test_it_ends_where_the_context_is_full(gpt):
     assert len(list(generate(gpt, [1] * 10, 1000, temperature=0))) == 22
-    with pytest.raises(ValueError, match="the prompt has 32 tokens; it needs .* the model's context of 32"):
+    with pytest.raises(ValueError, match="the prompt has 32 tokens; it needs .* the context of 32"):
         next(generate(gpt, [1] * 32, 5))
     with pytest.raises(ValueError, match="the prompt has 0 tokens"):
         next(generate(gpt, [], 5))
@@ -51,7 +52,7 @@ def draws(p: list[float], n: int = 400, seen: tuple = (), **way) -> list[int]:
     """Tokens of n sequences, each with a seed of its own, from the same probabilities."""
     ways = [Sampling(**way, seed=seed) for seed in range(n)]
     sampler = Sampler(n, len(p), torch.device("cpu"))
-    sampler.put(ways, [seen] * n)
+    sampler.put([Request(seen, 1, way) for way in ways])
     return sampler(torch.tensor(p).log().expand(n, -1), torch.arange(n), slice(n)).tolist()
 
 
@@ -165,9 +166,12 @@ def test_text_streams_as_whole_characters_and_ends_at_a_stop(text, stops, expect
     assert not any("\ufffd" in piece for piece in pieces) and len(pieces) >= min(2, len(expected)) - 1
 
 
-def test_a_style_of_ones_own_is_taken_as_it_stands():
-    styles = ("auto", "none", "An automobile: {instruction}")
-    assert [prompt_style(Options(style=style)) for style in styles] == ["none", "none", styles[2]]
+def test_a_style_of_ones_own_is_taken_as_it_stands(tiny, monkeypatch):
+    styles, taken = ("auto", "none", "An automobile: {instruction}"), []
+    monkeypatch.setattr(base, "validate_style", lambda style, _: taken.append(style))
+    for style in styles:
+        base.main(Options(checkpoint_dir=tiny / "base", style=style, max_new_tokens=1, device="cpu"))
+    assert taken == ["none", "none", styles[2]]
 
 
 def test_stops_are_a_text_or_a_list():

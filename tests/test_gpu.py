@@ -17,12 +17,13 @@ from safetensors.torch import load_file
 from finetune import loop, run
 from finetune.report import Ask, Step
 from lit_model import generate, model, moe
-from lit_model.decode import Decoder, Sampling
+from lit_model.decode import Decoder
 from lit_model.generate import generate_batch
 from lit_model.load import method_module, method_options
 from lit_model.methods import lora
 from lit_model.packing import Example, pack
 from lit_model.quantize import FP8MLP, quantize
+from lit_model.sampling import Sampling
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
@@ -146,7 +147,7 @@ def prepared(gpt: model.GPT, device: str = "cuda", **options) -> tuple:
         base=SimpleNamespace(config=gpt.config), tokenizer=None, train_examples=examples, val_examples=[],
         row_tokens=16384, task=None, state=None, progress=None,
     )  # fmt: skip
-    return a_run, *run.prepare(a_run, gpt, share=True, lr_scale=loop.the_same)
+    return a_run, *run.prepare(a_run, gpt, share=True)
 
 
 def steps(a_run, network, optimizer, gpt: model.GPT, n: int) -> list[Step]:

@@ -18,6 +18,7 @@ import generate.base as generate_base
 from finetune import features as finetune_features
 from lit_model import load, model
 from lit_model.cli import cli
+from lit_model.config import Layer
 from lit_model.data import labels
 from lit_model.data.dataset import read_dataset
 from lit_model.data.examples import ExampleOptions, render
@@ -27,6 +28,7 @@ from lit_model.data.tokenizer import Tokenizer
 from lit_model.load import METHODS, method_header, save_method
 from lit_model.methods import prefix, prompt
 from lit_model.packing import Example
+from lit_model.rope import LongScaling, Rope
 from lit_model.weights.folder import Folder
 from scripts import evaluate, inspect_prompt, merge
 
@@ -301,6 +303,18 @@ def test_features_are_those_of_the_last_layer(tiny, labelled):
     for pool, expected in (("last", [x[-1] for x in seen]), ("mean", [x.mean(0) for x in seen])):
         got = finetune_features.features(load(tiny / "base"), made, pool, 100, "")
         torch.testing.assert_close(torch.from_numpy(got), torch.stack(expected), rtol=1e-4, atol=1e-5)
+
+
+def test_features_stand_in_the_order_of_their_examples():
+    """With LongRoPE too, where long examples share no row with short ones."""
+    scaling = LongScaling(tuple(range(1, 9)), tuple(range(2, 18, 2)), 12, attention_factor=1.3)
+    config = model.Config(**{**FAMILIES["llama"], "layers": (Layer(rope=Rope(scaling=scaling)),)})
+    gpt, rng = randomize(model.GPT(config)), np.random.default_rng(0)
+    examples = [Example(rng.integers(0, 97, n).astype(np.int32), n - 1) for n in (20, 5, 13, 30, 9, 14, 13)]
+    for pool in ("last", "mean"):
+        got = finetune_features.features(gpt, examples, pool, 40, "")
+        alone = [finetune_features.features(gpt, [e], pool, 40, "") for e in examples]
+        np.testing.assert_allclose(got, np.concatenate(alone), rtol=1e-4, atol=1e-5)
 
 
 def test_a_prompt_made_of_words_is_nearest_to_them(tiny, tmp_path, capsys, monkeypatch):

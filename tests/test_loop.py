@@ -131,7 +131,7 @@ class Syncs(TorchDispatchMode):
 def test_a_step_never_waits_for_the_gpu_and_computes_logits_at_targets_only(options):
     job = start(options)
     gpt = build(job, "lora", LoRA())
-    network, optimizer = run.prepare(job, gpt, True, loop.the_same)
+    network, optimizer = run.prepare(job, gpt, True)
     n_logits = []
     gpt.lm_head.register_forward_hook(lambda module, args, out: n_logits.append(out.shape[0]))
     step, rows = next(job.steps(gpt))
@@ -140,7 +140,8 @@ def test_a_step_never_waits_for_the_gpu_and_computes_logits_at_targets_only(opti
         assert syncs.seen == ["_local_scalar_dense"]  # it would be noticed
         loop.train_step(job, network, optimizer, step, rows)
     assert syncs.seen == ["_local_scalar_dense"]
-    assert sum(n_logits) == step.n_targets < step.n_computed < sum(len(e.ids) for e in step.batch)
+    n_computed = sum(len(packed.pos) for _, packed in rows)
+    assert sum(n_logits) == step.n_targets < n_computed < sum(len(e.ids) for e in step.batch)
 
 
 def test_an_epoch_takes_each_row_once_in_a_new_order():
@@ -169,14 +170,14 @@ def test_vectors_do_not_decay_and_what_is_frozen_is_not_given_to_the_optimizer(o
 
     job = start(options)
     gpt = build(job, "adapter", Adapter()).requires_grad_(True)
-    decay, none = run.make_optimizer(gpt, Train(weight_decay=0.3), loop.the_same).param_groups
+    decay, none = run.make_optimizer(gpt, Train(weight_decay=0.3)).param_groups
     assert decay["weight_decay"] == 0.3 and none["weight_decay"] == 0.0
     names = {id(p): name for name, p in gpt.named_parameters()}
     still = {names[id(p)] for p in none["params"]}
     assert all(name.endswith(("gate", "bias")) or "norm" in name for name in still) and any("gate" in n for n in still)
     assert all(p.ndim > 1 for p in decay["params"])
     gpt = build(job, "lora", LoRA())
-    given = [p for group in run.make_optimizer(gpt, Train(), loop.the_same).param_groups for p in group["params"]]
+    given = [p for group in run.make_optimizer(gpt, Train()).param_groups for p in group["params"]]
     assert {id(p) for p in given} == {id(p) for p in gpt.parameters() if p.requires_grad}
 
 

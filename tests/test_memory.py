@@ -1,6 +1,7 @@
 """A run is made to fit into the memory of a GPU. The GPU here is a pretended one, of which it is known what it needs;
 that it holds on a real one is tested in test_gpu.py."""
 
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -8,6 +9,7 @@ import pytest
 import torch
 
 from finetune import memory
+from finetune.run import Run
 from lit_model import GPT, Config
 from lit_model.methods import lora
 from lit_model.packing import Example
@@ -47,7 +49,9 @@ def plan(monkeypatch, capsys):
         nonlocal size
         size = mib
         fabric, options = SimpleNamespace(backward=lambda loss: loss.backward()), SimpleNamespace(memory_gb=memory_gb)
-        run = SimpleNamespace(fabric=fabric, options=options, row_tokens=1600, world=1, device=torch.device("cpu"))
+        more = dict(row_tokens=1600, rank=0, world=1, device=torch.device("cpu"))
+        run = SimpleNamespace(fabric=fabric, options=options, **more)
+        run.rows = partial(Run.rows, run)
         memory.plan(run, gpt, batches, share=True)
         assert all(p.grad is None for p in gpt.parameters())
         return run.row_tokens, gpt.recompute, capsys.readouterr().out.strip(), limits

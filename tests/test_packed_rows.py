@@ -40,7 +40,7 @@ def naive(gpt: model.GPT, ids: torch.Tensor) -> torch.Tensor:
         inverse = rope.base ** (-torch.arange(half).double() / half)
         if isinstance(s, YarnScaling):  # a pair's index grows as its rotations in the original context fall
             fast, slow = (
-                half * np.log(s.original_block_size / (2 * np.pi * turns)) / np.log(rope.base)
+                half * np.log(s.original_max_position_embeddings / (2 * np.pi * turns)) / np.log(rope.base)
                 for turns in (s.beta_fast, s.beta_slow)
             )
             fast, slow = max(np.floor(fast), 0), min(np.ceil(slow), size - 1)
@@ -54,7 +54,8 @@ def naive(gpt: model.GPT, ids: torch.Tensor) -> torch.Tensor:
     def grown(q, pos, rope):
         if not isinstance(rope.scaling, YarnScaling):
             return q
-        return q * (1 + rope.scaling.query_growth * np.log(1 + pos // rope.scaling.original_block_size))
+        s = rope.scaling
+        return q * (1 + s.llama_4_scaling_beta * np.log(1 + pos // s.original_max_position_embeddings))
 
     def gelu(u):
         return 0.5 * u * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (u + 0.044715 * u**3)))
@@ -228,7 +229,9 @@ def test_rows_hold_every_example_once_and_no_padding():
 @pytest.mark.parametrize("methods", ["plain", "prompt", "prefix"])
 def test_long_examples_turn_in_another_way_than_short_ones_and_share_no_row(methods):
     """LongRoPE has two lists of factors; each example takes the same one alone and packed."""
-    scaling = LongScaling(tuple(range(1, 9)), tuple(range(2, 18, 2)), original_block_size=12, attention_factor=1.3)
+    scaling = LongScaling(
+        tuple(range(1, 9)), tuple(range(2, 18, 2)), original_max_position_embeddings=12, attention_factor=1.3
+    )
     gpt = build(dict(LLAMA, layers=(Layer(rope=Rope(scaling=scaling)),)), methods)
     rng, virtual = np.random.default_rng(0), (gpt.n_virtual_tokens, gpt.n_virtual_keys)
     head = rng.integers(0, 97, 4)

@@ -219,7 +219,7 @@ def test_a_broken_state_is_named_and_nothing_is_thrown_away(interrupted, size):
     path = state.state_file(interrupted.out_dir)
     os.truncate(path, size if size >= 0 else path.stat().st_size + size)
     before = files(interrupted.out_dir)
-    with pytest.raises(ValueError, match="state.safetensors is broken: start anew with --overwrite"):
+    with pytest.raises(ValueError, match=r"state.safetensors \(--overwrite starts anew\): it is broken"):
         main(interrupted)
     assert files(interrupted.out_dir) == before
 
@@ -398,5 +398,5 @@ def test_a_file_of_something_else_in_the_place_of_a_state_is_named(options):
     save_file({"x": torch.zeros(1)}, options.out_dir.parent / "x.safetensors")
     options.out_dir.mkdir()
     shutil.copy(options.out_dir.parent / "x.safetensors", state.state_file(options.out_dir))
-    with pytest.raises(ValueError, match="state.safetensors is broken: start anew with --overwrite"):
+    with pytest.raises(ValueError, match=r"state.safetensors \(--overwrite starts anew\): it is broken"):
         main(options)

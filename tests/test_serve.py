@@ -44,7 +44,7 @@ class Running:
 
     def __init__(self, base: Path, folders: dict[str, Path], key: str | None = None, **options):
         methods = ",".join(f"{name}={path}" for name, path in folders.items())
-        self.served = serve.Served(serve.Options(base, methods, device="cpu", **options))
+        self.served = serve.Served(serve.Options(checkpoint_dir=base, methods=methods, device="cpu", **options))
         self.socket = socket.create_server(("127.0.0.1", 0))
         self.port = self.socket.getsockname()[1]
         app = serve.app(self.served, key, serve.Options(names="known.example"))
@@ -240,10 +240,10 @@ def test_a_prompt_that_fails_takes_no_other_answer_with_it(running, monkeypatch)
     engine = running.served.engine
     admit = engine.decoder.admit
 
-    def failing(prompts, *rest):
-        if any(len(ids) > 30 for ids in prompts):
+    def failing(requests):
+        if any(len(request.ids) > 30 for request in requests):
             raise MemoryError("too large")
-        admit(prompts, *rest)
+        admit(requests)
 
     monkeypatch.setattr(engine.decoder, "admit", failing)
     monkeypatch.setattr(engine.decoder, "steps", slowly(engine.decoder.steps))
@@ -325,7 +325,7 @@ def test_a_signal_lets_what_runs_end(tiny):
 @pytest.mark.parametrize(
     "args, says",
     [
-        ("--methods fr", "must be name=folder"),
+        ("--methods fr=x,fr=y", "must be name=folder"),
         ("--methods base=x", "is the name of the base"),
         ("--methods fr={tmp}/none", "none"),
         ("--host 1.2.3.4", "--host 1.2.3.4 --port 0: Cannot assign"),

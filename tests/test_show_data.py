@@ -78,7 +78,8 @@ def test_one_object_an_example_and_nothing_else(chat_checkpoint, tmp_path, capsy
     for e in found:
         assert e["text"] == tokenizer.decode(e["ids"], special=True) and {*e["learned"]} == {True, False}
     assert "4 rows read, 3 examples in the style 'chat'" in err and "1 of 5 rows left out: messages is no list" in err
-    assert "not read: reasoning_content (of 2 rows)" in err and f"(first: {tmp_path}/a.jsonl, line 3: " in err
+    assert f"(first: {tmp_path}/a.jsonl, line 3: " in err
+    assert "2 of 4 rows have keys that are not read: reasoning_content (first: " in err
     said = say(show_data, capsys, monkeypatch, args + " --examples.max_length 30")
     assert "--- example 1: 26 tokens, 3 learned" in said and "[[river<|im_end|>]]" in said
     assert "2 of 4 rows cut to examples.max_length" in said
@@ -178,7 +179,6 @@ def test_a_run_whose_template_tells_the_date_resumes_after_midnight(chat_checkpo
             return datetime.now() + timedelta(days=1)
 
     monkeypatch.setattr("lit_model.data.tokenizer.datetime", Tomorrow)
-    monkeypatch.setattr("finetune.state.datetime", Tomorrow)
     said = say(lora, capsys, monkeypatch, args.replace("max_time 0", "max_time 9"))
     assert "resumed after step 1" in said and f"{today}\n<|im_start|>user" in said
     tomorrow = f"{Tomorrow.now():%d %b %Y}"

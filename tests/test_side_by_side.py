@@ -5,8 +5,9 @@ import torch
 from test_methods import build, close, save, shake
 
 from lit_model import generate, load
-from lit_model.decode import Decoder, Sampling
+from lit_model.decode import Decoder, Request
 from lit_model.generate import generate_batch
+from lit_model.sampling import Sampling
 
 CHOSEN = {  # name -> row of test_methods.METHODS, and options instead of its own
     **{name: (name, None) for name in ("adapter", "bottleneck", "dora", "ia3", "lora", "prefix", "prompt")},
@@ -74,8 +75,7 @@ def test_sequences_come_and_go(checkpoint, folders, mixed, wide, monkeypatch):
         fresh = waiting[: 3 - len(places)]
         if fresh:
             del waiting[: len(fresh)]
-            of_fresh = ([values[i] for i in fresh] for values in (prompts, n_new, ways, methods or [None] * 8))
-            decoder.admit(*of_fresh)
+            decoder.admit([Request(prompts[i], n_new[i], ways[i], methods and methods[i]) for i in fresh])
             places += fresh
         decoder.ends += wide
         for tokens in decoder.steps(1):

@@ -60,7 +60,8 @@ def test_what_a_file_says_of_truncation_and_padding_counts_for_nothing(tiny, tmp
     theirs.save(str(tmp_path / "x/tokenizer.json"))
     texts = ["apple", "apple river stone " * 9]
     assert [len(e.ids) for e in theirs.encode_batch(texts)] == [8, 8]
-    assert Tokenizer(tmp_path / "x").encode_batch(texts) == Tokenizer(tiny / "base").encode_batch(texts)
+    ours, plain = Tokenizer(tmp_path / "x"), Tokenizer(tiny / "base")
+    assert [ours.encode(text) for text in texts] == [plain.encode(text) for text in texts]
 
 
 @pytest.fixture(scope="module")

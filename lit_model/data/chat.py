@@ -6,6 +6,7 @@ than MAX_STEPS turns of loops and calls of macros. Memory is not limited: a temp
 """
 
 import json
+import re
 import reprlib
 from collections.abc import Sequence
 from functools import cache
@@ -80,7 +81,7 @@ def learned_turns(tokenizer: Tokenizer, style: str, row: Row, notes: Notes) -> l
         For each text where the turns in it begin and end, in characters: with the token that ends a turn, as in
         generation. What the template writes behind the last of them is left out.
     """
-    messages, tools = [Watched(message) for message in row["messages"]], row.get("tools")
+    messages, tools = [_as_given(message) for message in row["messages"]], row.get("tools")
     found: list[tuple[str, list[tuple[int, int]]]] = []
     for i in np.flatnonzero(is_learned(row["messages"])):
         asked = chat_text(tokenizer, style, messages[:i], asks=True, tools=tools)
@@ -97,31 +98,22 @@ def learned_turns(tokenizer: Tokenizer, style: str, row: Row, notes: Notes) -> l
         grows = found and text.startswith(found[-1][0])
         turns = found.pop()[1] if grows else []
         found.append((text, [*turns, (start, len(text))]))
-    unread = {key for message in messages for key in message.unread()}
-    if tools and "tools" not in (tokenizer.chat_template or ""):
-        unread.add("tools")
-    notes.add_unread(sorted(unread), place(row))
+    keys = {key for message in row["messages"] for key in message} | row.keys() & {"tools"}
+    words = _words(CHATML if style == "chatml" else tokenizer.chat_template)
+    notes.add_unread(keys - words - {"weight"}, place(row))
     return found
 
 
-class Watched(dict):
-    """A message that knows which of its keys a template has read. It has its thinking under both names in use."""
+def _as_given(message: Message) -> Message:
+    """What a template is given: with the thinking under both names in use."""
+    thinking = {"thinking": message["reasoning_content"]} if "reasoning_content" in message else {}
+    return {key: value for key, value in message.items() if key != "weight"} | thinking
 
-    def __init__(self, message: Message):
-        thinking = {"thinking": message["reasoning_content"]} if "reasoning_content" in message else {}
-        super().__init__({key: value for key, value in message.items() if key != "weight"} | thinking)
-        self._read: set[str] = set()
 
-    def __getitem__(self, key: str) -> Any:
-        self._read.add("reasoning_content" if key == "thinking" else key)
-        return super().__getitem__(key)
-
-    def get(self, key: str, default: Any = None) -> Any:
-        return self[key] if key in self else default
-
-    def unread(self) -> set[str]:
-        """Nothing of a message behind the last turn that is learned, which is not rendered."""
-        return self.keys() - self._read - {"thinking"} if self._read else set()
+@cache
+def _words(template: str) -> set[str]:
+    """The words of a template: what it may read."""
+    return {*re.findall(r"\w+", template.replace("thinking", "reasoning_content"))}
 
 
 class _Sandbox(ImmutableSandboxedEnvironment):

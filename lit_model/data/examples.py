@@ -9,6 +9,7 @@ assistant says (chat.py).
 import re
 import sys
 from collections.abc import Iterator, Sequence
+from copy import copy
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -92,10 +93,7 @@ def render(style: str, instruction: str, input: str = "", tokenizer: Tokenizer |
         return chat_text(tokenizer, style, [*messages, _question(instruction, input)], asks=True)
     if system:
         raise ValueError("a system prompt goes with the styles chat and chatml")
-    if style == "none":
-        return instruction
-    if style == "alpaca":
-        style = ALPACA_INPUT if input else ALPACA
+    style = {"none": "{instruction}", "alpaca": ALPACA_INPUT if input else ALPACA}.get(style, style)
     if input and "{input}" not in style:
         raise ValueError(f"the style {style!r} has no {{input}} in it: the input {input[:40]!r} would be left out")
     values = {"{instruction}": instruction, "{text}": instruction, "{input}": input}
@@ -177,7 +175,8 @@ def tokenize(
 def _texts(row: Row, tokenizer: Tokenizer, options: ExampleOptions, notes: Notes) -> Iterator[Text]:
     """The texts of a row that is not left out."""
     if options.style == "chat" and "instruction" in row:
-        row = _as_chat(row)
+        row, answer = copy(row), {"role": "assistant", "content": row["output"]}  # with its place
+        row["messages"] = [_question(row["instruction"], row["input"]), answer]
     if "messages" in row:
         from lit_model.data.chat import learned_turns
 
@@ -203,14 +202,6 @@ def _texts(row: Row, tokenizer: Tokenizer, options: ExampleOptions, notes: Notes
             yield Text(prompt + answer, [(len(prompt), len(prompt + answer))], row, style)
     if is_empty:
         notes.leave_out(EMPTY, place(row))
-
-
-def _as_chat(row: Row) -> Row:
-    """An instruction and its answer as a turn of each."""
-    answer = {"role": "assistant", "content": row["output"]}
-    chat = Row(messages=[_question(row["instruction"], row["input"]), answer])
-    chat.place = place(row)
-    return chat
 
 
 def _examples(

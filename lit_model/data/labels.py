@@ -120,11 +120,15 @@ def numbers(examples: Sequence[Example], labels: Sequence[Sequence[int]]) -> lis
 class Verdict:
     """How predicted labels compare with the true ones."""
 
-    accuracy: float
-    macro_f1: float
     truth: Sequence[str]
     predicted: Sequence[str]
     classes: Sequence[str]
+
+    def __post_init__(self):
+        from sklearn.metrics import accuracy_score, f1_score  # whose import takes a second
+
+        self.accuracy = float(accuracy_score(self.truth, self.predicted))
+        self.macro_f1 = float(f1_score(self.truth, self.predicted, average="macro", zero_division=0))
 
     def __str__(self) -> str:
         return f"accuracy {self.accuracy:.4f}, macro F1 {self.macro_f1:.4f} on {len(self.truth)} rows"
@@ -139,10 +143,3 @@ class Verdict:
         shape = dict(colorbar=False, xticks_rotation="vertical" if n > 4 else "horizontal", ax=figure.subplots())
         ConfusionMatrixDisplay.from_predictions(self.truth, self.predicted, labels=self.classes, **shape)
         figure.savefig(path, dpi=120)
-
-
-def verdict(truth: Sequence[str], predicted: Sequence[str], classes: Sequence[str]) -> Verdict:
-    from sklearn.metrics import accuracy_score, f1_score  # whose import takes a second
-
-    macro_f1 = f1_score(truth, predicted, average="macro", zero_division=0)
-    return Verdict(float(accuracy_score(truth, predicted)), float(macro_f1), truth, predicted, classes)

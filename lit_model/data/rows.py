@@ -17,7 +17,7 @@ import json
 import re
 import reprlib
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +67,6 @@ class Notes:
         self.counts: Counter[str] = Counter()
         self.first: dict[str, str] = {}
         self.last: dict[str, str] = {}  # place of the last row that was counted
-        self.unread: Counter[str] = Counter()  # keys of rows and messages that nobody reads
 
     def add(self, what: str, place: str, details: object = "") -> None:
         """Counts a row once, however many turns of it are named one after the other."""
@@ -81,18 +80,14 @@ class Notes:
             raise ValueError(f"{place}: {details or why}")
         self.add(f"left out: {why}", place, details)
 
-    def add_unread(self, keys: Iterable[str], place: str) -> None:
-        for key in keys:
-            self.unread[key] += 1
-            self.first.setdefault("not read", place)
+    def add_unread(self, keys: Collection[str], place: str) -> None:
+        if keys:
+            self.add(f"have keys that are not read: {', '.join(sorted(keys))}", place)
 
     def say(self, of: int, name: str) -> None:
         """Prints a line for each reason. `of`: number of all rows; `name`: what they are called."""
         for what, n in self.counts.items():
             print(f"{n} of {of} {name} {what}" + (f" (first: {self.first[what]})" if self.first[what] else ""))
-        if self.unread:
-            keys = ", ".join(f"{key} (of {n} {name})" for key, n in self.unread.items())
-            print(f"not read: {keys}; first: {self.first['not read']}")
 
 
 def read_rows(path: Path | str, notes: Notes | None = None, strict: bool = False) -> list[Row]:

@@ -1,7 +1,7 @@
 """Log-probabilities of continuations: which of a few is likeliest after each of many prompts?
 
 A row holds whole prompts, each followed by its continuations as children of one segment (packing.py): a prompt is
-computed once, however many continuations it has, and what stands before all prompts once for all rows.
+computed once, however many continuations it has, and what stands before all prompts once a row.
 """
 
 from collections.abc import Sequence
@@ -11,8 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lit_model.attention import KVCache
-from lit_model.data.labels import Task, Verdict, numbers, verdict
+from lit_model.data.labels import Task, Verdict, numbers
 from lit_model.model import GPT
 from lit_model.packing import Example, Segment, lay_out
 
@@ -33,31 +32,31 @@ def scores(
     Raises:
         ValueError: they are longer than the model's context, or the network lacks one of these tokens.
     """
-    longest = len(before) + max(map(len, prompts)) + max(map(len, labels)) - 1
-    gpt.check_length(longest)
+    gpt.check_length(len(before) + max(map(len, prompts)) + max(map(len, labels)) - 1)
     gpt.config.check_tokens(max(int(np.max(ids)) for ids in (*prompts, *labels, before) if len(ids)))
     costs = np.array([len(prompt) for prompt in prompts]) + sum(len(label) - 1 for label in labels)
-    used = gpt.n_virtual_tokens + len(before)
-    cache = gpt.new_cache(used + row_tokens + int(costs.max()), longest + gpt.n_virtual_tokens)
-    root = _root(gpt, before, cache)
     row_of, parts = (costs.cumsum() - costs) // row_tokens, []
     for _, indices in groupby(range(len(prompts)), key=lambda i: row_of[i]):
-        segments, ids, wanted, picks = _row([prompts[i] for i in indices], labels, root)
-        packed = lay_out(segments, gpt.n_virtual_keys, cached=used, wanted=wanted)
+        segments, ids, wanted, picks = _row([prompts[i] for i in indices], labels, before, gpt.n_virtual_tokens)
+        packed = lay_out(segments, gpt.n_virtual_keys, wanted=wanted)
         idx = torch.from_numpy(np.concatenate(ids)).long().to(gpt.device)
-        log_p = gpt(idx, packed.to(gpt.device), cache).log_softmax(-1, dtype=torch.float32).cpu()  # (M, V)
+        log_p = gpt(idx, packed.to(gpt.device)).log_softmax(-1, dtype=torch.float32).cpu()  # (M, V)
         at, n, k, token = torch.tensor(picks).T
         part = torch.zeros(int(n.max()) + 1, len(labels))
         parts.append(part.index_put((n, k), log_p[at, token], accumulate=True))
     return torch.cat(parts)
 
 
-def _row(prompts: Sequence[Tokens], labels: Sequence[Tokens], root: Segment | None) -> tuple[list, list, list, list]:
-    """(segments, ids of each, wanted tokens, picks) of prompts behind `root`, each with all labels behind it.
+def _row(
+    prompts: Sequence[Tokens], labels: Sequence[Tokens], before: Tokens, n_virtual_tokens: int
+) -> tuple[list, list, list, list]:
+    """(segments, ids of each, wanted tokens, picks) of prompts behind virtual tokens and `before`, each with all labels
+    behind it.
 
     A pick is (index into wanted, prompt, label, the token of the label that is predicted there)."""
-    segments, ids, wanted, picks = [], [], [], []
-    end = 0
+    end, ids, wanted, picks = n_virtual_tokens + len(before), [np.asarray(before, dtype=int)], [], []
+    root = Segment(end) if end else None
+    segments = [root] if root else []
     for n, prompt in enumerate(prompts):
         stem = Segment(len(prompt), root)
         segments.append(stem)
@@ -76,20 +75,6 @@ def _row(prompts: Sequence[Tokens], labels: Sequence[Tokens], root: Segment | No
     return segments, ids, wanted, picks
 
 
-def _root(gpt: GPT, before: Tokens, cache: KVCache) -> Segment | None:
-    """Computes what every prompt sees, virtual tokens and `before`, into the cache. None if there is neither."""
-    n = gpt.n_virtual_tokens
-    segments = [Segment(n)] if n else []
-    if len(before):
-        segments.append(Segment(len(before), *segments))
-    if not segments:
-        return None
-    wanted = [n + len(before) - 1]
-    packed = lay_out(segments, gpt.n_virtual_keys, cached=0, wanted=wanted)
-    gpt(torch.tensor(list(before), dtype=torch.long, device=gpt.device), packed.to(gpt.device), cache)
-    return segments[-1]
-
-
 def judge(
     gpt: GPT, examples: Sequence[Example], task: Task, labels: Sequence[Tokens], row_tokens: int, before: Tokens = ()
 ) -> Verdict:
@@ -97,4 +82,4 @@ def judge(
     prompts = [e.ids[: e.first_target] for e in examples]
     best = scores(gpt, prompts, labels, row_tokens, before).argmax(-1).tolist()
     truth, predicted = ([task.classes[i] for i in which] for which in (numbers(examples, labels), best))
-    return verdict(truth, predicted, task.classes)
+    return Verdict(truth, predicted, task.classes)

@@ -68,11 +68,8 @@ class Tokenizer:
         return None if token is None else self.hf.token_to_id(token)
 
     def encode(self, text: str) -> list[int]:
-        return self.encode_batch([text])[0]
-
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         with reading(self.folder):  # its expressions may fail on a text
-            return [e.ids for e in self.hf.encode_batch_fast(list(texts), add_special_tokens=False)]
+            return self.hf.encode(text, add_special_tokens=False).ids
 
     def encode_with_places(self, texts: Sequence[str]) -> list[tuple[np.ndarray, np.ndarray]]:
         """For each text its ids (n,), and where in it each token stands (n,): at its last character, or, if it is an

@@ -129,7 +129,9 @@ def attend_table(
     group = nh // nkv
     seqs = min(B, 64 // group)  # of a program that reads shared keys
     shared = 0 if window or seqs < 2 else shared
-    own, common = _parts(B * nkv, S - shared), min(MOST_COMMON, -(-shared // KEYS))
+    # parts that keys are cut into, so that all of a GPU has work
+    own = min(MOST_PARTS, max(1, 264 // (B * nkv)), max(1, -(-(S - shared) // KEYS)))
+    common = min(MOST_COMMON, -(-shared // KEYS))
     y, sizes = torch.empty_like(q, memory_format=torch.contiguous_format), dict(HS=hs, HP=triton.next_power_of_2(hs))
     sizes |= _early(q)
     lse = torch.empty(B, nh, own + common, device=q.device, dtype=torch.float32)
@@ -144,11 +146,6 @@ def attend_table(
     if own > 1:
         _join[(B * nh,)](part, lse, y, ALL=own + common, OWN=own, AP=triton.next_power_of_2(own), **sizes)
     return y
-
-
-def _parts(programs: int, length: int) -> int:
-    """Into how many parts to cut keys, so that all of a GPU has work."""
-    return min(MOST_PARTS, max(1, 264 // programs), max(1, -(-length // KEYS)))
 
 
 @triton.jit

@@ -6,11 +6,9 @@ A frozen linear layer W (n_out, n_in) gets a correction of rank r beside it:
 
 B = 0 at the start makes it the base model exactly; A is kaiming-uniform with a = sqrt(5), as in the authors' code.
 Trained: A and B of every layer that `targets` names; on LLaMA-7B with r = 8 on q and v: 32 * 2 * 8 * (4096 + 4096) =
-4,194,304 numbers. The paper's dropout on x defaults to 0 here: with it, a preamble that examples share would have to be
-computed for each of them again (packing.py).
+4,194,304 numbers. Dropout on x defaults to 0 here: with it, what examples share is computed for each (packing.py).
 
-rslora (https://arxiv.org/abs/2312.03732) multiplies by alpha / sqrt(r), so that the size of the correction does not
-shrink with the rank; lr_ratio is LoRA+ (https://arxiv.org/abs/2402.12354): B learns this many times as fast as A.
+With rslora (https://arxiv.org/abs/2312.03732) its size is the same for any r. LoRA+: https://arxiv.org/abs/2402.12354
 """
 
 import math
@@ -45,12 +43,15 @@ class LoRA:
     lr_ratio: float = 1.0
     """LoRA+: learning rate of B as a multiple of A's; the paper has 16"""
 
+    @property
+    def scale(self) -> float:  # what B A is multiplied by
+        return self.alpha / (math.sqrt(self.r) if self.rslora else self.r)
+
 
 class LoRADelta(nn.Module):
     def __init__(self, linear: Linear, options: LoRA):
         super().__init__()
-        self.scale = options.alpha / (math.sqrt(options.r) if options.rslora else options.r)
-        self.dropout = options.dropout
+        self.scale, self.dropout = options.scale, options.dropout
         n = linear.weight.shape[:-2]  # (); of all experts (n,)
         self.A = nn.Parameter(torch.empty(*n, options.r, linear.in_features))
         self.B = nn.Parameter(torch.empty(*n, linear.out_features, options.r))
@@ -83,9 +84,8 @@ def target_layers(gpt: GPT, options: LoRA, experts: bool = True) -> dict[str, Li
     """The layers that `options.targets` names, those of experts among them. Raises ValueError for an unknown name."""
     require_positive(options, "r", "alpha", "lr_ratio")
     linears = {n: m for n, m in gpt.named_modules() if isinstance(m, Linear) or (experts and hasattr(m, "n_experts"))}
-    targets = [target.strip() for target in re.split(r",(?![^{]*})", options.targets)]  # not at the comma of {1,3}
     layers = {}
-    for target in targets:
+    for target in map(str.strip, re.split(r",(?![^{]*})", options.targets)):  # not at the comma of {1,3}
         names = []
         with suppress(re.error):  # not an expression: the name of no layer
             names = [name for name in linears if name.split(".")[-1] == target or re.fullmatch(target, name)]

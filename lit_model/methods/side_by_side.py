@@ -27,7 +27,6 @@ class SideBySide(GPT):
     def __init__(self, config: Config):
         super().__init__(config)
         self.slots: dict[str | None, dict[str, nn.ModuleDict]] = {None: _slots(self)}
-        self.current: str | None = None
 
     def take(self, name: str, donor: GPT) -> None:
         """Makes what fills the slots of `donor` the method `name`."""
@@ -37,7 +36,6 @@ class SideBySide(GPT):
         """Makes `name` the method of all calls without one; None: the base alone. Raises KeyError for another name."""
         for modules, slot, filling in places_in(self, self.slots[name]):
             modules[slot] = filling
-        self.current = name
 
     def merge(self) -> None:
         raise ValueError("methods that lie side by side cannot all be merged: load one of them alone")
@@ -49,22 +47,16 @@ class SideBySide(GPT):
         cache: KVCache | None = None,
         method: str | Sequence[str | None] | None = None,
     ) -> Tensor:
-        """As GPT.forward. method: that of all examples, or of each of a (B, T) batch; None: what `switch` has set."""
+        """As GPT.forward. method: of all examples of a (B, T) batch, or of each; None: what `switch` has set."""
         if method is None:
             return super().forward(idx, packed, cache)
-        before = self.current
-        try:
-            if isinstance(method, str):
-                self.switch(method)
-                return super().forward(idx, packed, cache)
-            logits = idx.new_empty(*idx.shape, self.config.vocab_size, dtype=self.dtype)
-            for name in dict.fromkeys(method):
-                rows = torch.tensor([other == name for other in method], device=idx.device)  # (B,)
-                self.switch(name)
-                logits[rows] = super().forward(idx[rows])
-            return logits
-        finally:
-            self.switch(before)
+        methods, rows, logits = [method] * len(idx) if isinstance(method, str) else method, [], []
+        for name in dict.fromkeys(methods):
+            mine = torch.tensor([other == name for other in methods], device=idx.device)  # (B,)
+            with filled(places_in(self, self.slots[name])):
+                logits.append(super().forward(idx[mine]))
+            rows.append(mine.nonzero()[:, 0])
+        return torch.cat(logits)[torch.cat(rows).argsort()]
 
 
 def slots_of(gpt: GPT, names: Sequence[str | None] | None) -> dict[str | None, dict[str, nn.ModuleDict]]:

@@ -1,11 +1,5 @@
 """Hugging Face folders: a checkpoint as it was downloaded, read tensor by tensor from the mapped files, and written so
-that transformers opens it.
-
-    config.json                       the shape (families.py)
-    model.safetensors                 or model.safetensors.index.json and its shards; else pytorch_model.bin, likewise
-    tokenizer.json or tokenizer.model, tokenizer_config.json, ...
-
-Other files (consolidated.*, original/, GGUF) are ignored.
+that transformers opens it. docs/weights.md says which files count.
 """
 
 import hashlib

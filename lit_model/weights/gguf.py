@@ -202,10 +202,10 @@ def _rope_scaling(
 def _llama_3(base: float, slower: Tensor) -> dict[str, Any]:
     """LLaMA 3.1's and 3.2's scaling: the file has only its effect on each frequency, slower (hs / 2,)."""
     for factor in (8.0, 32.0):
-        stated = dict(factor=factor, low_freq_factor=1.0, high_freq_factor=4.0)
-        scaled = Rope(base, scaling=Llama3Scaling(**stated, original_block_size=8192)).frequencies(2 * len(slower))
+        stated = dict(factor=factor, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=8192)
+        scaled = Rope(base, scaling=Llama3Scaling(**stated)).frequencies(2 * len(slower))
         if torch.allclose(Rope(base).frequencies(2 * len(slower)) / scaled, slower, rtol=1e-3):
-            return dict(rope_type="llama3", original_max_position_embeddings=8192) | stated
+            return dict(rope_type="llama3") | stated
     raise ValueError("rope_freqs.weight is not the rope scaling of LLaMA 3.1 or 3.2")
 
 

@@ -3,16 +3,15 @@
     LORA             lora; dora with use_dora; new tokens with trainable_token_indices; a head in modules_to_save
     PREFIX_TUNING    prefix         PROMPT_TUNING    prompt
     IA3              ia3            LN_TUNING        selective, its norms
-    ADAPTION_PROMPT  adapter, with one linear gate for all heads of a layer
+    ADAPTION_PROMPT  adapter, with one linear gate for all heads of a layer: read only
 
 Where transformers fuses layers (GPT-2's c_attn) a LoRA of ours on each of k of them is one of rank k r there: the As
 one below the other, the Bs along the diagonal.
 """
 
 import json
-import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,6 @@ from torch import Tensor
 
 from lit_model.data.tokenizer import Tokenizer
 from lit_model.files import read_json, reading, refuse_used
-from lit_model.load import MethodDirs, method_dirs, read_method
 from lit_model.methods import ia3
 from lit_model.methods.adapter import Adapter
 from lit_model.methods.dora import DoRA
@@ -38,6 +36,7 @@ from lit_model.weights.folder import Folder, network_shapes, unpickled
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 TOKENS = "token_adapter.trainable_tokens_delta"
 Named = dict[str, Tensor]
+Methods = Sequence[tuple[dict[str, Any], Named]]  # `load.read_method` of each folder; LoRAs among several add up
 
 
 class Modules:
@@ -90,13 +89,13 @@ def read_peft(folder: Path, base: Folder) -> tuple[dict[str, Any], Named]:
         stored = load_file(path) if path.is_file() else unpickled(path.with_suffix(".bin"))
         prefixes = rf"(_orig_mod\.|base_model\.model\.|{re.escape(base.family.prefix)}(?=.*\.))*"
         theirs = {re.sub(f"^{prefixes}", "", name.replace("._orig_mod.", ".")): t.float() for name, t in stored.items()}
-        modules, tokens = Modules(base), {}
-        found = _take_tokens(config, theirs, modules, tokens)
+        modules = Modules(base)
+        tokens, rows = _take_tokens(config, theirs, modules)
         method, options, tensors = READERS[kind](config, theirs, modules)
         if theirs:
             raise ValueError(f"it has a tensor {min(theirs)}, which no method here has a place for")
     header = dict(method=method, options=asdict(options) if options else {}, base=base.identity, quantize="none")
-    return header | dict(task=None, tokens=tokens), tensors | found
+    return header | dict(task=None, tokens=tokens), tensors | rows
 
 
 def _take(theirs: Named, kind: str) -> Named:
@@ -104,22 +103,21 @@ def _take(theirs: Named, kind: str) -> Named:
     return {name.removesuffix(f".{kind}"): theirs.pop(name) for name in list(theirs) if name.endswith(f".{kind}")}
 
 
-def _take_tokens(config: dict[str, Any], theirs: Named, modules: Modules, tokens: dict[str, int]) -> Named:
-    """The rows of trained tokens, which are added to `tokens`."""
+def _take_tokens(config: dict[str, Any], theirs: Named, modules: Modules) -> tuple[dict[str, int], Named]:
+    """Trained tokens, text -> id, and their rows."""
     found, indices = _take(theirs, TOKENS), config.get("trainable_token_indices")
     if not found:
-        return {}
+        return {}, {}
     base, tokenizer = modules.base, Tokenizer(modules.base.path)
     ids, *others = indices.values() if isinstance(indices, dict) else [indices]
     if any(other != ids for other in others):
         raise ValueError(f"trainable_token_indices are {indices!r:.80}; they must be the same in both layers")
-    tokens |= {str(tokenizer.hf.id_to_token(i)): i for i in sorted(ids)}
     order = sorted(range(len(ids)), key=ids.__getitem__)
     rows = {f"{modules.ours[name][0]}.deltas.tokens.rows": t[order] for name, t in found.items()}
     if not base.config.tie:
         own = base.tensor("lm_head.weight")[sorted(ids)].float()
         rows = {"lm_head.deltas.tokens.rows": own} | rows
-    return rows
+    return {str(tokenizer.hf.id_to_token(i)): i for i in sorted(ids)}, rows
 
 
 def _read_lora(config: dict[str, Any], theirs: Named, modules: Modules) -> tuple[str, LoRA, Named]:
@@ -129,30 +127,26 @@ def _read_lora(config: dict[str, Any], theirs: Named, modules: Modules) -> tuple
     for name, A in As.items():
         patterns, full = config.get("alpha_pattern") or {}, modules.family.full_name(name)
         own = (a for pattern, a in patterns.items() if re.fullmatch(rf"(.*\.)?({pattern})", full))
-        alpha = next(own, config["lora_alpha"])
+        alpha = float(next(own, config["lora_alpha"]))
         for ours, B in modules.split(name, Bs.pop(name)):
-            layers[ours] = A, B, alpha / _rank_root(len(A), rslora)
-    ranks, scales = {len(A) for A, _, _ in layers.values()}, {scale for _, _, scale in layers.values()}
-    r, is_one = max(ranks), len(ranks) == len(scales) == 1
+            layers[ours] = A, B, alpha
+    ranks, alphas = {len(A) for A, _, _ in layers.values()}, {alpha for _, _, alpha in layers.values()}
+    r, is_one = max(ranks), len(ranks) == len(alphas) == 1
     tensors = {}
-    for name, (A, B, scale) in layers.items():
-        A, B = (A, B) if is_one else (_padded(A, 0, r), _padded(B, 1, r) * scale)
+    for name, (A, B, alpha) in layers.items():
+        if not is_one:
+            A, B = _padded(A, 0, r), _padded(B, 1, r) * LoRA(len(A), alpha, rslora=rslora).scale
         tensors |= {f"{name}.deltas.{method}.A": A, f"{name}.deltas.{method}.B": B.contiguous()}
     for name, size in sizes.items():
         for ours, part in modules.split(name, size.flatten()):
             norms = modules.base.tensor(f"{ours}.weight").float().norm(dim=-1)
             tensors[f"{ours}.deltas.dora.magnitude"] = part - norms
     head = {name: theirs.pop(name) for name in list(theirs) if name == "lm_head.weight"}  # of modules_to_save
-    alpha = scales.pop() * _rank_root(r, rslora) if is_one else r
+    alpha = alphas.pop() if is_one else float(r)
     kind = LoRA if method == "lora" else DoRA
     theirs |= Bs
     options = kind(r, alpha, ",".join(layers), config.get("lora_dropout") or 0.0, rslora and is_one)
     return method, options, tensors | head
-
-
-def _rank_root(r: int, rslora: bool) -> float:
-    """What alpha is divided by."""
-    return math.sqrt(r) if rslora else r
 
 
 def _padded(t: Tensor, dim: int, n: int) -> Tensor:
@@ -211,8 +205,8 @@ READERS = dict(
 # ----------------------------------------------------------------------------------------------------------------- out
 
 
-def write_peft(out_dir: Path, header: dict[str, Any], tensors: Named, base: Folder, exact: bool = False) -> None:
-    """Writes a method (`load.read_method`) as a PEFT folder.
+def write_peft(out_dir: Path, methods: Methods, base: Folder, exact: bool = False) -> None:
+    """Writes a method as a PEFT folder.
 
     Args:
         exact: a LoRA keeps alpha, rslora and DoRA's magnitudes, which PEFT reads; else its scale lies in B and alpha is
@@ -220,98 +214,86 @@ def write_peft(out_dir: Path, header: dict[str, Any], tensors: Named, base: Fold
     Raises:
         ValueError: PEFT has no such method, or `out_dir` is in use.
     """
-    refuse_used(out_dir)
-    method, options, modules = header["method"], header["options"], Modules(base)
-    if method not in WRITERS or header["task"]:
+    (header, tensors), modules = methods[0], Modules(base)
+    method = "lora" if len(methods) > 1 else header["method"]
+    if header["task"] or method not in ("lora", "dora", *WRITERS):
         raise ValueError(f"peft cannot say {method}; merge it with --to hf, or serve it with --method_dir")
-    config, stored = WRITERS[method](options | dict(kind=method, exact=exact), dict(tensors), modules)
+    if method in WRITERS:
+        config, stored = WRITERS[method](tensors, modules)
+    else:
+        config, stored = _write_lora(methods, method, modules, exact)
     if header["tokens"]:
         config |= _write_tokens(header["tokens"], tensors, stored, modules)
     if "lm_head.weight" in tensors:
         config["modules_to_save"], stored["base_model.model.lm_head.weight"] = ["lm_head"], tensors["lm_head.weight"]
     common = dict(task_type="CAUSAL_LM", base_model_name_or_path=str(base.path), inference_mode=True)
+    refuse_used(out_dir)
     out_dir.mkdir(parents=True, exist_ok=True)
     save_file({name: t.contiguous() for name, t in stored.items()}, out_dir / WEIGHTS, dict(format="pt"))
     (out_dir / CONFIG).write_text(json.dumps(common | config, indent=2, sort_keys=True) + "\n")
 
 
-def lora_layers(options: dict[str, Any], tensors: Named, modules: Modules) -> dict[str, tuple[Tensor, Tensor]]:
-    """Their module -> (A, scale * B) of the LoRAs on ours in it, all of one rank. Raises ValueError for experts'."""
-    kind, scale, layers = options["kind"], options["alpha"] / _rank_root(options["r"], options["rslora"]), {}
+def plain_lora(methods: Methods, modules: Modules) -> dict[str, tuple[Tensor, Tensor]]:
+    """`lora_layers` for formats that know nothing else. Raises ValueError if a method is more than a LoRA."""
+    for header, tensors in methods:
+        if header["method"] != "lora" or header["task"] or any(".deltas.lora." not in name for name in tensors):
+            raise ValueError(f"{header['method']} is more than a LoRA: merge it with --to hf or --to gguf")
+    return lora_layers(methods, modules)
+
+
+def lora_layers(
+    methods: Methods, modules: Modules, kind: str = "lora", exact: bool = False
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """Their module -> (A, scale * B) of all LoRAs on ours in it, all of one rank. Raises ValueError for experts'."""
+    layers = {}
     for theirs, ours in modules.ours.items():
-        As = {name: tensors[f"{name}.deltas.{kind}.A"] for name in ours if f"{name}.deltas.{kind}.A" in tensors}
-        if not As:
-            continue
-        if "experts" in theirs:
+        As, Bs = [], []
+        for header, tensors in methods:
+            found = [tensors[key] for name in ours if (key := f"{name}.deltas.{kind}.A") in tensors]
+            if found:
+                none = {name: torch.empty(modules.n_out[name], 0) for name in ours}
+                blocks = [tensors.get(f"{name}.deltas.{kind}.B", none[name]) for name in ours]
+                As += found
+                Bs.append(torch.block_diag(*blocks) * LoRA(**header["options"]).scale)
+        if As and "experts" in theirs:
             raise ValueError(f"a LoRA on {theirs} is read by nobody else; merge it with --to hf")
-        A, n = torch.cat([*As.values()]), 0
-        B = A.new_zeros(sum(modules.n_out[name] for name in ours), len(A))
-        for name, rows in modules.split(theirs, B):
-            if name in As:
-                rows[:, n : n + len(As[name])] = tensors[f"{name}.deltas.{kind}.B"] * scale
-                n += len(As[name])
-        layers[theirs] = A, B
+        if As:
+            layers[theirs] = torch.cat(As), torch.cat(Bs, dim=1)
     ranks = {len(A) for A, _ in layers.values()}
     r, padded = max(ranks), ", lower ranks padded with zeros" if len(ranks) > 1 else ""
-    if not options.get("exact"):
+    if not exact:
         print(f"one LoRA of rank {r} on {len(layers)} modules{padded}; its scale is folded into B")
     return {name: (_padded(A, 0, r), _padded(B, 1, r)) for name, (A, B) in layers.items()}
 
 
-def read_sum(method_dir: MethodDirs, base: Folder) -> tuple[dict[str, Any], Named]:
-    """`load.read_method`; of several LoRAs their sum, as one. Raises ValueError if others are among several."""
-    methods = [read_method(folder, base) for folder in method_dirs(method_dir)]
-    if len(methods) == 1:
-        return methods[0]
-    summed: dict[str, list[Tensor]] = {}
-    for header, tensors in methods:
-        options = _only_lora(header, tensors)
-        for name, t in tensors.items():
-            scale = options["alpha"] / _rank_root(options["r"], options["rslora"]) if name.endswith(".B") else 1.0
-            summed.setdefault(name, []).append(t * scale)
-    header = methods[0][0] | dict(options=asdict(LoRA(r=1, alpha=1.0)))
-    return header, {name: torch.cat(parts, dim=int(name.endswith(".B"))) for name, parts in summed.items()}
-
-
-def _write_lora(options: dict[str, Any], tensors: Named, modules: Modules) -> tuple[dict[str, Any], Named]:
-    is_dora, layers = options["kind"] == "dora", lora_layers(options, tensors, modules)
-    if is_dora and not options["exact"]:
+def _write_lora(methods: Methods, kind: str, modules: Modules, exact: bool) -> tuple[dict[str, Any], Named]:
+    is_dora, is_sum, (header, tensors) = kind == "dora", len(methods) > 1, methods[0]
+    if is_dora and not exact:
         raise ValueError("a DoRA is read by peft alone: --peft_exact true, or merge it with --to hf")
-    stored, r = {}, len(next(iter(layers.values()))[0])
+    layers = plain_lora(methods, modules) if is_sum else lora_layers(methods, modules, kind, exact)
+    stored, r, options = {}, len(next(iter(layers.values()))[0]), LoRA(**header["options"])
+    keeps_scale = exact and not is_sum and r == options.r  # not of layers that are fused
+    if not keeps_scale:
+        options = LoRA(r, float(r), dropout=options.dropout)
     for theirs, (A, B) in layers.items():
         start, ours = modules.full(theirs), modules.ours[theirs]
-        stored |= {f"{start}.lora_A.weight": A, f"{start}.lora_B.weight": B}
+        stored |= {f"{start}.lora_A.weight": A, f"{start}.lora_B.weight": B / options.scale}
         if is_dora:
             norms = torch.cat([modules.base.tensor(f"{name}.weight").float().norm(dim=-1) for name in ours])
             for name, size in modules.split(theirs, norms):
                 size += tensors.get(f"{name}.deltas.dora.magnitude", 0)
             stored[f"{start}.lora_magnitude_vector"] = norms
-    alpha, rslora = float(r), options["exact"] and options["rslora"] and r == options["r"]
-    if options["exact"] and r == options["r"]:  # of no layer that is fused
-        alpha = options["alpha"]
-        for name in (name for name in stored if "lora_B" in name):
-            stored[name] = stored[name] / (alpha / _rank_root(r, rslora))
     return dict(
-        peft_type="LORA", r=r, lora_alpha=alpha, lora_dropout=options["dropout"], bias="none", use_rslora=rslora,
-        target_modules=modules.targets(layers), fan_in_fan_out=bool(modules.family.transposed), use_dora=is_dora,
+        peft_type="LORA", r=r, lora_alpha=options.alpha, lora_dropout=options.dropout, bias="none",
+        use_rslora=options.rslora, target_modules=modules.targets(layers),
+        fan_in_fan_out=bool(modules.family.transposed), use_dora=is_dora,
     ), stored  # fmt: skip
 
 
-def plain_lora(header: dict[str, Any], tensors: Named, base: Folder) -> dict[str, tuple[Tensor, Tensor]]:
-    """`lora_layers` for formats that know nothing else. Raises ValueError if the method is more than a LoRA."""
-    return lora_layers(_only_lora(header, tensors) | dict(kind="lora"), tensors, Modules(base))
-
-
-def _only_lora(header: dict[str, Any], tensors: Named) -> dict[str, Any]:
-    if header["method"] != "lora" or header["task"] or any(".deltas.lora." not in name for name in tensors):
-        raise ValueError(f"{header['method']} is more than a LoRA: merge it with --to hf or --to gguf")
-    return header["options"]
-
-
-def write_mlx(out_dir: Path, header: dict[str, Any], tensors: Named, base: Folder) -> None:
+def write_mlx(out_dir: Path, methods: Methods, base: Folder) -> None:
     """Writes a LoRA as mlx-lm's adapter folder. Raises ValueError if it is none, or `out_dir` is in use."""
     refuse_used(out_dir)
-    layers, stored = plain_lora(header, tensors, base), {}
+    layers, stored = plain_lora(methods, Modules(base)), {}
     for theirs, (A, B) in layers.items():
         name = base.family.full_name(f"{theirs}.")
         stored |= {f"{name}lora_a": A.T.contiguous(), f"{name}lora_b": B.T.contiguous()}
@@ -333,10 +315,10 @@ def _write_tokens(tokens: dict[str, int], tensors: Named, stored: Named, modules
     return dict(trainable_token_indices={modules.theirs(name): ids for name in places})
 
 
-def _write_virtual(options: dict[str, Any], tensors: Named, modules: Modules) -> tuple[dict[str, Any], Named]:
+def _write_virtual(tensors: Named, modules: Modules) -> tuple[dict[str, Any], Named]:
     (t,), shape = tensors.values(), modules.base.config  # (P, C), or (L, 2, P, nkv, hs)
     kind, heads, size = "PROMPT_TUNING", shape.n_head, shape.n_embd
-    if options["kind"] == "prefix":
+    if t.dim() == 5:
         kind, heads, size = "PREFIX_TUNING", shape.n_kv_head, shape.n_kv_head * shape.head_size
         t = t.permute(2, 0, 1, 3, 4).flatten(1)  # (P, L 2 nkv hs)
     return dict(
@@ -345,7 +327,7 @@ def _write_virtual(options: dict[str, Any], tensors: Named, modules: Modules) ->
     ), dict(prompt_embeddings=t)  # fmt: skip
 
 
-def _write_ia3(options: dict[str, Any], tensors: Named, modules: Modules) -> tuple[dict[str, Any], Named]:
+def _write_ia3(tensors: Named, modules: Modules) -> tuple[dict[str, Any], Named]:
     scales, stored, inner = {name.removesuffix(".deltas.ia3.scale"): t for name, t in tensors.items()}, {}, []
     for theirs, ours in modules.ours.items():
         if (inside := scales.get(ours[0], scales.get(ours[0].replace("down", "up")))) is not None and "down" in ours[0]:
@@ -359,7 +341,7 @@ def _write_ia3(options: dict[str, Any], tensors: Named, modules: Modules) -> tup
     return config, {f"{modules.full(theirs)}.ia3_l": t for theirs, t in stored.items()}
 
 
-def _write_norms(options: dict[str, Any], tensors: Named, modules: Modules) -> tuple[dict[str, Any], Named]:
+def _write_norms(tensors: Named, modules: Modules) -> tuple[dict[str, Any], Named]:
     if odd := next((name for name in tensors if "norm" not in name), None):
         raise ValueError(f"peft cannot say a trained {odd}; merge it with --to hf")
     stored, chosen = {}, set()
@@ -370,20 +352,4 @@ def _write_norms(options: dict[str, Any], tensors: Named, modules: Modules) -> t
     return dict(peft_type="LN_TUNING", target_modules=modules.targets(chosen)), stored
 
 
-def _write_adapter(options: dict[str, Any], tensors: Named, modules: Modules) -> tuple[dict[str, Any], Named]:
-    stored, n_layer = {}, modules.base.config.n_layer
-    for name, t in tensors.items():
-        layer, kind = f"blocks.{name.split('.')[1]}.attn.q_proj", name.rpartition(".")[2]
-        t = t.tanh() if kind == "gate" and options["gate"] == "tanh" else t
-        if kind == "gate" and not (t == t[0]).all():
-            raise ValueError("peft cannot say an adapter with a gate for each head; serve it with --method_dir")
-        start = modules.full(modules.theirs(layer).rpartition(".")[0])
-        stored[f"{start}.adaption_{kind}"] = t[:1] if kind == "gate" else t[None]
-    config = dict(adapter_len=options["prompt_length"], adapter_layers=n_layer - options["start_layer"])
-    return config | dict(peft_type="ADAPTION_PROMPT", target_modules="self_attn"), stored
-
-
-WRITERS = dict(
-    lora=_write_lora, dora=_write_lora, prefix=_write_virtual, prompt=_write_virtual, ia3=_write_ia3,
-    selective=_write_norms, adapter=_write_adapter,
-)  # fmt: skip
+WRITERS = dict(prefix=_write_virtual, prompt=_write_virtual, ia3=_write_ia3, selective=_write_norms)

@@ -15,7 +15,6 @@ import numpy as np
 import torch
 from gguf.quants import dequantize, quantize
 from tokenizers import pre_tokenizers
-from torch import Tensor
 
 from lit_model.config import Config
 from lit_model.data.tokenizer import Tokenizer
@@ -25,7 +24,7 @@ from lit_model.merge import Loss, Merged
 from lit_model.rope import LinearScaling, Llama3Scaling, LongScaling, Rope, YarnScaling
 from lit_model.weights.folder import Folder, network_shapes
 from lit_model.weights.gguf import _SPLITS, ARCHITECTURES, SIZES, WINDOWED, converted, shape_of, their_names
-from lit_model.weights.peft import Modules, plain_lora
+from lit_model.weights.peft import Methods, Modules, plain_lora
 from lit_model.weights.sentencepiece import CONTROL, NORMAL, UNKNOWN, USER_DEFINED
 
 UNUSED, BYTE = 5, 6  # kinds of tokens, beside sentencepiece's
@@ -49,7 +48,9 @@ def write_gguf(out: Path, merged: Merged, kind: str = "Q8_0") -> Loss:
     with replacing(out) as aside:
         writer = gguf.GGUFWriter(aside, arch)
         for name, value in fields.items():
-            _add(writer, name, value)
+            vtype = gguf.GGUFValueType.UINT32 if type(value) is int else gguf.GGUFValueType.get_type(value)
+            if value != []:  # merges of a tokenizer without any: gguf stores no empty list
+                writer.add_key_value(name, value, vtype)
         for name, values in extra.items():
             writer.add_tensor_info(name, values.shape, np.dtype("f4"), 4 * len(values))
         for name, (shape, stored) in plan.items():
@@ -93,10 +94,10 @@ def _check(
         raise ValueError(f"a GGUF file of {arch} cannot say this network's shape: llama.cpp would answer otherwise")
 
 
-def write_gguf_lora(out: Path, header: dict[str, Any], tensors: dict[str, Tensor], base: Folder) -> None:
-    """Writes a LoRA (`load.read_method`) alone. Raises ValueError if it is none, or one that llama.cpp cannot take."""
+def write_gguf_lora(out: Path, methods: Methods, base: Folder) -> None:
+    """Writes a LoRA alone. Raises ValueError if it is none, or one that llama.cpp cannot take."""
     arch, modules = _arch(base), Modules(base)
-    layers, names = plain_lora(header, tensors, base), their_names(base.family, base.config, arch)
+    layers, names = plain_lora(methods, modules), their_names(base.family, base.config, arch)
     if base.config.tie and "lm_head" in layers:
         raise ValueError("llama.cpp takes no LoRA on an output layer that is the embedding: merge it with --to gguf")
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -120,12 +121,6 @@ def _arch(base: Folder) -> str:
     if (kind := base.hf["model_type"]) not in kinds:
         raise ValueError(f"a GGUF file of {kind} is not supported; known are {', '.join(kinds)}")
     return kinds[kind]
-
-
-def _add(writer: gguf.GGUFWriter, name: str, value: Any) -> None:
-    """Adds a field of the type that its value has; numbers are 32 bits wide."""
-    kinds = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}
-    kinds[type(value)](name, value) if type(value) in kinds else writer.add_array(name, value)
 
 
 def _plan(fused: list[torch.Size], name: str, kind: str) -> tuple[tuple[int, ...], gguf.GGMLQuantizationType]:
@@ -164,7 +159,7 @@ def _sizes(config: Config, family: Family, arch: str) -> dict[str, Any]:
             fields["rope.scaling.type"] = "yarn" if isinstance(scaling, YarnScaling) else "linear"
             fields["rope.scaling.factor"] = float(scaling.factor)
         if isinstance(scaling, YarnScaling | LongScaling):
-            fields["rope.scaling.original_context_length"] = scaling.original_block_size
+            fields["rope.scaling.original_context_length"] = scaling.original_max_position_embeddings
         if isinstance(scaling, LongScaling):
             fields["rope.scaling.attn_factor"] = float(scaling.attention_factor)
     named = {f"{arch}.{name}": value for name, value in fields.items()}
@@ -175,7 +170,7 @@ def _extra(config: Config) -> dict[str, np.ndarray]:
     """Tensors beside the network's: by what each frequency of the positions is divided."""
     scaling = next((rope.scaling for rope in config.ropes if rope.scaling is not None), None)
     if isinstance(scaling, LongScaling):
-        lists = dict(rope_factors_short=scaling.short, rope_factors_long=scaling.long)
+        lists = dict(rope_factors_short=scaling.short_factor, rope_factors_long=scaling.long_factor)
         return {f"{name}.weight": np.array(values) for name, values in lists.items()}
     if isinstance(scaling, Llama3Scaling):
         (rope,) = config.ropes

@@ -24,7 +24,7 @@ from lightning_fabric import Fabric
 
 from finetune import memory
 from finetune.devices import launch, total
-from finetune.loop import ahead, the_same, train_step
+from finetune.loop import ahead, train_step
 from finetune.report import Step, peak_memory
 from finetune.run import Run, RunOptions, Train, batches, build, prepare
 from lit_model.cli import cli
@@ -173,30 +173,31 @@ def ours(case: Case) -> Result:
         train_examples=case.examples, val_examples=[], row_tokens=16384, task=None, state=None, progress=None,
     )  # fmt: skip
     gpt = build(run, case.method, case.method_options)
-    network, optimizer = prepare(run, gpt, share=True, lr_scale=the_same)
+    network, optimizer = prepare(run, gpt, share=True)
     if options.recompute == "on" and gpt.recompute == "off":
         gpt.recompute = "on"
     stream = ahead(run.steps(gpt))
 
-    def take(n: int) -> list[tuple[Step, int]]:
-        """Steps, and the number of rows of each."""
+    def take(n: int) -> list[tuple[Step, int, int, int]]:
+        """Steps, and of this process the rows of each, and the tokens and targets in those that count."""
         steps = []
         for step, rows in islice(stream, n):
             train_step(run, network, optimizer, step, rows)
-            steps.append((step, len(rows)))
+            own = [packed for _, packed in rows if packed.weight]
+            steps.append((step, len(rows), sum(len(p.pos) for p in own), sum(len(p.targets) for p in own)))
         return steps
 
     take(WARM_UP)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     start = sync(device)
-    steps, counts = zip(*take(options.steps))
+    steps, *counts = zip(*take(options.steps))
     seconds = sync(device) - start
     peak = peak_memory(device)
     if options.profile:
         print_kernels(lambda: take(PROFILED), device)
-    n_real, n_rows = sum(len(e.ids) for s in steps for e in s.batch), sum(counts)
-    n_computed, n_own_targets = sum(s.n_computed for s in steps), sum(s.n_own_targets for s in steps)
+    n_real = sum(len(e.ids) for s in steps for e in s.batch)
+    n_rows, n_computed, n_own_targets = map(sum, counts)
     ways = {"off": "", "on": ", blocks recomputed", "offload": ", blocks recomputed, inputs on the host"}
     return Result(
         "lit-model",

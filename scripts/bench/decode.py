@@ -9,17 +9,19 @@ same 1,000.
 
 import json
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from lit_model import GPT
-from lit_model.cli import choose_device, cli
-from lit_model.decode import Decoder, Sampling
-from lit_model.load import install_method, is_base, load_base, method_options
+from lit_model.cli import cli
+from lit_model.decode import Decoder, Request
+from lit_model.load import choose_device, install_method, is_base, load_base, method_options
 from lit_model.methods.side_by_side import SideBySide
 from lit_model.model import Config
+from lit_model.sampling import Sampling
 from scripts.bench.bench_table import commit
 from scripts.bench.workload import RandomFolder
 
@@ -27,6 +29,8 @@ ROWS = (
     "llama-7b:bf16:1,llama-7b:bf16:1:lora,llama-7b:bf16:1:adapter,llama-7b:int8:1,llama-7b:nf4:1,llama-7b:fp8:1,"
     "llama-7b:bf16:32,llama-7b:mixed:32,llama-3.1-8b:bf16:64,prefill:llama-7b:1000,shared:llama-7b:64"
 )
+
+GREEDY = Sampling(0)
 
 
 @dataclass
@@ -68,21 +72,21 @@ def measure(row: str, options: Options, device: torch.device) -> dict[str, float
     if row.startswith("prefill:"):
         _, preset, n = row.split(":")
         gpt = network(preset, "bf16", device)
-        seconds = best(lambda: Decoder.of(gpt, prompts(gpt, 1, int(n)), [1], [Sampling(0)]), device)
+        seconds = best(lambda: Decoder.of(gpt, requests(prompts(gpt, 1, int(n)), 1)), device)
         return dict(prefill_ms=1e3 * seconds)
     if row.startswith("shared:"):
         _, preset, n = row.split(":")
-        gpt, ways, new = network(preset, "bf16", device), [Sampling(0)] * int(n), [options.new] * int(n)
+        gpt, new = network(preset, "bf16", device), options.new
         own, start = prompts(gpt, int(n), 32), prompts(gpt, 1, 1000)[0]
-        alone = best(lambda: list(Decoder.of(gpt, own, new, ways).tokens(options.new)), device)
-        both = best(lambda: list(Decoder.of(gpt, [start + ids for ids in own], new, ways).tokens(options.new)), device)
+        longer = [start + ids for ids in own]
+        alone = best(lambda: list(Decoder.of(gpt, requests(own, new)).tokens(new)), device)
+        both = best(lambda: list(Decoder.of(gpt, requests(longer, new)).tokens(new)), device)
         return dict(seconds_of_own_alone=alone, seconds_with_1000_shared=both)
     preset, precision, batch, *method = row.split(":")
-    gpt, batch, names = network(preset, precision, device, *method), int(batch), None
-    if precision == "mixed":
-        names = [*gpt.slots] * (batch // len(gpt.slots))
-    n_new, ways = [options.new + 40] * batch, [Sampling(0.8, 200)] * batch
-    decoder = Decoder.of(gpt, prompts(gpt, batch, options.prompt), n_new, ways, names)
+    gpt, batch = network(preset, precision, device, *method), int(batch)
+    names = [*gpt.slots] if precision == "mixed" else [None]
+    asked = requests(prompts(gpt, batch, options.prompt), options.new + 40, Sampling(0.8, 200), names)
+    decoder = Decoder.of(gpt, asked, names if precision == "mixed" else None)
     list(decoder.tokens(16))  # compiles, and captures the graph
     seconds = best(lambda: list(decoder.tokens(options.new // 4)), device)
     speed = batch * (options.new // 4) / seconds
@@ -94,6 +98,13 @@ def measure(row: str, options: Options, device: torch.device) -> dict[str, float
         del gpt, decoder
         result |= transformers_speed(preset, batch, options, device)
     return result
+
+
+def requests(
+    prompts: list[list[int]], n_new: int, way: Sampling = GREEDY, names: Sequence[str | None] = (None,)
+) -> list[Request]:
+    """Of methods in turn."""
+    return [Request(ids, n_new, way, names[i % len(names)]) for i, ids in enumerate(prompts)]
 
 
 def network(preset: str, precision: str, device: torch.device, method: str | None = None) -> GPT:

@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from finetune.report import Diverged
 from finetune.run import Run, Train, batches, learning_rate
-from lit_model.data.labels import Task, Verdict, numbers, verdict
+from lit_model.data.labels import Task, Verdict, numbers
 from lit_model.families import PRESETS
 from lit_model.packing import Example
 
@@ -164,4 +164,4 @@ def judge(
             costs = torch.nn.functional.cross_entropy(logits.mT.float(), targets, reduction="none")
             scores[k, 16 * i : 16 * i + 16] = -costs.sum(1).cpu()
     truth = [task.classes[i] for i in numbers(examples, labels)]
-    return verdict(truth, [task.classes[i] for i in scores.argmax(0).tolist()], task.classes)
+    return Verdict(truth, [task.classes[i] for i in scores.argmax(0).tolist()], task.classes)

@@ -12,10 +12,11 @@ import numpy as np
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from lit_model.cli import choose_device, cli
+from lit_model.cli import cli
 from lit_model.data.examples import render
 from lit_model.families import PRESETS
 from lit_model.files import refuse_used, write_text
+from lit_model.load import choose_device
 from lit_model.model import Config
 from lit_model.weights.folder import save_folder
 from scripts.bench.workload import RandomFolder, lengths
@@ -27,8 +28,6 @@ PAIRS = "appropri|ately comple|tes pa|ired Inst|ruction ##|#".split()  # so prea
 
 @dataclass
 class Options:
-    """Options."""
-
     preset: str = "llama-7b"
     """shape of the network: a name in lit_model/presets.json"""
     out_dir: Path = Path("checkpoints/random")
