@@ -90,7 +90,8 @@ def features(gpt: GPT, examples: list[Example], pool: str, row_tokens: int, name
     gpt.heads["features"] = torch.nn.Identity()
     vectors = []
     order = np.argsort([len(e.ids) for e in examples])  # one that `pack` keeps, which may put short ones first
-    rows = pack([examples[i] for i in order], row_tokens, share=False, short_context=gpt.config.short_context)
+    more = dict(share=False, short_context=gpt.config.short_context, windows=gpt.config.windows)
+    rows = pack([examples[i] for i in order], row_tokens, **more)
     for idx, packed in tqdm(rows, desc=f"features of {name} rows", leave=False):
         if pool == "mean":
             packed = replace(packed, wanted=None, last=None)

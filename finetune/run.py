@@ -177,9 +177,9 @@ class Run:
 
     def rows(self, gpt: GPT, examples: Sequence[Example], share: bool = True) -> list[tuple[Tensor, Packed]]:
         """The share of this process of the rows that `examples` are packed into."""
-        virtual = gpt.n_virtual_tokens, gpt.n_virtual_keys
-        of_process = self.rank, self.world
-        return pack(examples, self.row_tokens, *virtual, share, *of_process, gpt.config.short_context)
+        virtual, of_process = (gpt.n_virtual_tokens, gpt.n_virtual_keys), (self.rank, self.world)
+        of_network = gpt.config.short_context, gpt.config.windows
+        return pack(examples, self.row_tokens, *virtual, share, *of_process, *of_network)
 
     def resume(self, network: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         """Loads weights, moments and random numbers of the run that out_dir holds, if there is one."""

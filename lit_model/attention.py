@@ -60,16 +60,17 @@ class PackedRow:
         Returns: (T, nh, hs).
         """
         packed = self.packed
-        has_kernel = packed.blocks is not None and self.window is None and self.softcap is None and _has_kernels(q)
-        if rope is not None and not (has_kernel and rope.turns_all_of(q)):
+        blocks = packed.blocks.get(self.window) if packed.blocks and _has_kernels(q) else None
+        is_plain = q.shape[-1] <= 128 and q.shape[-1].bit_count() == 1  # the kernel takes what goes with most networks
+        if rope is not None and not (blocks and is_plain and rope.turns_all_of(q)):
             (q, k), rope = self.rotated(q, k), None
-        if has_kernel:
+        if blocks:
             fits = prompts and len(prompts[0][0]) <= MOST_PROMPT_KEYS and prompts[0][2].ndim == 1  # one gate for all
-            small = prompts[:1] if fits else ()
+            prompt, *others = prompts if fits and is_plain and self.softcap is None else (None, *prompts)
             from lit_model.kernels.packed_attention import packed_attention  # needs Triton to be imported
 
-            y = packed_attention(q, k, v, packed.blocks, self.scale, rope, *small)
-            prompts = prompts[len(small) :]
+            y = packed_attention(q, k, v, blocks, self.scale, rope, prompt, self.window, self.softcap)
+            prompts = others
         else:
             y = self._over_gathered(q, k, v)
         if prompts and rope is not None:
@@ -138,8 +139,10 @@ def _fast_16_bit(q: Tensor) -> bool:
 
 
 def _has_kernels(q: Tensor) -> bool:
-    hs = q.shape[-1]
-    return _fast_16_bit(q) and HAS_TRITON and 16 <= hs <= 128 and hs & (hs - 1) == 0
+    if not (HAS_TRITON and _fast_16_bit(q)):
+        return False
+    most = 256 if torch.cuda.get_device_capability(q.device)[0] in (9, 10) else 128  # what their shared memory holds
+    return 16 <= q.shape[-1] <= most
 
 
 @torch.compiler.disable  # every row has other segments: it would be compiled anew for each

@@ -87,6 +87,11 @@ class Config:
         return {layer.rope for layer in self.layers if layer.rope is not None} if self.arch == "llama" else set()
 
     @property
+    def windows(self) -> set[int | None]:
+        """The windows that its layers have."""
+        return {layer.window for layer in self.layers}
+
+    @property
     def short_context(self) -> int | None:
         """Length beyond which the positions of an example turn in another way (LongRoPE): of all of a row, or none."""
         lengths = (r.scaling.original_max_position_embeddings for r in self.ropes if isinstance(r.scaling, LongScaling))

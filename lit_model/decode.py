@@ -223,7 +223,8 @@ class Decoder:
             n = max(1, int(np.searchsorted(lengths, ROW_TOKENS, "right")))
             (segments, parts, numbers), rows, lengths = zip(*rows[:n]), rows[n:], lengths[:n]
             ends = {s: end - 1 for s, end in zip(segments, lengths) if s in leaves}
-            packed = lay_out(segments, cached=used, wanted=np.array([*ends.values()], dtype=int)).to(gpt.device)
+            wanted, windows = np.array([*ends.values()], dtype=int), gpt.config.windows
+            packed = lay_out(segments, cached=used, wanted=wanted, windows=windows).to(gpt.device)
             packed.slots = slots[packed.slots]
             if packed.blocks is None:  # it sees keys of other rows, too
                 packed.kv_index = slots[packed.kv_index]

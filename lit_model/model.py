@@ -356,8 +356,8 @@ class GPT(nn.Module):
             ValueError: `packed` was made without this network's virtual tokens, or for another number of virtual keys.
         """
         if packed is None:
-            packed = equal_examples(*idx.shape, self.n_virtual_tokens, self.n_virtual_keys).to(idx.device)
-            return self(idx.flatten(), packed).unflatten(0, idx.shape)
+            packed = equal_examples(*idx.shape, self.n_virtual_tokens, self.n_virtual_keys, self.config.windows)
+            return self(idx.flatten(), packed.to(idx.device)).unflatten(0, idx.shape)
         differs = cache is None and len(packed.pos) - len(idx) != self.n_virtual_tokens
         if differs or packed.n_virtual_keys != self.n_virtual_keys:
             virtual = f"{self.n_virtual_tokens} virtual tokens and {self.n_virtual_keys} virtual keys"

@@ -15,7 +15,7 @@ decoding step is a row of one-token segments whose other keys come from the cach
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate, groupby
 from operator import itemgetter
@@ -26,12 +26,13 @@ import torch
 from torch import Tensor
 
 BLOCK = 64  # queries or keys that a program of kernels/packed_attention.py takes at a time
-MOST_QUERY_BLOCKS = 16  # that one program goes through for a block of keys
+MOST_QUERY_BLOCKS = 16  # that one program goes through for a block of keys,
+LONGER = 4  # or this many times the mean of the row: in one long example no list is, and none is cut
 MIN_SHARED = 16  # a common beginning shorter than this is cheaper computed twice than kept as a segment of its own
 
 
 class Movable:
-    """A dataclass of tensors, and of others of its kind."""
+    """A dataclass of tensors, of others of its kind, and of dicts of these."""
 
     def to(self, device: torch.device) -> Self:
         return self._map(lambda t: t.to(device, non_blocking=True))
@@ -46,6 +47,8 @@ class Movable:
                 changed[name] = f(value)
             elif isinstance(value, Movable):
                 changed[name] = value._map(f)
+            elif isinstance(value, dict):
+                changed[name] = {key: inner._map(f) for key, inner in value.items()}
         return replace(self, **changed)
 
 
@@ -55,11 +58,12 @@ class Blocks(Movable):
     keys. All int32.
 
     Segments stand in the order of a tree walk, so a token's descendants are one run: query i sees key j if
-    j <= i < until[j].
+    j <= i < until[j], and in a layer with a window if pos[i] - pos[j] < window.
     """
 
     row: Tensor  # (T,) index of each query among the keys
     until: Tensor  # (S,) first token that no longer sees this key
+    pos: Tensor  # (S,) position of each key in its own example
     first: Tensor  # (blocks of queries + 1,) where each one's list begins in key_blocks
     key_blocks: Tensor  # the blocks of keys that a block of queries sees
     work: Tensor  # (pieces, 4): a block of keys; from, to: the blocks of queries that see it; its slot, or -1
@@ -68,18 +72,21 @@ class Blocks(Movable):
     n_slots: int
 
 
-def cut_into_blocks(row: np.ndarray, until: np.ndarray) -> Blocks:
+def cut_into_blocks(row: np.ndarray, until: np.ndarray, pos: np.ndarray, window: int | None) -> Blocks:
     """The lists of `Blocks` for queries at `row` (ascending) and keys that are seen `until` there."""
     low = np.arange(0, len(until), BLOCK)  # of each block of keys: the first one, and where the last of them ends
     high = np.maximum.reduceat(until, low)
     starts = np.arange(0, len(row), BLOCK)
     first_row, last_row = row[starts], row[np.minimum(starts + BLOCK, len(row)) - 1]
     sees = (low[None] <= last_row[:, None]) & (high[None] > first_row[:, None])  # (query blocks, key blocks)
+    if window is not None:
+        sees &= np.minimum.reduceat(pos[row], starts)[:, None] - np.maximum.reduceat(pos, low)[None] < window
     by_query, by_key = sees.sum(1), sees.sum(0)
+    most = max(MOST_QUERY_BLOCKS, int(LONGER * by_key.mean()))
     query_blocks = np.nonzero(sees.T)[1]
     work, shared, slots = [], [], 0
     for block, (end, n) in enumerate(zip(by_key.cumsum(), by_key)):
-        cuts = [*range(end - n, end, MOST_QUERY_BLOCKS), end]
+        cuts = [*range(end - n, end, most), end]
         if len(cuts) <= 2:
             work.append((block, end - n, end, -1))
             continue
@@ -93,6 +100,7 @@ def cut_into_blocks(row: np.ndarray, until: np.ndarray) -> Blocks:
     return Blocks(
         row=_int32(row),
         until=_int32(until),
+        pos=_int32(pos),
         first=_int32([0, *by_query.cumsum()]),
         key_blocks=_int32(np.append(np.nonzero(sees)[1], nothing)),
         work=_int32(work),
@@ -118,7 +126,7 @@ class Packed(Movable):
     max_k: int  # most keys of a segment
     kv_index: Tensor | None  # (S,) indices into the source of keys; None: this row's own keys, in order
     slots: Tensor | None  # (T,) where the KV cache stores the keys of this row
-    blocks: Blocks | None  # who sees whom, in blocks; None if some keys are of earlier rows
+    blocks: dict[int | None, Blocks] | None  # who sees whom, by window; None if some keys are of earlier rows
     n_virtual_keys: int  # at the front of the source of keys
     wanted: Tensor | None  # (M,) tokens whose logits or loss are wanted; None: all
     targets: Tensor | None  # (M,) the token that each of them must predict
@@ -143,6 +151,7 @@ def lay_out(
     cached: int | None = None,
     wanted: Sequence[int] | np.ndarray | None = None,
     targets: np.ndarray | None = None,
+    windows: Iterable[int | None] = (None,),
 ) -> Packed:
     """Lays segments end to end. A parent stands before its children, in this row or (KV cache) in an earlier one.
     Without a cache each stands before its parent's next child: a walk through the tree. The network's virtual tokens,
@@ -153,6 +162,7 @@ def lay_out(
         cached: number of slots of the KV cache in use; None: there is no cache.
         wanted: (M,) tokens whose logits or loss are wanted, ascending; None: all.
         targets: (M,) the token that each of them must predict.
+        windows: of the network's layers.
     """
     offset = first = n_virtual_keys + (cached or 0)
     for s in segments:
@@ -165,15 +175,17 @@ def lay_out(
         if s.parent:
             s.parent.until = max(s.parent.until, s.until)
     until = np.repeat([offset, *(s.until for s in segments)], [first, *(s.length for s in segments)])
-    pos = [np.arange(s.end - s.length, s.end) for s in segments]
-    keys = [s.keys for s in segments]
+    pos = np.concatenate([np.arange(s.end - s.length, s.end) for s in segments])
+    keys, sizes = [s.keys for s in segments], _sizes([(s.length, len(s.keys)) for s in segments])
+    of_keys = until, np.append(np.arange(n_virtual_keys), pos)
+    windows = {window if window and window < sizes["max_k"] else None for window in windows}
     own_keys_only = cached is None and not n_virtual_keys and not any(s.parent for s in segments)
     packed = Packed(
-        pos=torch.from_numpy(np.concatenate(pos)),
-        **_sizes([(s.length, len(s.keys)) for s in segments]),
+        pos=torch.from_numpy(pos),
+        **sizes,
         kv_index=None if own_keys_only else torch.from_numpy(np.concatenate(keys)),
         slots=None if cached is None else torch.arange(first, offset) - n_virtual_keys,
-        blocks=None if cached else cut_into_blocks(np.arange(first, offset), until),
+        blocks=None if cached else {w: cut_into_blocks(np.arange(first, offset), *of_keys, w) for w in windows},
         n_virtual_keys=n_virtual_keys,
         wanted=None if wanted is None else torch.as_tensor(wanted),
         targets=None if targets is None else torch.from_numpy(targets).long(),
@@ -191,10 +203,11 @@ def _for_last_layer(packed: Packed, segments: Sequence[Segment], wanted: np.ndar
     if not len(wanted) or not np.array_equal(wanted, np.concatenate(runs)):
         return None
     some = [(s, n) for s, n in zip(segments, n_wanted.tolist()) if n]
+    row, b = wanted + packed.n_virtual_keys, next(iter(packed.blocks.values()))
     return replace(
         packed,
         pos=packed.pos[wanted],
-        blocks=cut_into_blocks(wanted + packed.n_virtual_keys, packed.blocks.until.numpy()),
+        blocks={w: cut_into_blocks(row, b.until.numpy(), b.pos.numpy(), w) for w in packed.blocks},
         kv_index=torch.from_numpy(np.concatenate([s.keys for s, _ in some])),
         **_sizes([(n, len(s.keys)) for s, n in some]),
     )
@@ -211,13 +224,14 @@ def _sizes(lengths: list[tuple[int, int]]) -> dict[str, Any]:
     )
 
 
-def equal_examples(n: int, length: int, n_virtual_tokens: int, n_virtual_keys: int) -> Packed:
-    """`n` examples of `length` tokens each: what a (B, T) batch is as a packed row. All real tokens are wanted."""
-    if not n_virtual_tokens:
-        return lay_out([Segment(length) for _ in range(n)], n_virtual_keys)
-    root = Segment(n_virtual_tokens)
-    wanted = np.arange(n_virtual_tokens, n_virtual_tokens + n * length)
-    return lay_out([root, *(Segment(length, root) for _ in range(n))], n_virtual_keys, wanted=wanted)
+def equal_examples(n: int, length: int, n_tokens: int, n_keys: int, windows: Iterable[int | None]) -> Packed:
+    """`n` examples of `length` tokens each behind virtual tokens and keys: what a (B, T) batch is as a packed row. All
+    real tokens are wanted."""
+    if not n_tokens:
+        return lay_out([Segment(length) for _ in range(n)], n_keys, windows=windows)
+    root = Segment(n_tokens)
+    segments = [root, *(Segment(length, root) for _ in range(n))]
+    return lay_out(segments, n_keys, wanted=np.arange(n_tokens, n_tokens + n * length), windows=windows)
 
 
 # ---------------------------------------------------------------------------------------------------- building rows
@@ -260,6 +274,7 @@ def pack(
     rank: int = 0,
     world: int = 1,
     short_context: int | None = None,
+    windows: Iterable[int | None] = (None,),
 ) -> list[tuple[Tensor, Packed]]:
     """Packs examples into the fewest rows of `row_tokens` tokens, all of about one size (a little over it, if need be).
 
@@ -268,6 +283,7 @@ def pack(
         rank, world: make the rows of this process, of so many. One that would lack a row computes one of another
             process with weight 0, so that all compute the same number.
         short_context: the network's; no row has examples of both sides of it.
+        windows: of its layers.
     Returns:
         A list of (idx, packed). The losses of all rows sum to those of the examples one by one. Examples that begin
         alike lie together, so their order is not kept.
@@ -277,9 +293,10 @@ def pack(
     is_long = [len(e.ids) - 1 + n_virtual_tokens + n_virtual_keys > (short_context or math.inf) for e in examples]
     parts = [[e for e, flag in zip(examples, is_long) if flag == side] for side in (False, True)]
     groups = [group for part in parts if part for group in _fill(part, row_tokens, share, world)]
-    rows = [_pack_row(group, n_virtual_tokens, n_virtual_keys, share) for group in groups[rank::world]]
+    more = n_virtual_tokens, n_virtual_keys, share, {*windows}
+    rows = [_pack_row(group, *more) for group in groups[rank::world]]
     if len(rows) < math.ceil(len(groups) / world):
-        idx, packed = _pack_row(groups[0], n_virtual_tokens, n_virtual_keys, share)
+        idx, packed = _pack_row(groups[0], *more)
         rows.append((idx, replace(packed, weight=0.0)))
     return rows
 
@@ -303,7 +320,7 @@ def _common(a: Example, b: Example) -> int:
 
 
 def _pack_row(
-    examples: list[Example], n_virtual_tokens: int, n_virtual_keys: int, share: bool
+    examples: list[Example], n_virtual_tokens: int, n_virtual_keys: int, share: bool, windows: Iterable[int | None]
 ) -> tuple[Tensor, Packed]:
     root = Segment(n_virtual_tokens) if n_virtual_tokens else None
     segments, ids, leaves = tree(examples, root, share)
@@ -315,7 +332,7 @@ def _pack_row(
         wanted.append(ends[leaf] - len(e.ids) + learned)  # the token before predicts it
         targets.append(e.ids[learned])
     wanted, targets = np.concatenate(wanted), np.concatenate(targets)
-    packed = lay_out(segments, n_virtual_keys, wanted=wanted, targets=targets)
+    packed = lay_out(segments, n_virtual_keys, wanted=wanted, targets=targets, windows=windows)
     return torch.from_numpy(np.concatenate(ids)).long(), packed
 
 

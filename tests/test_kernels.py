@@ -48,40 +48,58 @@ def random(*shape: int) -> Tensor:
 
 
 @pytest.mark.parametrize(
-    "n_tokens, nh, nkv, hs, n_virtual", [(150, 2, 2, 16, 0), (300, 4, 2, 32, 3), (700, 2, 1, 16, 0)]
+    "n_tokens, nh, nkv, hs, n_virtual, window, softcap",
+    [
+        (150, 2, 2, 16, 0, None, None),
+        (300, 4, 2, 32, 3, None, None),
+        (700, 2, 1, 16, 0, None, None),
+        (300, 4, 2, 16, 3, 24, None),
+        (700, 2, 1, 16, 0, 24, 1.5),
+        (300, 2, 2, 24, 3, None, 1.5),  # as 96: no power of two
+        (150, 2, 1, 256, 0, 24, None),
+    ],
 )
 @pytest.mark.parametrize("only_some", [False, True])
-def test_packed_attention(n_tokens, nh, nkv, hs, n_virtual, only_some, monkeypatch):
-    monkeypatch.setattr(
-        packing, "MOST_QUERY_BLOCKS", 2
-    )  # so that even a short row has keys that several programs share
+def test_packed_attention(n_tokens, nh, nkv, hs, n_virtual, window, softcap, only_some, monkeypatch):
+    monkeypatch.setattr(packing, "MOST_QUERY_BLOCKS", 2)
+    monkeypatch.setattr(packing, "LONGER", 0)  # so that even a short row has keys that several programs share
     segments = tree(n_tokens, seed=n_tokens)
-    packed = lay_out(segments, n_virtual)
-    assert packed.blocks.n_slots > 2 or n_tokens < 300
+    packed = lay_out(segments, n_virtual, windows=(window,))
+    assert packed.blocks[window].n_slots > 2 or n_tokens < 300
     if only_some:  # the last layer's queries: the last tokens of each example
         ends = [s.until - n_virtual for s in segments[2:]]
         wanted = [np.arange(end - min(3, s.length), end) for s, end in zip(segments[2:], ends)]
         packed = packing._for_last_layer(packed, segments, np.concatenate(wanted))
     packed = packed.to(torch.device(DEVICE))
-    n_keys = len(packed.blocks.until)
+    n_keys = len(packed.blocks[window].until)
     q, k, v = random(len(packed.pos), nh, hs), random(n_keys, nkv, hs), random(n_keys, nkv, hs)
-    expected = attention._attend_each(q, k[packed.kv_index], v[packed.kv_index], packed, SCALE)
-    got = kernels.packed_attention(q, k, v, packed.blocks, SCALE)
+    gathered = k[packed.kv_index], v[packed.kv_index]
+    expected = attention._attend_each(q, *gathered, packed, SCALE, window, softcap)
+    got = kernels.packed_attention(q, k, v, packed.blocks[window], SCALE, window=window, softcap=softcap)
     towards = torch.randn_like(q)
     grads, expected_grads = (torch.autograd.grad(y, (q, k, v), towards) for y in (got, expected))
     close([(got, expected), *zip(grads, expected_grads)])
 
 
+def test_lists_are_as_long_as_they_must_be():
+    """A window leaves out blocks; one long example needs no parts of keys that are added up."""
+    blocks = lay_out([Segment(2000)], windows=(None, 200)).blocks
+    assert len(blocks[200].key_blocks) < len(blocks[None].key_blocks) / 3
+    assert lay_out([Segment(60 * packing.BLOCK)]).blocks[None].n_slots == 2
+    assert [*lay_out([Segment(90)], windows=(100,)).blocks] == [None]
+
+
 @pytest.mark.parametrize("n_tokens, nh, nkv, hs", [(150, 2, 2, 16), (300, 4, 2, 32)])
 def test_rope_in_packed_attention(n_tokens, nh, nkv, hs, monkeypatch):
     monkeypatch.setattr(packing, "MOST_QUERY_BLOCKS", 2)
+    monkeypatch.setattr(packing, "LONGER", 0)
     packed = lay_out(tree(n_tokens, seed=n_tokens)).to(torch.device(DEVICE))
     T = len(packed.pos)
     rope = rope_angles(packed.pos, Rope(), hs, T, torch.float32)
     q, k, v = random(T, nh, hs), random(T, nkv, hs), random(T, nkv, hs)
     keys = rope.keys(k)[packed.kv_index]
     expected = attention._attend_each(rope.queries(q), keys, v[packed.kv_index], packed, SCALE)
-    got = kernels.packed_attention(q, k, v, packed.blocks, SCALE, rope)
+    got = kernels.packed_attention(q, k, v, packed.blocks[None], SCALE, rope)
     towards = torch.randn_like(q)
     grads, expected_grads = (torch.autograd.grad(y, (q, k, v), towards) for y in (got, expected))
     close([(got, expected), *zip(grads, expected_grads)])
@@ -93,7 +111,7 @@ def test_no_kernel_is_compiled_anew_for_a_row_of_another_length():
     for length in (100, 112, 128, 113):
         packed = lay_out([Segment(length)]).to(torch.device(DEVICE))
         q, k, v = (random(length, 2, 16) for _ in range(3))
-        kernels.packed_attention(q, k, v, packed.blocks, SCALE).sum().backward()
+        kernels.packed_attention(q, k, v, packed.blocks[None], SCALE).sum().backward()
         of_each = (kernels._forward, kernels._backward_q, kernels._backward_kv, kernels._add_parts)
         counts.append([len(kernel.device_caches[0][0]) for kernel in of_each])
     assert counts[0] == counts[-1] and min(counts[0]) > 0
@@ -104,7 +122,7 @@ def test_packed_attention_reads_heads_of_a_wider_tensor():
     qkv = random(70, 3 * 2 * 16)
     q, k, v = (t.unflatten(-1, (2, 16)) for t in qkv.chunk(3, dim=-1))
     expected = attention._attend_each(q, k, v, packed, SCALE)
-    got = kernels.packed_attention(q, k, v, packed.blocks, SCALE)
+    got = kernels.packed_attention(q, k, v, packed.blocks[None], SCALE)
     close([(got, expected), *zip(*(torch.autograd.grad(y.square().sum(), qkv) for y in (got, expected)))])
 
 
@@ -115,12 +133,12 @@ def test_a_prompt_that_every_token_sees(n_tokens, K, nh, nkv):
     prompt = random(K, nkv, 16), random(K, nkv, 16), random(nh)
     pk, pv, gate = prompt
     expected = attention._attend_each(q, k, v, packed, SCALE) + gate[:, None] * plain_attention(q, pk, pv, SCALE)
-    got = kernels.packed_attention(q, k, v, packed.blocks, SCALE, prompt=prompt)
+    got = kernels.packed_attention(q, k, v, packed.blocks[None], SCALE, prompt=prompt)
     towards = torch.randn_like(q)
     grads, expected_grads = (torch.autograd.grad(out, (q, k, v, *prompt), towards) for out in (got, expected))
     close([(got, expected), *zip(grads, expected_grads)])
     got = kernels.packed_attention(
-        *(t.detach() for t in (q, k, v)), packed.blocks, SCALE, prompt=(pk.detach(), pv.detach(), gate)
+        *(t.detach() for t in (q, k, v)), packed.blocks[None], SCALE, prompt=(pk.detach(), pv.detach(), gate)
     )
     close([(torch.autograd.grad(got, gate, towards)[0], expected_grads[-1])])  # where only the gate is trained
 

@@ -38,7 +38,7 @@ def scores(
     row_of, parts = (costs.cumsum() - costs) // row_tokens, []
     for _, indices in groupby(range(len(prompts)), key=lambda i: row_of[i]):
         segments, ids, wanted, picks = _row([prompts[i] for i in indices], labels, before, gpt.n_virtual_tokens)
-        packed = lay_out(segments, gpt.n_virtual_keys, wanted=wanted)
+        packed = lay_out(segments, gpt.n_virtual_keys, wanted=wanted, windows=gpt.config.windows)
         idx = torch.from_numpy(np.concatenate(ids)).long().to(gpt.device)
         log_p = gpt(idx, packed.to(gpt.device)).log_softmax(-1, dtype=torch.float32).cpu()  # (M, V)
         at, n, k, token = torch.tensor(picks).T

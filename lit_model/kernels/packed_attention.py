@@ -30,16 +30,40 @@ _jit = triton.jit(do_not_specialize=("T", "S"))  # else a kernel is compiled ane
 
 
 @triton.jit
-def _visible(row, key, until):
-    """(queries, keys) bool. Out-of-range queries have row -1, out-of-range keys have until 0."""
-    return (key[None, :] <= row[:, None]) & (row[:, None] < until[None, :])
+def _load(ptr, rows, n, stride_t, stride_h, head, HS: tl.constexpr, HP: tl.constexpr):
+    """Rows of one head, (BLOCK, HP); zeros for those that are not among the n, and beyond HS."""
+    d = tl.arange(0, HP)[None, :]
+    inside = (rows[:, None] < n) & (d < HS) if HP > HS else rows[:, None] < n
+    return tl.load(ptr + (rows[:, None] * stride_t + (head * stride_h + d)), mask=inside, other=0.0)
 
 
 @triton.jit
-def _load(ptr, rows, n, stride_t, stride_h, head, HS: tl.constexpr):
-    """Rows of one head, (BLOCK, HS); zeros for those that are not among the n."""
-    at = rows[:, None] * stride_t + (head * stride_h + tl.arange(0, HS)[None, :])
-    return tl.load(ptr + at, mask=rows[:, None] < n, other=0.0)
+def _store(ptr, x, rows, n, head, NH: tl.constexpr, HS: tl.constexpr, HP: tl.constexpr):
+    """Stores x (BLOCK, HP) as rows of one head of a tensor (n, NH, HS)."""
+    d = tl.arange(0, HP)[None, :]
+    inside = (rows[:, None] < n) & (d < HS) if HP > HS else rows[:, None] < n
+    tl.store(ptr + ((rows[:, None] * NH + head) * HS + d), x.to(ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _sees(row, q_pos, j, until, k_pos, window, WINDOW: tl.constexpr):
+    """Whether queries at `row` see keys j. Queries out of range have row -1, keys out of range until 0."""
+    seen = (j <= row) & (row < until)
+    return seen & (q_pos - k_pos < window) if WINDOW else seen
+
+
+@triton.jit
+def _scores(a, b, scale, softcap, CAPS: tl.constexpr):
+    """a b^T times scale, and capped, in units of log 2."""
+    s = tl.dot(a, tl.trans(b), input_precision="ieee") * scale
+    return softcap * LOG2E * (1.0 - 2.0 / (tl.exp2(s * (2.0 / softcap)) + 1.0)) if CAPS else s
+
+
+@triton.jit
+def _uncapped(ds, s, softcap, CAPS: tl.constexpr):
+    """The gradient of the scores before they were capped, from that of the capped ones, s."""
+    t = s / (softcap * LOG2E)
+    return ds * (1.0 - t * t) if CAPS else ds
 
 
 @triton.jit
@@ -70,26 +94,28 @@ def _rotate_back(x, cos_ptr, sin_ptr, rows, n, HS: tl.constexpr, BLOCK: tl.const
 
 @_jit
 def _forward(
-    q_ptr, k_ptr, v_ptr, y_ptr, lse_ptr, row_ptr, until_ptr, first_ptr, key_blocks_ptr, pk_ptr, pv_ptr, gate_ptr,
-    scale, T, S, K, sqt, sqh, skt, skh, svt, svh,
-    NH: tl.constexpr, GROUP: tl.constexpr, HS: tl.constexpr, BLOCK: tl.constexpr, KEYS: tl.constexpr,
+    q_ptr, k_ptr, v_ptr, y_ptr, lse_ptr, row_ptr, until_ptr, pos_ptr, first_ptr, key_blocks_ptr, pk_ptr, pv_ptr,
+    gate_ptr, scale, softcap, window, T, S, K, sqt, sqh, skt, skh, svt, svh, NH: tl.constexpr, GROUP: tl.constexpr,
+    HS: tl.constexpr, HP: tl.constexpr, BLOCK: tl.constexpr, WINDOW: tl.constexpr, CAPS: tl.constexpr,
+    KEYS: tl.constexpr,
 ):  # fmt: skip
     block, head = tl.program_id(0), tl.program_id(1)
     i = block * BLOCK + tl.arange(0, BLOCK)
-    d = tl.arange(0, HS)
     row = tl.load(row_ptr + i, mask=i < T, other=-1)
-    at_q = i[:, None]
-    q = _load(q_ptr, i, T, sqt, sqh, head, HS)
+    q_pos = tl.load(pos_ptr + row, mask=i < T, other=0) if WINDOW else row
+    q = _load(q_ptr, i, T, sqt, sqh, head, HS, HP)
     top = tl.full((BLOCK,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK,), tl.float32)
-    y = tl.zeros((BLOCK, HS), tl.float32)
+    y = tl.zeros((BLOCK, HP), tl.float32)
     for at in range(tl.load(first_ptr + block), tl.load(first_ptr + block + 1)):
         j = tl.load(key_blocks_ptr + at) * BLOCK + tl.arange(0, BLOCK)
         until = tl.load(until_ptr + j, mask=j < S, other=0)
-        k = _load(k_ptr, j, S, skt, skh, head // GROUP, HS)
-        v = _load(v_ptr, j, S, svt, svh, head // GROUP, HS)
-        s = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
-        s = tl.where(_visible(row, j, until), s, float("-inf"))
+        k_pos = tl.load(pos_ptr + j, mask=j < S, other=0) if WINDOW else j
+        k = _load(k_ptr, j, S, skt, skh, head // GROUP, HS, HP)
+        v = _load(v_ptr, j, S, svt, svh, head // GROUP, HS, HP)
+        s = _scores(q, k, scale, softcap, CAPS)
+        seen = _sees(row[:, None], q_pos[:, None], j[None, :], until[None, :], k_pos[None, :], window, WINDOW)
+        s = tl.where(seen, s, float("-inf"))
         new_top = tl.maximum(top, tl.max(s, 1))
         safe = tl.where(new_top == float("-inf"), 0.0, new_top)  # so far this query has seen no key
         p = tl.exp2(s - safe[:, None])
@@ -103,28 +129,28 @@ def _forward(
         pk, pv = _prompt(pk_ptr, pv_ptr, head // GROUP, K, NH // GROUP, HS, KEYS)
         p_prompt = _prompt_probabilities(q, pk, scale, K, KEYS)
         y += tl.load(gate_ptr + head) * tl.dot(p_prompt.to(pv.dtype), pv, input_precision="ieee")
-    tl.store(y_ptr + (at_q * NH + head) * HS + d[None, :], y.to(y_ptr.dtype.element_ty), mask=i[:, None] < T)
+    _store(y_ptr, y, i, T, head, NH, HS, HP)
     tl.store(lse_ptr + head * T + i, top + tl.log2(total), mask=i < T)
 
 
 @_jit
 def _backward_q(
-    q_ptr, k_ptr, v_ptr, y_ptr, dy_ptr, lse_ptr, sum_ptr, dq_ptr, row_ptr, until_ptr, first_ptr, key_blocks_ptr,
-    pk_ptr, pv_ptr, gate_ptr, dpk_ptr, dpv_ptr, dgate_ptr, cos_ptr, sin_ptr, scale, T, S, K, sqt, sqh, skt, skh, svt,
-    svh, sdt, sdh, NH: tl.constexpr, GROUP: tl.constexpr, HS: tl.constexpr, BLOCK: tl.constexpr, KEYS: tl.constexpr,
+    q_ptr, k_ptr, v_ptr, y_ptr, dy_ptr, lse_ptr, sum_ptr, dq_ptr, row_ptr, until_ptr, pos_ptr, first_ptr,
+    key_blocks_ptr, pk_ptr, pv_ptr, gate_ptr, dpk_ptr, dpv_ptr, dgate_ptr, cos_ptr, sin_ptr, scale, softcap, window,
+    T, S, K, sqt, sqh, skt, skh, svt, svh, sdt, sdh, NH: tl.constexpr, GROUP: tl.constexpr, HS: tl.constexpr,
+    HP: tl.constexpr, BLOCK: tl.constexpr, WINDOW: tl.constexpr, CAPS: tl.constexpr, KEYS: tl.constexpr,
     ROPE: tl.constexpr,
 ):  # fmt: skip
     block, head = tl.program_id(0), tl.program_id(1)
     i = block * BLOCK + tl.arange(0, BLOCK)
-    d = tl.arange(0, HS)
     row = tl.load(row_ptr + i, mask=i < T, other=-1)
-    at_q, inside = i[:, None], i[:, None] < T
-    q = _load(q_ptr, i, T, sqt, sqh, head, HS)
-    y = tl.load(y_ptr + (at_q * NH + head) * HS + d[None, :], mask=inside, other=0.0)
-    dy = _load(dy_ptr, i, T, sdt, sdh, head, HS)
+    q_pos = tl.load(pos_ptr + row, mask=i < T, other=0) if WINDOW else row
+    q = _load(q_ptr, i, T, sqt, sqh, head, HS, HP)
+    y = _load(y_ptr, i, T, NH * HS, HS, head, HS, HP)
+    dy = _load(dy_ptr, i, T, sdt, sdh, head, HS, HP)
     lse = tl.load(lse_ptr + head * T + i, mask=i < T, other=0.0)
     dy_y = tl.sum(dy.to(tl.float32) * y.to(tl.float32), 1)
-    dq = tl.zeros((BLOCK, HS), tl.float32)
+    dq = tl.zeros((BLOCK, HP), tl.float32)
     if KEYS > 0:
         pk, pv = _prompt(pk_ptr, pv_ptr, head // GROUP, K, NH // GROUP, HS, KEYS)
         gate = tl.load(gate_ptr + head)
@@ -137,7 +163,7 @@ def _backward_q(
         dpk = tl.dot(tl.trans(ds_prompt.to(q.dtype)), q, input_precision="ieee") * (scale / LOG2E)
         dpv = tl.dot(tl.trans((gate * p_prompt).to(dy.dtype)), dy, input_precision="ieee")
         part, n = block * NH + head, tl.arange(0, KEYS)
-        to = (part * K + n[:, None]) * HS + d[None, :]
+        to = (part * K + n[:, None]) * HS + tl.arange(0, HS)[None, :]
         tl.store(dpk_ptr + to, dpk, mask=n[:, None] < K)
         tl.store(dpv_ptr + to, dpv, mask=n[:, None] < K)
         tl.store(dgate_ptr + part, tl.sum(along, 0))
@@ -145,82 +171,86 @@ def _backward_q(
     for at in range(tl.load(first_ptr + block), tl.load(first_ptr + block + 1)):
         j = tl.load(key_blocks_ptr + at) * BLOCK + tl.arange(0, BLOCK)
         until = tl.load(until_ptr + j, mask=j < S, other=0)
-        k = _load(k_ptr, j, S, skt, skh, head // GROUP, HS)
-        v = _load(v_ptr, j, S, svt, svh, head // GROUP, HS)
-        s = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
-        p = tl.where(_visible(row, j, until), tl.exp2(s - lse[:, None]), 0.0)
+        k_pos = tl.load(pos_ptr + j, mask=j < S, other=0) if WINDOW else j
+        k = _load(k_ptr, j, S, skt, skh, head // GROUP, HS, HP)
+        v = _load(v_ptr, j, S, svt, svh, head // GROUP, HS, HP)
+        s = _scores(q, k, scale, softcap, CAPS)
+        seen = _sees(row[:, None], q_pos[:, None], j[None, :], until[None, :], k_pos[None, :], window, WINDOW)
+        p = tl.where(seen, tl.exp2(s - lse[:, None]), 0.0)
         dp = tl.dot(dy, tl.trans(v), input_precision="ieee")
-        ds = p * (dp - dy_y[:, None])
+        ds = _uncapped(p * (dp - dy_y[:, None]), s, softcap, CAPS)
         dq += tl.dot(ds.to(k.dtype), k, input_precision="ieee")
     dq = dq * (scale / LOG2E)
     if ROPE:
         dq = _rotate_back(dq, cos_ptr, sin_ptr, i, T, HS, BLOCK)
-    tl.store(dq_ptr + (at_q * NH + head) * HS + d[None, :], dq.to(dq_ptr.dtype.element_ty), mask=inside)
+    _store(dq_ptr, dq, i, T, head, NH, HS, HP)
 
 
 @_jit
 def _backward_kv(
-    q_ptr, k_ptr, v_ptr, dy_ptr, lse_ptr, sum_ptr, dk_ptr, dv_ptr, part_ptr, row_ptr, until_ptr, work_ptr,
-    query_blocks_ptr, cos_ptr, sin_ptr, scale, T, S, sqt, sqh, skt, skh, svt, svh, sdt, sdh,
-    NKV: tl.constexpr, GROUP: tl.constexpr, HS: tl.constexpr, BLOCK: tl.constexpr, ROPE: tl.constexpr,
+    q_ptr, k_ptr, v_ptr, dy_ptr, lse_ptr, sum_ptr, dk_ptr, dv_ptr, part_ptr, row_ptr, until_ptr, pos_ptr, work_ptr,
+    query_blocks_ptr, cos_ptr, sin_ptr, scale, softcap, window, T, S, sqt, sqh, skt, skh, svt, svh, sdt, sdh,
+    NKV: tl.constexpr, GROUP: tl.constexpr, HS: tl.constexpr, HP: tl.constexpr, BLOCK: tl.constexpr,
+    WINDOW: tl.constexpr, CAPS: tl.constexpr, ROPE: tl.constexpr,
 ):  # fmt: skip
     work, head = work_ptr + tl.program_id(0) * 4, tl.program_id(1)
-    d = tl.arange(0, HS)
     j = tl.load(work) * BLOCK + tl.arange(0, BLOCK)
     first, last, slot = tl.load(work + 1), tl.load(work + 2), tl.load(work + 3)
     until = tl.load(until_ptr + j, mask=j < S, other=0)
-    at_k, inside = j[:, None], j[:, None] < S
-    k = _load(k_ptr, j, S, skt, skh, head, HS)
-    v = _load(v_ptr, j, S, svt, svh, head, HS)
-    dk = tl.zeros((BLOCK, HS), tl.float32)
-    dv = tl.zeros((BLOCK, HS), tl.float32)
+    k_pos = tl.load(pos_ptr + j, mask=j < S, other=0) if WINDOW else j
+    k = _load(k_ptr, j, S, skt, skh, head, HS, HP)
+    v = _load(v_ptr, j, S, svt, svh, head, HS, HP)
+    dk = tl.zeros((BLOCK, HP), tl.float32)
+    dv = tl.zeros((BLOCK, HP), tl.float32)
     for step in range(first * GROUP, last * GROUP):
         i = tl.load(query_blocks_ptr + step // GROUP) * BLOCK + tl.arange(0, BLOCK)
         h = head * GROUP + step % GROUP
         row = tl.load(row_ptr + i, mask=i < T, other=-1)
-        q = _load(q_ptr, i, T, sqt, sqh, h, HS)
-        dy = _load(dy_ptr, i, T, sdt, sdh, h, HS)
+        q_pos = tl.load(pos_ptr + row, mask=i < T, other=0) if WINDOW else row
+        q = _load(q_ptr, i, T, sqt, sqh, h, HS, HP)
+        dy = _load(dy_ptr, i, T, sdt, sdh, h, HS, HP)
         lse = tl.load(lse_ptr + h * T + i, mask=i < T, other=0.0)
         dy_y = tl.load(sum_ptr + h * T + i, mask=i < T, other=0.0)
-        s = tl.dot(k, tl.trans(q), input_precision="ieee") * scale  # (keys, queries)
-        seen = (j[:, None] <= row[None, :]) & (row[None, :] < until[:, None])
+        s = _scores(k, q, scale, softcap, CAPS)  # (keys, queries)
+        seen = _sees(row[None, :], q_pos[None, :], j[:, None], until[:, None], k_pos[:, None], window, WINDOW)
         p = tl.where(seen, tl.exp2(s - lse[None, :]), 0.0)
         dv += tl.dot(p.to(dy.dtype), dy, input_precision="ieee")
         dp = tl.dot(v, tl.trans(dy), input_precision="ieee")
-        ds = p * (dp - dy_y[None, :])
+        ds = _uncapped(p * (dp - dy_y[None, :]), s, softcap, CAPS)
         dk += tl.dot(ds.to(q.dtype), q, input_precision="ieee")
     dk = dk * (scale / LOG2E)
     if slot < 0:
         if ROPE:
             dk = _rotate_back(dk, cos_ptr, sin_ptr, j, S, HS, BLOCK)
-        to = (at_k * NKV + head) * HS + d[None, :]
-        tl.store(dk_ptr + to, dk.to(dk_ptr.dtype.element_ty), mask=inside)
-        tl.store(dv_ptr + to, dv.to(dv_ptr.dtype.element_ty), mask=inside)
+        _store(dk_ptr, dk, j, S, head, NKV, HS, HP)
+        _store(dv_ptr, dv, j, S, head, NKV, HS, HP)
     else:  # one of several parts of this key block
-        part = ((slot * 2 * NKV + head) * BLOCK + tl.arange(0, BLOCK)[:, None]) * HS + d[None, :]
-        tl.store(part_ptr + part, dk)
-        tl.store(part_ptr + part + NKV * BLOCK * HS, dv)
+        part = part_ptr + (slot.to(tl.int64) * 2 * NKV + head) * (BLOCK * HP)
+        at = tl.arange(0, BLOCK)[:, None] * HP + tl.arange(0, HP)[None, :]
+        tl.store(part + at, dk)
+        tl.store(part + NKV * BLOCK * HP + at, dv)
 
 
 @_jit
 def _add_parts(
     dk_ptr, dv_ptr, part_ptr, shared_ptr, cos_ptr, sin_ptr, S,
-    NKV: tl.constexpr, HS: tl.constexpr, BLOCK: tl.constexpr, ROPE: tl.constexpr,
+    NKV: tl.constexpr, HS: tl.constexpr, HP: tl.constexpr, BLOCK: tl.constexpr, ROPE: tl.constexpr,
 ):  # fmt: skip
     shared, head = shared_ptr + tl.program_id(0) * 3, tl.program_id(1)
-    d = tl.arange(0, HS)
     j = tl.load(shared) * BLOCK + tl.arange(0, BLOCK)
-    dk = tl.zeros((BLOCK, HS), tl.float32)
-    dv = tl.zeros((BLOCK, HS), tl.float32)
-    for slot in range(tl.load(shared + 1), tl.load(shared + 2)):
-        at = ((slot * 2 * NKV + head) * BLOCK + tl.arange(0, BLOCK)[:, None]) * HS + d[None, :]
-        dk += tl.load(part_ptr + at)
-        dv += tl.load(part_ptr + at + NKV * BLOCK * HS)
+    dk = tl.zeros((BLOCK, HP), tl.float32)
+    dv = tl.zeros((BLOCK, HP), tl.float32)
+    first, last = tl.load(shared + 1), tl.load(shared + 2)
+    part = part_ptr + (first.to(tl.int64) * 2 * NKV + head) * (BLOCK * HP)
+    at = tl.arange(0, BLOCK)[:, None] * HP + tl.arange(0, HP)[None, :]
+    for _ in range(first, last):
+        dk += tl.load(part + at)
+        dv += tl.load(part + NKV * BLOCK * HP + at)
+        part += 2 * NKV * BLOCK * HP
     if ROPE:
         dk = _rotate_back(dk, cos_ptr, sin_ptr, j, S, HS, BLOCK)
-    to = (j[:, None] * NKV + head) * HS + d[None, :]
-    tl.store(dk_ptr + to, dk.to(dk_ptr.dtype.element_ty), mask=j[:, None] < S)
-    tl.store(dv_ptr + to, dv.to(dv_ptr.dtype.element_ty), mask=j[:, None] < S)
+    _store(dk_ptr, dk, j, S, head, NKV, HS, HP)
+    _store(dv_ptr, dv, j, S, head, NKV, HS, HP)
 
 
 def _strides(*tensors: Tensor) -> list[int]:
@@ -234,21 +264,31 @@ def _keys(prompt: Tensor | None) -> int:
 
 def _launch(
     q: Tensor, k: Tensor, v: Tensor, pk: Tensor | None, pv: Tensor | None, gate: Tensor | None, row: Tensor,
-    until: Tensor, first: Tensor, key_blocks: Tensor, work: Tensor, query_blocks: Tensor, shared: Tensor, n_slots: int,
-    scale: float,
+    until: Tensor, pos: Tensor, first: Tensor, key_blocks: Tensor, work: Tensor, query_blocks: Tensor, shared: Tensor,
+    n_slots: int, scale: float, window: int | None, softcap: float | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    (T, nh, hs), (S, nkv, _) = q.shape, k.shape
-    of_prompt = 0 if pk is None else triton.cdiv(T, BLOCK) * nh * len(pk) * hs
-    if max(q.numel(), k.numel(), n_slots * 2 * nkv * BLOCK * hs, of_prompt) >= 2**31:
+    (T, nh, hs), S, K = q.shape, len(k), 0 if pk is None else len(pk)
+    if max(q.numel(), k.numel(), triton.cdiv(T, BLOCK) * nh * K * hs) >= 2**31:
         raise ValueError(f"a row of {T} tokens is too long for 32-bit offsets: lower train.row_tokens")
     y = torch.empty((T, nh, hs), dtype=q.dtype, device=q.device)
     lse = torch.empty((nh, T), dtype=torch.float32, device=q.device)
-    K = 0 if pk is None else len(pk)
+    numbers, sizes = _settings(q, k, scale, window, softcap)
     _forward[(triton.cdiv(T, BLOCK), nh)](
-        q, k, v, y, lse, row, until, first, key_blocks, pk, pv, gate, scale * LOG2E.value, T, S, K,
-        *_strides(q, k, v), NH=nh, GROUP=nh // nkv, HS=hs, BLOCK=BLOCK, KEYS=_keys(pk), num_warps=4, num_stages=3,
+        q, k, v, y, lse, row, until, pos, first, key_blocks, pk, pv, gate, *numbers, T, S, K,
+        *_strides(q, k, v), NH=nh, **sizes, KEYS=_keys(pk), num_warps=4 if hs <= 128 else 8,
+        num_stages=3 if hs <= 128 else 2,
     )  # fmt: skip
     return y, lse
+
+
+def _settings(
+    q: Tensor, k: Tensor, scale: float, window: int | None, softcap: float | None
+) -> tuple[tuple[float, float, int], dict[str, Any]]:
+    """Numbers and sizes that all kernels take."""
+    hs = q.shape[-1]
+    sizes = dict(GROUP=q.shape[1] // k.shape[1], HS=hs, HP=triton.next_power_of_2(hs), BLOCK=BLOCK)
+    flags = dict(WINDOW=window is not None, CAPS=softcap is not None)
+    return (scale * LOG2E.value, softcap or 1.0, window or 0), sizes | flags
 
 
 _packed_attention = torch.library.custom_op("lit_model::packed_attention", _launch, mutates_args=())
@@ -262,28 +302,29 @@ def _(q, *rest):
 @torch.library.custom_op("lit_model::packed_attention_backward", mutates_args=())
 def _packed_attention_backward(
     dy: Tensor, q: Tensor, k: Tensor, v: Tensor, pk: Tensor | None, pv: Tensor | None, gate: Tensor | None,
-    cos: Tensor | None, sin: Tensor | None, y: Tensor, lse: Tensor, row: Tensor, until: Tensor, first: Tensor,
-    key_blocks: Tensor, work: Tensor, query_blocks: Tensor, shared: Tensor, n_slots: int, scale: float,
+    cos: Tensor | None, sin: Tensor | None, y: Tensor, lse: Tensor, row: Tensor, until: Tensor, pos: Tensor,
+    first: Tensor, key_blocks: Tensor, work: Tensor, query_blocks: Tensor, shared: Tensor, n_slots: int, scale: float,
+    window: int | None, softcap: float | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     (T, nh, hs), (S, nkv, _) = q.shape, k.shape
     n_blocks, K = triton.cdiv(T, BLOCK), 0 if pk is None else len(pk)
     dy = dy if dy.stride(-1) == 1 else dy.contiguous()
     dq, dk, dv = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (q, k, v))
-    sums = torch.empty_like(lse)
-    part = torch.empty((n_slots, 2, nkv, BLOCK, hs), dtype=torch.float32, device=q.device)
+    sums, (numbers, sizes) = torch.empty_like(lse), _settings(q, k, scale, window, softcap)
+    part = torch.empty((n_slots, 2, nkv, BLOCK, sizes["HP"]), dtype=torch.float32, device=q.device)
     dpk, dpv = torch.empty((2, n_blocks, nh, K, hs), dtype=torch.float32, device=q.device)
     dgate = torch.empty((n_blocks, nh), dtype=torch.float32, device=q.device)
-    scale, sizes = scale * LOG2E.value, dict(HS=hs, BLOCK=BLOCK, ROPE=cos is not None)
+    ways = dict(num_warps=4 if hs <= 128 else 8, num_stages=2 if hs <= 128 else 1)
     _backward_q[(n_blocks, nh)](
-        q, k, v, y, dy, lse, sums, dq, row, until, first, key_blocks, pk, pv, gate, dpk, dpv, dgate, cos, sin,
-        scale, T, S, K, *_strides(q, k, v, dy), NH=nh, GROUP=nh // nkv, **sizes, KEYS=_keys(pk), num_warps=4,
-        num_stages=2,
+        q, k, v, y, dy, lse, sums, dq, row, until, pos, first, key_blocks, pk, pv, gate, dpk, dpv, dgate, cos, sin,
+        *numbers, T, S, K, *_strides(q, k, v, dy), NH=nh, **sizes, KEYS=_keys(pk), ROPE=cos is not None, **ways,
     )  # fmt: skip
     _backward_kv[(len(work), nkv)](
-        q, k, v, dy, lse, sums, dk, dv, part, row, until, work, query_blocks, cos, sin, scale, T, S,
-        *_strides(q, k, v, dy), NKV=nkv, GROUP=nh // nkv, **sizes, num_warps=4, num_stages=2,
+        q, k, v, dy, lse, sums, dk, dv, part, row, until, pos, work, query_blocks, cos, sin, *numbers, T, S,
+        *_strides(q, k, v, dy), NKV=nkv, **sizes, ROPE=cos is not None, **ways,
     )  # fmt: skip
-    _add_parts[(len(shared), nkv)](dk, dv, part, shared, cos, sin, S, NKV=nkv, **sizes)
+    sizes = {name: sizes[name] for name in ("HS", "HP", "BLOCK")}
+    _add_parts[(len(shared), nkv)](dk, dv, part, shared, cos, sin, S, NKV=nkv, **sizes, ROPE=cos is not None)
     if pk is None:
         return dq, dk, dv, dgate.new_empty(0), dgate.new_empty(0), dgate.new_empty(0)
     dpk, dpv = (t.view(n_blocks, nkv, -1, K, hs).sum((0, 2)).transpose(0, 1) for t in (dpk, dpv))
@@ -299,19 +340,19 @@ def _(dy, q, k, v, pk, pv, gate, *rest):
 class _PackedAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, *rest: Any) -> Tensor:
-        v, pk, pv, gate, cos, sin, *lists, n_slots, scale = rest
+        v, pk, pv, gate, cos, sin, *lists, n_slots, scale, window, softcap = rest
         if cos is not None:
             q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         launch = _packed_attention if torch.compiler.is_compiling() else _launch  # an op takes the host 0.2 ms
-        y, lse = launch(q, k, v, pk, pv, gate, *lists, n_slots, scale)
+        y, lse = launch(q, k, v, pk, pv, gate, *lists, n_slots, scale, window, softcap)
         ctx.save_for_backward(q, k, v, pk, pv, gate, cos, sin, y, lse, *lists)
-        ctx.numbers = n_slots, scale
+        ctx.numbers = n_slots, scale, window, softcap
         return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple:
         dq, dk, dv, *of_prompt = _packed_attention_backward(dy, *ctx.saved_tensors, *ctx.numbers)
-        return dq, dk, dv, *(of_prompt if any(ctx.needs_input_grad[3:6]) else (None,) * 3), *(None,) * 11
+        return dq, dk, dv, *(of_prompt if any(ctx.needs_input_grad[3:6]) else (None,) * 3), *(None,) * 14
 
 
 def packed_attention(
@@ -322,22 +363,26 @@ def packed_attention(
     scale: float,
     rope: Angles | None = None,
     prompt: tuple[Tensor, Tensor, Tensor] | None = None,
+    window: int | None = None,
+    softcap: float | None = None,
 ) -> Tensor:
     """Softmax attention of the queries q (T, nh, hs) over those of the keys k, v (S, nkv, hs) that each may see.
 
-    On a GPU; 16 bit; hs a power of two, from 16 to 128: more does not fit into the shared memory of every GPU.
+    On a GPU; 16 bit; hs from 16 to 256.
 
     Args:
         scale: of the scores q k^T before the softmax.
         rope: to rotate q and k by first, which are of the same tokens then. Their gradients are turned back before
-            they leave the kernel.
+            they leave the kernel. hs must be a power of two for it, as for a prompt.
         prompt: k, v (K, nkv, hs) that every query sees in a softmax of its own, and the gate (nh,) that this is
             multiplied by before it is added: LLaMA-Adapter's.
+        window, softcap: see PackedRow. The lists in `blocks` may leave out blocks that no window reaches.
     Returns: (T, nh, hs).
     """
     b = blocks
-    lists = (b.row, b.until, b.first, b.key_blocks, b.work, b.query_blocks, b.shared)
+    lists = (b.row, b.until, b.pos, b.first, b.key_blocks, b.work, b.query_blocks, b.shared)
     pk, pv, gate = prompt or (None, None, None)
     if prompt:
         pk, pv, gate = pk.contiguous(), pv.contiguous(), gate.float()
-    return _PackedAttention.apply(q, k, v, pk, pv, gate, *(rope or (None, None))[:2], *lists, b.n_slots, scale)
+    numbers = b.n_slots, scale, window, softcap
+    return _PackedAttention.apply(q, k, v, pk, pv, gate, *(rope or (None, None))[:2], *lists, *numbers)
