@@ -1,17 +1,18 @@
 """How a run fits into the memory of a GPU, tried before the first step; on a CPU, freed memory is kept.
 
 The longest row of some batches goes forward and backward beside what AdamW will keep. If it does not fit, rows are
-halved, at most twice; then blocks are recomputed in the backward pass, then even their inputs wait on the host
-(lit_model/recompute.py).
+halved, at most twice. Then as many blocks as must be are recomputed in the backward pass, and if all of them are not
+enough the inputs of as many as must be wait on the host (lit_model/recompute.py).
 """
 
 import ctypes
 import math
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
@@ -29,30 +30,87 @@ os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
 GIB = 2**30
 SPARE = 0.02  # of the memory: steps with longer rows than those tried
 ADVICE = "lower --train.row_tokens or --examples.max_length, or take --quantize nf4 or a smaller network"
-WAYS = {"off": "", "on": ", blocks recomputed", "offload": ", blocks recomputed and their inputs kept on the host"}
+TRIED = 8192  # tokens of a row that is tried in place of a longer one
+LONG = 32768  # tokens of a row that is too long to be tried, and whose MLPs run in tiles
 
 
 def plan(run: "Run", gpt: GPT, batches: Sequence[list[Example]], share: bool) -> None:
-    """Finds rows with which training fits into the memory of a GPU; sets `run.row_tokens` and `gpt.recompute`, and
-    prints them. All processes call this at the same time, and agree.
+    """Finds rows with which training fits into the memory of a GPU; sets `run.row_tokens`, and what `gpt` recomputes
+    and keeps on the host, and prints them. All processes call this at the same time, and agree.
 
     Args:
         batches: the examples of a few steps.
     Raises:
         ValueError: it does not fit; the message says what would help.
     """
-    limit, wanted = _limit(run), run.row_tokens
-    for way, meaning in WAYS.items():
-        gpt.recompute = way
-        for run.row_tokens in (wanted, wanted // 2, wanted // 4):
-            rows = (row for batch in batches for row in run.rows(gpt, batch, share))
-            idx, packed = max(rows, key=lambda row: len(row[1].pos))  # of this process; _peak is the highest of all
-            peak = _peak(run, gpt, idx, packed)
-            if peak <= (1 - SPARE) * limit:
-                rows = f"rows of {len(packed.pos):,} tokens{meaning}"
-                print(f"training needs {peak / GIB:.1f} GiB of {limit / GIB:.1f}: {rows}")
-                return
-    raise ValueError(f"{len(packed.pos):,} tokens at a time do not fit into {limit / GIB:.1f} GiB: {ADVICE}")
+    limit, wanted, T, peak = _limit(run), run.row_tokens, 0, math.inf
+    room = (1 - SPARE) * limit
+    for run.row_tokens in (wanted, wanted // 2, wanted // 4):
+        row, length = _longest(run, gpt, batches, share)
+        if length == T:
+            break  # one example, which is not cut
+        T = length
+        for block in gpt.blocks:
+            block.is_tiled = T > LONG
+        peak = math.inf if T > LONG else _peak(run, gpt, row)
+        if peak <= room:
+            break
+    if peak > room:
+        needs, most = _line(run, gpt, batches, share, T), len(gpt.blocks) - 1
+        counts = [(n, 0) for n in range(most + 1)] + [(most, n) for n in range(3, most + 1)]
+        for gpt.recompute, gpt.offload in counts:
+            peak = needs(gpt.recompute, gpt.offload)
+            if peak <= room and (T > LONG or (peak := _peak(run, gpt, row)) <= room):
+                break
+        else:
+            raise ValueError(f"{T:,} tokens at a time do not fit into {limit / GIB:.1f} GiB: {ADVICE}")
+    print(f"training needs {peak / GIB:.1f} GiB of {limit / GIB:.1f}: rows of {T:,} tokens{what_is_recomputed(gpt)}")
+
+
+def what_is_recomputed(gpt: GPT) -> str:
+    some = f", {gpt.recompute} of {len(gpt.blocks)} blocks recomputed" if gpt.recompute else ""
+    return some + (f", the inputs of {gpt.offload} kept on the host" if gpt.offload else "")
+
+
+def _longest(run: "Run", gpt: GPT, batches: Sequence[list[Example]], share: bool) -> tuple[tuple[Tensor, Packed], int]:
+    """The longest row of this process, and the length of the longest of all."""
+    row = max((row for batch in batches for row in run.rows(gpt, batch, share)), key=lambda row: len(row[1].pos))
+    return row, int(highest(len(row[1].pos), run.device))
+
+
+def _line(run: "Run", gpt: GPT, batches: Sequence[list[Example]], share: bool, T: int) -> Callable[[int, int], float]:
+    """What a row of T tokens takes in bytes, with so many blocks recomputed, and of these so many inputs on the host:
+    measured with shorter rows, since memory grows with the tokens, and with the blocks. The last block is never
+    recomputed: the backward pass begins with it."""
+    examples, tokens = sorted((e for batch in batches for e in batch), key=lambda e: -len(e.ids)), run.row_tokens
+    n = len(gpt.blocks) - 1
+    some = min(2, n)
+
+    def measured(t: int, recompute: int, offload: int) -> tuple[int, float]:
+        gpt.recompute, gpt.offload, run.row_tokens = recompute, offload, t
+        row, length = _longest(run, gpt, [_cut(examples, t * run.world)], share)
+        return length, _peak(run, gpt, row)
+
+    most = min(T, 4 * TRIED if T > LONG else TRIED)
+    (short, least), (longer, most_of_all) = measured(most // 2, n, n), measured(most, n, n)
+    on_gpu, kept = (measured(most // 2, count, 0)[1] for count in (n, n - some))
+    run.row_tokens = tokens
+    of_token = (most_of_all - least) / (longer - short)
+    of_input = (on_gpu - least) / short / max(1, n - 2)  # two are on their way, and on the GPU
+    of_block = (kept - on_gpu) / short / some
+
+    def needs(recompute: int, offload: int) -> float:
+        more = (of_block, n - recompute), (of_input, n - max(2, offload))  # inf, where not even short rows have room
+        return least + of_token * (T - short) + T * sum(size * count for size, count in more if count)
+
+    return needs
+
+
+def _cut(examples: Sequence[Example], tokens: int) -> list[Example]:
+    """The first examples, cut so that all have this many tokens."""
+    lengths = np.array([len(e.ids) for e in examples])
+    left = np.clip(tokens - (lengths.cumsum() - lengths), 0, lengths)
+    return [Example(e.ids[:n], min(e.first_target, n - 1)) for e, n in zip(examples, left.tolist()) if n > 1]
 
 
 def _limit(run: "Run") -> float:
@@ -68,8 +126,9 @@ def _limit(run: "Run") -> float:
     return limit
 
 
-def _peak(run: "Run", gpt: GPT, idx: Tensor, packed: Packed) -> float:
+def _peak(run: "Run", gpt: GPT, row: tuple[Tensor, Packed]) -> float:
     """Bytes that training on a row takes, the most of all processes; inf: more than there are."""
+    idx, packed = row
     torch.cuda.reset_peak_memory_stats()
     try:
         states = torch.empty(_states(gpt, run.device), dtype=torch.uint8, device=run.device)

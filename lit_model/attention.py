@@ -2,9 +2,8 @@
 
 A context is what a layer knows of its row beside x. It decides which keys the queries meet.
 
-On a GPU in 16 bit kernels/packed_attention.py computes it, where Triton is there; else torch's variable-length
-attention, for which the keys that each segment sees are gathered; on a CPU (kernels/cpu.py), or in float32, one segment
-after the other.
+On a GPU in 16 bit kernels/packed_attention.py computes it, or without Triton torch's variable-length attention over the
+keys that each segment sees, gathered; on a CPU (kernels/cpu.py), or in float32, one segment after the other.
 """
 
 import inspect
@@ -66,11 +65,10 @@ class PackedRow:
             (q, k), rope = self.rotated(q, k), None
         if blocks:
             fits = prompts and len(prompts[0][0]) <= MOST_PROMPT_KEYS and prompts[0][2].ndim == 1  # one gate for all
-            prompt, *others = prompts if fits and is_plain and self.softcap is None else (None, *prompts)
+            prompt, *prompts = prompts if fits and is_plain and self.softcap is None else (None, *prompts)
             from lit_model.kernels.packed_attention import packed_attention  # needs Triton to be imported
 
             y = packed_attention(q, k, v, blocks, self.scale, rope, prompt, self.window, self.softcap)
-            prompts = others
         else:
             y = self._over_gathered(q, k, v)
         if prompts and rope is not None:

@@ -23,7 +23,6 @@ SwiGLU (https://arxiv.org/abs/2002.05202), GQA (https://arxiv.org/abs/2305.13245
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -34,7 +33,7 @@ from lit_model.config import Config, Layer
 from lit_model.kernels.cpu import Packed1, RMSNormCPU
 from lit_model.loss import chunk_loss, cross_entropy
 from lit_model.packing import Packed, equal_examples
-from lit_model.recompute import Offload, recomputed
+from lit_model.recompute import Offload, in_tiles, recomputed
 from lit_model.rope import rope_angles
 
 ACTIVATIONS = {"silu": F.silu, "gelu": partial(F.gelu, approximate="tanh")}
@@ -217,10 +216,14 @@ class Block(nn.Module):
             self.mlp = MoE(config, layer.experts)
         self.post_norm_2 = norm(config) if after else no_norm
         self.scale = config.residual_scale
+        self.is_tiled = False  # the MLP takes the tokens of a long row a tile at a time
 
     def forward(self, x: Tensor, row: PackedRow) -> Tensor:
         h = self.post_norm_1(self.attn(self.norm_1(x), row))  # (T, C); in the last layer (M, C)
         x = torch.add(row.narrow(x), h, alpha=self.scale)
+        return in_tiles(self.feed, x) if self.is_tiled else self.feed(x)
+
+    def feed(self, x: Tensor) -> Tensor:
         return torch.add(x, self.post_norm_2(self.mlp(self.norm_2(x))), alpha=self.scale)
 
 
@@ -240,7 +243,7 @@ class GPT(nn.Module):
         self.virtual_tokens = nn.ModuleDict()
         self.virtual_keys = nn.ModuleDict()
         self.heads = nn.ModuleDict()
-        self.recompute: Literal["off", "on", "offload"] = "off"  # less memory for more time in training: recompute.py
+        self.recompute = self.offload = 0  # blocks, the first ones: less memory for more time (recompute.py)
         self.tie()
 
     def compile(self) -> None:
@@ -257,6 +260,7 @@ class GPT(nn.Module):
         }
         for block in self.blocks:
             block.compile(dynamic=True, options=options)
+            block.feed = torch.compile(block.feed, dynamic=True, options=options)  # of a row in tiles
         if self.objective is cross_entropy:
             self.objective = partial(cross_entropy, chunk_loss=torch.compile(chunk_loss, dynamic=True))
 
@@ -363,10 +367,10 @@ class GPT(nn.Module):
             virtual = f"{self.n_virtual_tokens} virtual tokens and {self.n_virtual_keys} virtual keys"
             raise ValueError(f"the row was packed for another network: this one has {virtual}")
         x = self.embed(idx, packed)  # (T, C)
-        recompute = self.recompute != "off" and torch.is_grad_enabled()
-        offload = Offload(x.device) if recompute and self.recompute == "offload" else None
-        for block, row in zip(self.blocks, self.contexts(packed, cache, x.dtype), strict=True):
-            x = recomputed(block, x, row, offload) if recompute else block(x, row)
+        n = self.recompute if torch.is_grad_enabled() else 0
+        offload = Offload(x.device) if n and self.offload else None
+        for i, (block, row) in enumerate(zip(self.blocks, self.contexts(packed, cache, x.dtype), strict=True)):
+            x = recomputed(block, x, row, offload if i < self.offload else None) if i < n else block(x, row)
         if packed.wanted is not None and packed.last is None:  # otherwise the last block has taken them
             x = x[packed.wanted]
         x = self.norm_f(x)  # (M, C)

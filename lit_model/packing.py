@@ -10,8 +10,7 @@ is computed once and seen by each of them, and the result is exactly that of eac
 
 In each layer all keys lie in one tensor, the source: first the virtual keys, if a method has any (prefix tuning), then
 the keys of this row's tokens or, in generation, all slots of the KV cache. `kv_index` lists for one segment after the
-other which of them it sees; attention gathers these and runs over pairs (queries of a segment, keys of a segment). A
-decoding step is a row of one-token segments whose other keys come from the cache.
+other which of them it sees; attention gathers these and runs over pairs (queries of a segment, keys of a segment).
 """
 
 import math
@@ -282,8 +281,7 @@ def pack(
         share: compute a common beginning of examples once. Not with dropout, which would differ between its copies.
         rank, world: make the rows of this process, of so many. One that would lack a row computes one of another
             process with weight 0, so that all compute the same number.
-        short_context: the network's; no row has examples of both sides of it.
-        windows: of its layers.
+        short_context, windows: the network's; no row has examples of both sides of the former.
     Returns:
         A list of (idx, packed). The losses of all rows sum to those of the examples one by one. Examples that begin
         alike lie together, so their order is not kept.

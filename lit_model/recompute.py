@@ -3,10 +3,14 @@
 
 Of LLaMA-7B's 32 blocks this keeps 0.25 MiB a token instead of 3. The forward pass is computed twice: half as much again
 where the weights are frozen, a third in full finetuning. With `Offload` not even the inputs stay on the GPU: they
-travel to the host's memory and back while the GPU works on other blocks.
+travel to the host's memory and back while the GPU works on other blocks. In a long row what an MLP holds inside is the
+largest part of a block: `in_tiles` computes it for some tokens at a time.
+
+finetune/memory.py finds out how many blocks it takes.
 """
 
 from collections import deque
+from collections.abc import Callable
 from contextlib import nullcontext
 
 import torch
@@ -14,13 +18,16 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
+TILE = 8192  # tokens
+PIECE = 2**30  # bytes of the host's memory: torch takes the next power of two for what it pins
+
 
 class Offload:
     """Of one forward and backward pass: takes the blocks' inputs to the host, and gets them back, last one first."""
 
     def __init__(self, device: torch.device):
         self.copying = torch.cuda.Stream(device)
-        self.away: list[Tensor] = []  # in the host's memory
+        self.away: list[list[Tensor]] = []  # in the host's memory, in pieces
         self.coming: dict[int, tuple[Tensor, torch.cuda.Event]] = {}  # index in `away` -> copy, and when it is there
         self.leaving: deque[tuple[Tensor, torch.cuda.Event]] = deque()  # their memory is in use until they are gone
 
@@ -28,9 +35,11 @@ class Offload:
         if not x.is_cuda:  # an empty tensor that torch.utils.checkpoint keeps for itself
             return x
         self.copying.wait_stream(torch.cuda.current_stream())
-        host = torch.empty(x.shape, dtype=x.dtype, pin_memory=True)
+        parts = x.split(PIECE // x[0].nbytes)
+        host = [torch.empty(part.shape, dtype=x.dtype, pin_memory=True) for part in parts]
         with torch.cuda.stream(self.copying):
-            host.copy_(x, non_blocking=True)
+            for to, part in zip(host, parts, strict=True):
+                to.copy_(part, non_blocking=True)
             self.leaving.append((x, self.copying.record_event()))
         self._let_go(2)
         self.away.append(host)
@@ -56,10 +65,13 @@ class Offload:
     def _begin(self, index: int) -> None:
         """Without `record_stream`: it would keep this memory from its next user until the GPU has come so far, and the
         host is many blocks ahead. Whoever gets it next does so after `fetch` has waited for the copy."""
-        x = torch.empty_like(self.away[index], device=self.copying.device)
+        host = self.away[index]
+        shape = sum(map(len, host)), *host[0].shape[1:]
+        x = torch.empty(shape, dtype=host[0].dtype, device=self.copying.device)
         self.copying.wait_stream(torch.cuda.current_stream())  # whoever had this memory before is done with it
         with torch.cuda.stream(self.copying):
-            x.copy_(self.away[index], non_blocking=True)
+            for to, part in zip(x.split(len(host[0])), host, strict=True):
+                to.copy_(part, non_blocking=True)
             self.coming[index] = x, self.copying.record_event()
 
 
@@ -69,3 +81,9 @@ def recomputed(block: nn.Module, x: Tensor, row: object, offload: Offload | None
         return block(x, row)  # below what is trained: nothing is kept at all
     with saved_tensors_hooks(offload.take, offload.fetch) if offload else nullcontext():
         return checkpoint(block, x, row, use_reentrant=False)
+
+
+@torch.compiler.disable
+def in_tiles(feed: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """feed(x), (T, C), for TILE tokens at a time: of each only the input is kept."""
+    return torch.cat([checkpoint(feed, part, use_reentrant=False) for part in x.split(TILE)])

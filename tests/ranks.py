@@ -23,6 +23,7 @@ from finetune.devices import launch, whole
 from finetune.loop import evaluate, train_step
 from finetune.report import Ask
 from finetune.run import Run, RunOptions, Train, build, prepare
+from lit_model import model
 from lit_model.load import method_module, save_method
 from lit_model.methods.lora import LoRA
 from lit_model.packing import Example, Packed, pack
@@ -76,7 +77,7 @@ def compute(run: Run, name: str) -> dict:
     if name == "lora":  # forward computes whatever is to be minimised
         gpt.objective = smoothed
     network, optimizer = prepare(run, gpt, True)
-    gpt.recompute = "on" if gpt.config.arch == "gpt2" else "off"
+    gpt.recompute = len(gpt.blocks) if gpt.config.arch == "gpt2" else 0
     grads, kinds = {}, {n: type(p) for n, p in gpt.named_parameters()}
 
     def keep() -> None:
@@ -129,14 +130,15 @@ def run_out_of_memory(fabric: Fabric, folder: Path, strategy: str) -> None:
     gpt = build(run, "full")
     fabric.setup_module(gpt)
     mlp, mlp_forward = gpt.blocks[1].mlp, gpt.blocks[1].mlp.forward
-    fails = lambda: gpt.recompute == "off" and (run.rank == 0 or strategy != "ddp")  # noqa: E731
+    fails = lambda: gpt.recompute == 0 and (run.rank == 0 or strategy != "ddp")  # noqa: E731
     mlp.forward = lambda x: OutOfMemory.apply(mlp_forward(x)) if fails() else mlp_forward(x)
     cuda = torch.cuda
     cuda.mem_get_info, cuda.memory_reserved = lambda device: (2**30, 2**30), lambda device: 0
     cuda.max_memory_allocated, cuda.set_per_process_memory_fraction = lambda: 1000, lambda fraction, device: None
+    model.Offload = lambda device: None
     cuda.empty_cache = cuda.reset_peak_memory_stats = cuda.synchronize = lambda: None
     memory.plan(run, gpt, [examples(8)], share=True)
-    assert gpt.recompute == "on" and run.row_tokens == 4096
+    assert gpt.recompute == len(gpt.blocks) - 1
     idx, packed = pack(examples(8), 4096)[0]
     fabric.backward(gpt(idx, packed))
     assert all(p.grad is not None for p in gpt.parameters())

@@ -211,6 +211,21 @@ def test_moves_every_trainable_and_nothing_else(checkpoint, method):
             assert torch.equal(after[name], t), name
 
 
+def test_blocks_recomputed_and_in_tiles_give_the_same_gradients(checkpoint, method, monkeypatch):
+    monkeypatch.setattr("lit_model.recompute.TILE", 7)
+    gpt, found = shake(build(checkpoint, method)).eval(), []
+    example = Example(torch.randint(0, 97, (30,)).int().numpy(), first_target=5)
+    ((idx, packed),) = pack([example], 100, gpt.n_virtual_tokens, gpt.n_virtual_keys)
+    for gpt.recompute, is_tiled in ((0, False), (2, False), (2, True), (0, True)):
+        for block in gpt.blocks:
+            block.is_tiled = is_tiled
+        loss = gpt(idx, packed)
+        grads = torch.autograd.grad(loss, trained(gpt).values())
+        found.append(torch.cat([loss.detach()[None], *(grad.flatten() for grad in grads)]))
+    for other in found[1:]:
+        close(other, found[0])
+
+
 def test_trained_parameters_are_float32_and_move_under_a_bfloat16_base(checkpoint, method):
     gpt = build(checkpoint, method, dtype=torch.bfloat16)
     assert {p.dtype for p in gpt.parameters() if p.requires_grad} == {torch.float32}

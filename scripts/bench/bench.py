@@ -174,8 +174,8 @@ def ours(case: Case) -> Result:
     )  # fmt: skip
     gpt = build(run, case.method, case.method_options)
     network, optimizer = prepare(run, gpt, share=True)
-    if options.recompute == "on" and gpt.recompute == "off":
-        gpt.recompute = "on"
+    if options.recompute == "on":
+        gpt.recompute = len(gpt.blocks)
     stream = ahead(run.steps(gpt))
 
     def take(n: int) -> list[tuple[Step, int, int, int]]:
@@ -198,10 +198,9 @@ def ours(case: Case) -> Result:
         print_kernels(lambda: take(PROFILED), device)
     n_real = sum(len(e.ids) for s in steps for e in s.batch)
     n_rows, n_computed, n_own_targets = map(sum, counts)
-    ways = {"off": "", "on": ", blocks recomputed", "offload": ", blocks recomputed, inputs on the host"}
     return Result(
         "lit-model",
-        f"{n_rows / len(steps):.0f} rows of {n_computed / n_rows:,.0f} tokens{ways[gpt.recompute]}",
+        f"{n_rows / len(steps):.0f} rows of {n_computed / n_rows:,.0f} tokens{memory.what_is_recomputed(gpt)}",
         tokens_per_second=n_real / seconds,
         step_ms=1e3 * seconds / len(steps),
         peak_gib=peak,
