@@ -13,7 +13,7 @@ import subprocess
 import sys
 import traceback
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import datetime
 from itertools import islice, product
 from pathlib import Path
@@ -33,7 +33,7 @@ from lit_model.model import Config
 from lit_model.packing import Example
 from scripts.bench.bench_table import Result, commit, read_lines, table
 from scripts.bench.kernel_time import mfu, print_kernels, product_seconds, sync
-from scripts.bench.workload import RandomFolder, alpaca_lengths, demo_examples
+from scripts.bench.workload import RandomFolder, alpaca_lengths, demo_examples, of_length
 
 ALL_LINEARS = dict(r=16, targets="q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj")
 VARIANTS = {"lora-all": ("lora", ALL_LINEARS), "dora-all": ("dora", ALL_LINEARS)}
@@ -62,10 +62,13 @@ class Options:
     """use of several devices: ddp, fsdp or fsdp_offload; or some of them, such as ddp,fsdp"""
     data: Literal["alpaca-lengths", "demo"] = "alpaca-lengths"
     """alpaca-lengths: random tokens in examples of Alpaca's lengths; demo: the rows of the demo"""
+    example_length: int | None = None
+    """examples of this many random tokens instead, such as 16384 with --batch_size 1"""
     batch_size: int = 128
     """examples per optimizer step and device"""
     steps: int = 10
-    """optimizer steps that count, after three that do not; the peer takes two after one"""
+    """optimizer steps that count, after three that do not, or after one that does not if it is one; the peer takes two
+    after one"""
     memory_gb: float | None = None
     """most GiB of the GPU's memory to use"""
     recompute: Literal["auto", "on"] = "auto"
@@ -129,7 +132,11 @@ def measure_all(options: Options, pairs: list[tuple[str, str]]) -> None:
     if options.devices.startswith("cpu") or not torch.cuda.is_available():
         memory.keep_freed_memory()
     fabric = launch(options.devices, options.strategy)
-    examples = demo_examples() if options.data == "demo" else alpaca_lengths(config.vocab_size)
+    if options.example_length:
+        examples = of_length(options.example_length, config.vocab_size)
+        config = replace(config, block_size=max(config.block_size, options.example_length))
+    else:
+        examples = demo_examples() if options.data == "demo" else alpaca_lengths(config.vocab_size)
     config.check_tokens(max(int(e.ids.max()) for e in examples))
     for name, precision in pairs:
         measure(ours, Case(options, config, examples, fabric, name, precision))
@@ -187,7 +194,7 @@ def ours(case: Case) -> Result:
             steps.append((step, len(rows), sum(len(p.pos) for p in own), sum(len(p.targets) for p in own)))
         return steps
 
-    take(WARM_UP)
+    take(WARM_UP if options.steps > 1 else 1)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     start = sync(device)

@@ -48,6 +48,12 @@ def alpaca_lengths(vocab_size: int) -> list[Example]:
     return examples
 
 
+def of_length(n: int, vocab_size: int) -> list[Example]:
+    """64 examples of n random tokens, half of them targets."""
+    rng = np.random.default_rng(3)
+    return [Example(rng.integers(5, vocab_size, n + 1).astype(np.int32), n // 2) for _ in range(64)]
+
+
 def demo_examples() -> list[Example]:
     tokenizer = Tokenizer(fetch_demo_model())
     return tokenize(read_rows(fetch_demo_data()), tokenizer, ExampleOptions())
