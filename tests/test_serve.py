@@ -214,7 +214,7 @@ def test_a_full_queue_says_so(running, monkeypatch):
     """Whoever has left it does not count."""
     engine = running.served.engine
     monkeypatch.setattr(engine, "most_waiting", 1)
-    monkeypatch.setattr(engine.decoder, "steps", slowly(engine.decoder.steps))
+    monkeypatch.setattr(engine.decoder, "steps", slowly(engine.decoder.steps, 0.2))  # nobody ends meanwhile
     how = dict(model="base", prompt="a", stream=True)
     first = [running.client.completions.create(**how, max_tokens=150) for _ in range(5)]
     while len(engine.active) < 5:
@@ -232,8 +232,8 @@ def test_a_full_queue_says_so(running, monkeypatch):
     assert running.is_idle()
 
 
-def slowly(steps):
-    return lambda n: (time.sleep(0.02), steps(n))[1]
+def slowly(steps, seconds: float = 0.02):
+    return lambda n: (time.sleep(seconds), steps(n))[1]
 
 
 def test_a_prompt_that_fails_takes_no_other_answer_with_it(running, monkeypatch):
@@ -277,12 +277,16 @@ def test_who_goes_away_frees_a_place(running, monkeypatch):
         stream = running.client.completions.create(model="base", prompt="a", max_tokens=190, stream=True)
         next(iter(stream))
         stream.close()
-    body = json.dumps(dict(model="base", prompt="a", max_tokens=190)).encode()
-    with socket.create_connection(("127.0.0.1", running.port)) as connection:  # one that does not stream
-        head = f"POST /v1/completions HTTP/1.1\r\nHost: 127.0.0.1:{running.port}\r\nContent-Length: {len(body)}\r\n\r\n"
-        connection.sendall(head.encode() + body)
-        time.sleep(0.1)
-    assert running.is_idle() and engine.n_tokens - before < 8 * 190 / 2
+    assert running.is_idle() and engine.n_tokens - before < 7 * 190 / 2
+    for stream, seconds in ((False, 0.1), (True, 0.1), (True, 0)):
+        before = engine.n_tokens
+        body = json.dumps(dict(model="base", prompt="a", max_tokens=190, stream=stream)).encode()
+        with socket.create_connection(("127.0.0.1", running.port)) as connection:
+            head = f"POST /v1/completions HTTP/1.1\r\nHost: 127.0.0.1:{running.port}\r\nContent-Length: {len(body)}"
+            connection.sendall(f"{head}\r\n\r\n".encode() + body)
+            time.sleep(seconds)
+        time.sleep(0.5)
+        assert running.is_idle() and engine.n_tokens - before < 190 / 2
 
 
 def test_a_failure_is_said_and_the_next_ones_are_answered(running, monkeypatch):
