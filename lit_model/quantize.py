@@ -24,6 +24,7 @@ from lit_model.model import ACTIVATIONS, MLP, Linear
 
 Kind = Literal["none", "nf4", "int8", "fp8"]
 FP8 = torch.float8_e4m3fn
+PIECE = 2**18  # blocks of 64 weights that become nf4 at a time: a 70B's matrix in float32 and more would be 4 GiB
 NF4_LEVELS = (  # from the paper's appendix
     -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
     -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
@@ -108,10 +109,11 @@ class NF4Linear(_DequantizedLinear):
     def quantized(self, weight: Tensor) -> dict[str, Tensor]:
         if weight.numel() % 64:
             raise ValueError(f"nf4 quantizes 64 weights at a time; {tuple(weight.shape)} is no multiple of that")
-        blocks = weight.float().view(-1, 64)
-        scale = blocks.abs().amax(-1, keepdim=True)  # (n, 1)
+        blocks = weight.reshape(-1, 64)
+        scale = blocks.abs().amax(-1, keepdim=True).float()  # (n, 1)
         levels, scale_levels = torch.tensor(NF4_LEVELS).to(weight.device), _scale_levels().to(weight.device)
-        codes = _nearest(blocks * (1 / scale.clamp(min=1e-30)), levels)
+        pieces = zip(blocks.split(PIECE), scale.split(PIECE), strict=True)
+        codes = torch.cat([_nearest(part.float() * (1 / s.clamp(min=1e-30)), levels) for part, s in pieces])
         codes = codes[:, ::2] << 4 | codes[:, 1::2]  # two a byte, the first in the high half
         offset = scale.mean()
         centred = F.pad((scale - offset).flatten(), (0, -len(scale) % 256)).view(-1, 256)
