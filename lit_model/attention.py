@@ -1,4 +1,4 @@
-"""Attention over packed rows (packing.py): contexts, `attend`, and the KV cache.
+"""Attention over packed rows (packing.py): contexts and `attend`.
 
 A context is what a layer knows of its row beside x. It decides which keys the queries meet.
 
@@ -39,13 +39,16 @@ class PackedRow:
     window: int | None  # number of keys that a token sees, itself included; None: all
     scale: float  # of the scores q k^T before the softmax
     softcap: float | None  # scores become softcap * tanh(scores / softcap); None: they stay
+    wanted: Tensor | None = None  # (M,) in the last layer: tokens whose queries are wanted, over the keys of all
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, prompts: Sequence[GatedKeys]) -> Tensor:
-        """q (T, nh, hs), k and v (T, nkv, hs) without positions. Returns (T, nh, hs)."""
-        if self.virtual_keys is None:
+        """q (T, nh, hs), k and v (T, nkv, hs) without positions. Returns (T, nh, hs); in the last layer (M, nh, hs)."""
+        if self.virtual_keys is None and self.wanted is None:
             return self.over(q, k, v, prompts, self.rope)  # rotates in fewer passes
         q, k = self.rotated(q, k)
-        return self.over(q, *self.behind_virtual(k, v), prompts)
+        if self.virtual_keys is not None:
+            k, v = torch.cat((self.virtual_keys[0], k)), torch.cat((self.virtual_keys[1], v))
+        return self.over(self.narrow(q), k, v, prompts)
 
     def rotated(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         return (q, k) if self.rope is None else (self.rope.queries(q), self.rope.keys(k))
@@ -89,40 +92,9 @@ class PackedRow:
         options |= dict(scale=self.scale, window_size=(-1 if window is None else window - 1, 0))  # causal
         return varlen_attn(q, k, v, packed.cu_q, packed.cu_k, packed.max_q, packed.max_k, **options)
 
-    def behind_virtual(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        if self.virtual_keys is None:
-            return k, v
-        return torch.cat((self.virtual_keys[0], k)), torch.cat((self.virtual_keys[1], v))
-
     def narrow(self, x: Tensor) -> Tensor:
         """(T, C) -> (M, C), the tokens that go on after attention."""
-        return x
-
-
-@dataclass
-class LastRow(PackedRow):
-    """The last layer: keys of all tokens, queries of the wanted ones only."""
-
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, prompts: Sequence[GatedKeys]) -> Tensor:
-        q, k = self.rotated(q, k)
-        return self.over(self.narrow(q), *self.behind_virtual(k, v), prompts)
-
-    def narrow(self, x: Tensor) -> Tensor:
-        return x.index_select(0, self.packed.wanted)
-
-
-@dataclass
-class CachedRow(PackedRow):
-    """Decoding: a row that continues rows whose keys and values are in a KV cache, and adds its own."""
-
-    cache: "KVCache"
-    layer: int
-
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, prompts: Sequence[GatedKeys]) -> Tensor:
-        q, k, v = self.cache.store(self.layer, self.packed.slots, q, k, v, self.rope)
-        if self.packed.blocks is not None:  # it sees its own keys alone
-            k, v = k[self.packed.slots], v[self.packed.slots]
-        return self.over(q, *self.behind_virtual(k, v), prompts)
+        return x if self.wanted is None else x.index_select(0, self.wanted)
 
 
 def is_few(x: Tensor, most: int = 64) -> bool:
@@ -186,28 +158,3 @@ def plain_attention(
         scores = scores.unflatten(1, (-1, T)).masked_fill(~mask, -torch.inf).flatten(1, 2)
     y = scores.softmax(-1) @ v.transpose(0, 1)  # (nkv, nh / nkv * T, hs)
     return y.view(nh, T, hs).transpose(0, 1)
-
-
-@dataclass
-class KVCache:
-    """Keys and values of all layers, in flat slots; `Packed.kv_index` knows which example a slot belongs to."""
-
-    k: Tensor  # (layers, slots, nkv, hs)
-    v: Tensor
-    length: int  # tokens of the longest example that it will hold
-
-    def store(
-        self, layer: int, slots: Tensor, q: Tensor, k: Tensor, v: Tensor, rope: Angles | None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Stores k, rotated, and v (T, nkv, hs) in `slots` (T,). Returns q (T, nh, hs), rotated, and the keys and
-        values in all slots of this layer, (slots, nkv, hs)."""
-        keys, values = self.k[layer], self.v[layer]
-        if q.is_cuda and HAS_TRITON and rope is not None and rope.turns_all_of(q) and q.shape[-1].bit_count() == 1:
-            from lit_model.kernels.decode import rotate_and_store
-
-            return rotate_and_store(q, k, v, rope, slots, keys, values), keys, values
-        if rope is not None:
-            q, k = rope.queries(q), rope.keys(k)
-        keys.index_copy_(0, slots, k)
-        values.index_copy_(0, slots, v)
-        return q, keys, values

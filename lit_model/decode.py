@@ -15,13 +15,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lit_model.attention import HAS_TRITON, CachedRow, GatedKeys, KVCache, PackedRow, plain_attention
+from lit_model.attention import HAS_TRITON, GatedKeys, PackedRow, plain_attention
 from lit_model.kernels.cpu import Packed1
 from lit_model.methods.mixed import Choice, mix
 from lit_model.methods.side_by_side import filled, n_front, places_in, slots_of
 from lit_model.model import GPT, Linear
 from lit_model.packing import Example, Packed, Segment, lay_out, tree
-from lit_model.rope import rope_angles
+from lit_model.rope import Angles
 from lit_model.sampling import LOOK, Sampler, Sampling
 
 MOST_GRAPHS = 32  # that are kept: one for each number of sequences and each way in which they are sampled
@@ -38,18 +38,28 @@ class Request:
     method: str | None = None  # of those that lie side by side
 
 
-@dataclass
-class DecodeRow(PackedRow):
-    """One token of each of B sequences: it is stored in its slot, and sees those of its line of the table."""
+@dataclass(kw_only=True)
+class CachedRow(PackedRow):
+    """Prompts: a row that may continue earlier ones; each token is stored in its slot."""
 
     state: "Decoder"
     layer: int
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, prompts: Sequence[GatedKeys]) -> Tensor:
+        q, k, v = self.state.store(self.layer, q, k, v, self.rope)
+        if self.packed.blocks is not None:  # it sees its own keys alone
+            k, v = k[self.state.slot], v[self.state.slot]
+        return self.over(q, k, v, prompts)
+
+
+class DecodeRow(CachedRow):
+    """One token of each of B sequences: it is stored in its slot, and sees those of its line of the table."""
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, prompts: Sequence[GatedKeys]) -> Tensor:
         """q (B, nh, hs), k and v (B, nkv, hs) without positions. Returns (B, nh, hs)."""
         state = self.state
-        q, k, v = state.cache.store(self.layer, state.slot, q, k, v, self.rope)  # (slots, nkv, hs)
-        how = self.scale, self.window, self.softcap, int(state.ends[: len(q)].max()), state.shared
+        q, k, v = state.store(self.layer, q, k, v, self.rope)  # (slots, nkv, hs)
+        how = self.scale, self.window, self.softcap, state.shared
         y = decode_attention(q, k, v, state.table[: len(q)], state.n[: len(q)], *how)
         for pk, pv, gate in prompts:
             y = y + gate.to(y.dtype)[..., None] * plain_attention(q, pk, pv, self.scale, self.softcap)
@@ -58,15 +68,16 @@ class DecodeRow(PackedRow):
 
 def decode_attention(
     q: Tensor, k: Tensor, v: Tensor, table: Tensor, n: Tensor, scale: float, window: int | None,
-    softcap: float | None, longest: int, shared: int = 0, plain: bool = False,
+    softcap: float | None, shared: int = 0, plain: bool = False,
 ) -> Tensor:  # fmt: skip
     """Softmax attention of one query for each sequence, q (B, nh, hs), over the keys in the first n (B,) slots of its
-    line of the table (B, S); window: over the last of them only. longest: no n is larger; shared: so many slots at the
-    beginning are the same in all lines. Returns (B, nh, hs)."""
+    line of the table (B, S); window: over the last of them only. shared: so many slots at the beginning are the same in
+    all lines. Returns (B, nh, hs)."""
     if q.is_cuda and HAS_TRITON and not plain:
         from lit_model.kernels.decode import attend_table
 
         return attend_table(q, k, v, table, n, scale, window, softcap, shared)
+    longest = int(n.max())
     table = table[:, :longest]
     if len(table) == 1:  # no copy where the slots of a sequence lie side by side, as they do without virtual keys
         first, last = int(table[0, 0]), int(table[0, -1])
@@ -111,14 +122,14 @@ class Decoder:
             self.front = np.arange(n_keys + sum(segment.length for segment, *_ in rows))
             self.users = np.zeros(len(self.front) + slots, dtype=int)  # sequences that see each slot
             self.users[self.front] = 1
-            self.cache = gpt.new_cache(len(self.users) + 1)  # the last one: of what nobody wants
-            self.cache.length = length
+            c, dtype, slots = gpt.config, gpt.dtype or gpt.wte.weight.dtype, len(self.users) + 1
+            self.kv = torch.zeros(c.n_layer, 2, slots, c.n_kv_head, c.head_size, dtype=dtype, device=self.device)
+            # the last slot: of what nobody wants
             for segment, kv in front:  # (L, 2, P, nkv, hs)
-                self.cache.k[:, segment.keys], self.cache.v[:, segment.keys] = kv.to(self.cache.k.dtype).unbind(1)
+                self.kv[:, :, segment.keys] = kv.to(dtype)
             self._prefill(rows, n_keys, self.front, [])
         counts = torch.zeros(3, places, dtype=torch.long, device=self.device)
         self.n, self.number, self.token = counts  # of tokens and keys so far; of the method; the newest token
-        self.ends = np.zeros(places, dtype=int)  # `n` on the host
         self.table = torch.full((places, length), len(self.users), device=self.device)  # the slot of each position
         self.sampler = Sampler(places, gpt.config.vocab_size, self.device)
         look = LOOK if self.device.type == "cuda" else 1
@@ -161,11 +172,11 @@ class Decoder:
             self.table[i, len(line) :] = len(self.users)
         self.size += len(requests)
         mine = slice(first, self.size)
-        self.ends[mine] = [len(line) - r.n_new for line, r in zip(self.lines[first:], requests)]
-        self.n[mine], self.number[mine] = torch.from_numpy(self.ends[mine]), torch.tensor(numbers)
+        self.n[mine] = torch.tensor([len(line) - r.n_new for line, r in zip(self.lines[first:], requests)])
+        self.number[mine] = torch.tensor(numbers)
         self.sampler.put(requests)
         self.token[mine] = self.sampler(logits, self.n[mine], mine)
-        shortest = int(self.ends[: self.size].min())
+        shortest = min(map(len, self.lines))  # what follows a prompt is in slots of its own
         lines = np.stack([line[:shortest] for line in self.lines])
         shared = int((lines == lines[0]).all(0).cumprod().sum())
         self.shared = shared if self.size > 1 and shared >= 64 else 0  # fewer are not worth it
@@ -178,7 +189,7 @@ class Decoder:
         for values in (self.lines, sampler.ways):
             values[place] = values[-1]
             values.pop()
-        of_places = self.ends, self.table, self.n, self.number, self.token
+        of_places = self.table, self.n, self.number, self.token
         for t in (*of_places, sampler.seed, sampler.numbers, sampler.seen, sampler.found):
             t[place] = t[self.size]
         self.table[self.size], self.n[self.size] = len(self.users), 0
@@ -225,7 +236,7 @@ class Decoder:
             ends = {s: end - 1 for s, end in zip(segments, lengths) if s in leaves}
             wanted, windows = np.array([*ends.values()], dtype=int), gpt.config.windows
             packed = lay_out(segments, cached=used, wanted=wanted, windows=windows).to(gpt.device)
-            packed.slots = slots[packed.slots]
+            self.slot = slots[used : used + len(packed.pos)]
             if packed.blocks is None:  # it sees keys of other rows, too
                 packed.kv_index = slots[packed.kv_index]
             ids = [np.zeros(len(part), np.int32) if torch.is_tensor(part) else part for part in parts]
@@ -234,27 +245,39 @@ class Decoder:
                 if torch.is_tensor(part):
                     x[end - len(part) : end] = part
             number = torch.tensor(numbers).repeat_interleave(torch.tensor([s.length for s in segments]))
-            logits = self._through(x, CachedRow, packed.pos, self.cache, number.to(gpt.device), packed)
+            logits = self._through(x, CachedRow, packed.pos, number.to(gpt.device), packed)
             found |= dict(zip(ends, logits, strict=True))
             used += int(lengths[-1])
         return [found[leaf] for leaf in leaves]
 
     def _through(
-        self, x: Tensor, kind: type, pos: Tensor, keys: "KVCache | Decoder", number: Tensor,
-        packed: Packed | None = None,
-    ) -> Tensor:  # fmt: skip
+        self, x: Tensor, kind: type[CachedRow], pos: Tensor, number: Tensor, packed: Packed | None = None
+    ) -> Tensor:
         """Logits (M, V) of a row x (T, C) at the positions pos (T,), whose context in each layer is of a kind.
         number: of the method of each token, (T,)."""
-        gpt, c, choice = self.gpt, self.gpt.config, self.choice
+        gpt, choice = self.gpt, self.choice
         choice.of = number
         x = x if gpt.wpe is None else x + gpt.wpe(pos).to(x.dtype)
-        ropes = {rope: rope_angles(pos, rope, c.head_size, self.cache.length, x.dtype) for rope in c.ropes}
-        for i, (block, layer) in enumerate(zip(gpt.blocks, c.layers, strict=True)):
-            window = None if packed and layer.window and packed.max_k <= layer.window else layer.window
-            x = block(x, kind(packed, ropes.get(layer.rope), None, window, c.attn_scale, c.attn_softcap, keys, i))
+        contexts = gpt.contexts(packed, pos, self.length, x.dtype)
+        for i, (block, row) in enumerate(zip(gpt.blocks, contexts, strict=True)):
+            x = block(x, kind(**vars(row), state=self, layer=i))
         if packed:
             x, choice.of = x[packed.wanted], number[packed.wanted]
         return gpt.head(gpt.norm_f(x))
+
+    def store(self, layer: int, q: Tensor, k: Tensor, v: Tensor, rope: Angles | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Stores k, rotated, and v (T, nkv, hs) in the slots of their tokens. Returns q (T, nh, hs), rotated, and the
+        keys and values in all slots of this layer, (slots, nkv, hs)."""
+        keys, values = self.kv[layer]
+        if q.is_cuda and HAS_TRITON and rope is not None and rope.turns_all_of(q) and q.shape[-1].bit_count() == 1:
+            from lit_model.kernels.decode import rotate_and_store
+
+            return rotate_and_store(q, k, v, rope, self.slot, keys, values), keys, values
+        if rope is not None:
+            q, k = rope.queries(q), rope.keys(k)
+        keys.index_copy_(0, self.slot, k)
+        values.index_copy_(0, self.slot, v)
+        return q, keys, values
 
     def _step(self, width: int) -> None:
         """For the first places: as many as were compiled for; what lies in those without a sequence is not wanted."""
@@ -266,14 +289,13 @@ class Decoder:
         self.slot = table.gather(1, n[:, None])[:, 0]
         pos = n.clone()
         n.add_(1)
-        logits = self._through(self.gpt.embed_tokens(token), DecodeRow, pos, self, self.number[:width])
+        logits = self._through(self.gpt.embed_tokens(token), DecodeRow, pos, self.number[:width])
         token.copy_(self.sampler(logits, n, slice(width)))
         n.clamp_(max=self.length - 1)
 
     @torch.no_grad()
     def step(self) -> None:
         """Stores the newest token of each sequence in `made`, and makes the next one."""
-        self.ends[: self.size] = np.minimum(self.ends[: self.size] + 1, self.length)
         is_cuda, config = self.device.type == "cuda", self.gpt.config
         width = min(len(self.n), 1 << (self.size - 1).bit_length()) if is_cuda else self.size
         key = width, self.shared, self.sampler.kind
@@ -282,7 +304,7 @@ class Decoder:
             return
         self._step(width)
         has_experts = any(layer.experts for layer in config.layers)
-        if is_cuda and not (has_experts and self.cache.k.dtype is not torch.bfloat16):
+        if is_cuda and HAS_TRITON and not (has_experts and self.kv.dtype is not torch.bfloat16):
             # the first step has compiled kernels and filled caches
             if len(self.graphs) == MOST_GRAPHS:
                 self.graphs.clear()

@@ -46,10 +46,8 @@ def cross_entropy(head: nn.Linear, x: Tensor, row: Packed, chunk_loss: Callable 
         x: (M, C) hidden states at the wanted tokens of the row.
         chunk_loss: the function of this name above, or what torch.compile has made of it.
     """
-    if not torch.is_grad_enabled():  # inside a Function, needs_input_grad does not know that
-        x, weights = x.detach(), []
-    else:
-        weights = [p for p in head.parameters() if p.requires_grad]
+    trains = torch.is_grad_enabled()  # inside a Function, needs_input_grad does not know that
+    weights = [p for p in head.parameters() if p.requires_grad and trains]
     return _HeadLoss.apply(head, x, row.targets, chunk_loss, *weights)
 
 

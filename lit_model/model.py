@@ -28,7 +28,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lit_model.attention import CachedRow, KVCache, LastRow, PackedRow, is_few
+from lit_model.attention import PackedRow, is_few
 from lit_model.config import Config, Layer
 from lit_model.kernels.cpu import Packed1, RMSNormCPU
 from lit_model.loss import chunk_loss, cross_entropy
@@ -309,12 +309,6 @@ class GPT(nn.Module):
                 f"({sum(n > room for n in lengths)} of {len(lengths)} examples are too long)"
             )
 
-    def new_cache(self, slots: int) -> KVCache:
-        """An empty cache for this many keys and values, the virtual tokens' among them."""
-        c, dtype = self.config, self.dtype or self.wte.weight.dtype
-        k = torch.zeros(c.n_layer, slots, c.n_kv_head, c.head_size, dtype=dtype, device=self.device)
-        return KVCache(k, torch.zeros_like(k), slots + self.n_virtual_keys)
-
     @property
     def device(self) -> torch.device:
         """Where it computes. Matrices may wait somewhere else until they are needed (fsdp_offload)."""
@@ -345,13 +339,12 @@ class GPT(nn.Module):
             x = torch.cat([virtual().to(x.dtype) for virtual in self.virtual_tokens.values()] + [x])
         return x if self.wpe is None else x + self.wpe(packed.pos).to(x.dtype)
 
-    def forward(self, idx: Tensor, packed: Packed | None = None, cache: KVCache | None = None) -> Tensor:
+    def forward(self, idx: Tensor, packed: Packed | None = None) -> Tensor:
         """Logits, or the loss.
 
         Args:
             idx: (B, T) token ids of B examples of one length, or with `packed` one flat row (T,) of them. int64.
             packed: which token sees which in the row, which outputs are wanted, and their targets.
-            cache: keys and values of earlier rows that `packed` refers to; this row's are stored in it.
         Returns:
             (B, T, vocab_size) for a (B, T) batch; (M, vocab_size) for a row, at the M tokens that `packed` wants; or,
             where `packed` has targets, the float32 *sum* of the objective over them, by default the cross-entropy: the
@@ -362,14 +355,14 @@ class GPT(nn.Module):
         if packed is None:
             packed = equal_examples(*idx.shape, self.n_virtual_tokens, self.n_virtual_keys, self.config.windows)
             return self(idx.flatten(), packed.to(idx.device)).unflatten(0, idx.shape)
-        differs = cache is None and len(packed.pos) - len(idx) != self.n_virtual_tokens
-        if differs or packed.n_virtual_keys != self.n_virtual_keys:
+        if (len(packed.pos) - len(idx), packed.n_virtual_keys) != (self.n_virtual_tokens, self.n_virtual_keys):
             virtual = f"{self.n_virtual_tokens} virtual tokens and {self.n_virtual_keys} virtual keys"
             raise ValueError(f"the row was packed for another network: this one has {virtual}")
         x = self.embed(idx, packed)  # (T, C)
         n = self.recompute if torch.is_grad_enabled() else 0
         offload = Offload(x.device) if n and self.offload else None
-        for i, (block, row) in enumerate(zip(self.blocks, self.contexts(packed, cache, x.dtype), strict=True)):
+        contexts = self.contexts(packed, packed.pos, packed.max_k, x.dtype)
+        for i, (block, row) in enumerate(zip(self.blocks, contexts, strict=True)):
             x = recomputed(block, x, row, offload if i < self.offload else None) if i < n else block(x, row)
         if packed.wanted is not None and packed.last is None:  # otherwise the last block has taken them
             x = x[packed.wanted]
@@ -378,19 +371,15 @@ class GPT(nn.Module):
             return self.head(x)
         return self.objective(self.head, x, packed)
 
-    def contexts(self, packed: Packed, cache: KVCache | None, dtype: torch.dtype) -> Iterator[PackedRow]:
-        """What each layer knows of the row."""
-        c, n = self.config, len(self.blocks)
-        length = packed.max_k if cache is None else cache.length
-        ropes = {rope: rope_angles(packed.pos, rope, c.head_size, length, dtype) for rope in c.ropes}
+    def contexts(self, packed: Packed | None, pos: Tensor, length: int, dtype: torch.dtype) -> Iterator[PackedRow]:
+        """What each layer knows of a row at the positions pos (T,), whose longest example has `length` tokens. packed:
+        None in a step of decoding."""
+        c = self.config
+        ropes = {rope: rope_angles(pos, rope, c.head_size, length, dtype) for rope in c.ropes}
         prefixes = [virtual().to(dtype) for virtual in self.virtual_keys.values()]
-        prefix = torch.cat(prefixes, dim=2).unbind() if prefixes else [None] * n
+        prefix = torch.cat(prefixes, dim=2).unbind() if prefixes else [None] * c.n_layer
         for i, layer in enumerate(c.layers):
-            window = None if layer.window is None or packed.max_k <= layer.window else layer.window
-            context = ropes.get(layer.rope), prefix[i], window, c.attn_scale, c.attn_softcap
-            if cache is not None:
-                yield CachedRow(packed, *context, cache, i)
-            elif packed.last is not None and i == n - 1:
-                yield LastRow(packed.last, *context)
-            else:
-                yield PackedRow(packed, *context)
+            window = None if packed and layer.window and packed.max_k <= layer.window else layer.window
+            is_last = packed and packed.last and i == c.n_layer - 1
+            seen, wanted = (packed.last, packed.wanted) if is_last else (packed, None)
+            yield PackedRow(seen, ropes.get(layer.rope), prefix[i], window, c.attn_scale, c.attn_softcap, wanted)

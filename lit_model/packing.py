@@ -9,8 +9,9 @@ is computed once and seen by each of them, and the result is exactly that of eac
     segment 2   "Write a haiku. ### Response: Old pond ..."      sees 0 and itself
 
 In each layer all keys lie in one tensor, the source: first the virtual keys, if a method has any (prefix tuning), then
-the keys of this row's tokens or, in generation, all slots of the KV cache. `kv_index` lists for one segment after the
-other which of them it sees; attention gathers these and runs over pairs (queries of a segment, keys of a segment).
+the keys of this row's tokens or, in generation (decode.py), those of earlier rows, too. `kv_index` lists for one
+segment after the other which of them it sees; where there is no kernel that reads keys where they lie, attention
+gathers these and runs over pairs (queries of a segment, keys of a segment).
 """
 
 import math
@@ -124,7 +125,6 @@ class Packed(Movable):
     max_q: int  # most queries of a segment
     max_k: int  # most keys of a segment
     kv_index: Tensor | None  # (S,) indices into the source of keys; None: this row's own keys, in order
-    slots: Tensor | None  # (T,) where the KV cache stores the keys of this row
     blocks: dict[int | None, Blocks] | None  # who sees whom, by window; None if some keys are of earlier rows
     n_virtual_keys: int  # at the front of the source of keys
     wanted: Tensor | None  # (M,) tokens whose logits or loss are wanted; None: all
@@ -147,23 +147,23 @@ class Segment:
 def lay_out(
     segments: Sequence[Segment],
     n_virtual_keys: int = 0,
-    cached: int | None = None,
+    cached: int = 0,
     wanted: Sequence[int] | np.ndarray | None = None,
     targets: np.ndarray | None = None,
     windows: Iterable[int | None] = (None,),
 ) -> Packed:
-    """Lays segments end to end. A parent stands before its children, in this row or (KV cache) in an earlier one.
-    Without a cache each stands before its parent's next child: a walk through the tree. The network's virtual tokens,
-    if it has any, are the first tokens of the first segment.
+    """Lays segments end to end. A parent stands before its children, in this row or an earlier one. Without earlier
+    ones each stands before its parent's next child: a walk through the tree. The network's virtual tokens, if it has
+    any, are the first tokens of the first segment.
 
     Args:
         n_virtual_keys: number of virtual keys that every example sees; its positions start after them.
-        cached: number of slots of the KV cache in use; None: there is no cache.
+        cached: number of keys of earlier rows (decode.py).
         wanted: (M,) tokens whose logits or loss are wanted, ascending; None: all.
         targets: (M,) the token that each of them must predict.
         windows: of the network's layers.
     """
-    offset = first = n_virtual_keys + (cached or 0)
+    offset = first = n_virtual_keys + cached
     for s in segments:
         seen, start = (s.parent.keys, s.parent.end) if s.parent else (np.arange(n_virtual_keys), n_virtual_keys)
         s.keys = np.concatenate((seen, np.arange(offset, offset + s.length)))
@@ -178,18 +178,17 @@ def lay_out(
     keys, sizes = [s.keys for s in segments], _sizes([(s.length, len(s.keys)) for s in segments])
     of_keys = until, np.append(np.arange(n_virtual_keys), pos)
     windows = {window if window and window < sizes["max_k"] else None for window in windows}
-    own_keys_only = cached is None and not n_virtual_keys and not any(s.parent for s in segments)
+    own_keys_only = not first and not any(s.parent for s in segments)
     packed = Packed(
         pos=torch.from_numpy(pos),
         **sizes,
         kv_index=None if own_keys_only else torch.from_numpy(np.concatenate(keys)),
-        slots=None if cached is None else torch.arange(first, offset) - n_virtual_keys,
         blocks=None if cached else {w: cut_into_blocks(np.arange(first, offset), *of_keys, w) for w in windows},
         n_virtual_keys=n_virtual_keys,
         wanted=None if wanted is None else torch.as_tensor(wanted),
         targets=None if targets is None else torch.from_numpy(targets).long(),
     )
-    if targets is not None and cached is None:
+    if targets is not None:
         packed.last = _for_last_layer(packed, segments, np.asarray(wanted))
     return packed
 
@@ -205,7 +204,6 @@ def _for_last_layer(packed: Packed, segments: Sequence[Segment], wanted: np.ndar
     row, b = wanted + packed.n_virtual_keys, next(iter(packed.blocks.values()))
     return replace(
         packed,
-        pos=packed.pos[wanted],
         blocks={w: cut_into_blocks(row, b.until.numpy(), b.pos.numpy(), w) for w in packed.blocks},
         kv_index=torch.from_numpy(np.concatenate([s.keys for s, _ in some])),
         **_sizes([(n, len(s.keys)) for s, n in some]),

@@ -19,6 +19,8 @@ if not torch.cuda.is_available():  # before Triton is imported
 from lit_model import families, model
 from lit_model.cli import cli
 from lit_model.data.tokenizer import Tokenizer as OurTokenizer
+from lit_model.decode import Decoder, Request
+from lit_model.sampling import Sampler, Sampling
 from lit_model.weights.folder import save_folder, tokenizer_files
 
 
@@ -175,3 +177,19 @@ def save_tokenizer(folder, rows) -> None:
     stated = {"bos_token": "<bos>", "eos_token": "<eos>", "add_bos_token": True}
     stated["tokenizer_class"] = "PreTrainedTokenizerFast"
     (folder / "tokenizer_config.json").write_text(json.dumps(stated))
+
+
+def decoded(gpt: model.GPT, sequences: list[torch.Tensor], starts: list[int], monkeypatch) -> torch.Tensor:
+    """Logits (B, steps + 1, V) of sequences behind their first `starts` tokens, and behind each that follows, decoded
+    together through the cache; as far as the one that ends first."""
+    got, front = [], gpt.n_virtual_tokens + gpt.n_virtual_keys
+
+    def follow(self, logits: torch.Tensor, n: torch.Tensor, places: slice) -> torch.Tensor:
+        got.append(logits)
+        return torch.stack([s[min(i, len(s) - 1)] for s, i in zip(sequences, (n - front).tolist())])
+
+    monkeypatch.setattr(Sampler, "__call__", follow)
+    steps = min(len(s) - n for s, n in zip(sequences, starts))
+    requests = [Request(s[:n].tolist(), steps + 1, Sampling(0)) for s, n in zip(sequences, starts)]
+    list(Decoder.of(gpt, requests).tokens(steps))
+    return torch.stack(got, dim=1)

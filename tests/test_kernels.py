@@ -72,7 +72,8 @@ def test_packed_attention(n_tokens, nh, nkv, hs, n_virtual, window, softcap, onl
         packed = packing._for_last_layer(packed, segments, np.concatenate(wanted))
     packed = packed.to(torch.device(DEVICE))
     n_keys = len(packed.blocks[window].until)
-    q, k, v = random(len(packed.pos), nh, hs), random(n_keys, nkv, hs), random(n_keys, nkv, hs)
+    n_queries = len(packed.blocks[window].row)
+    q, k, v = random(n_queries, nh, hs), random(n_keys, nkv, hs), random(n_keys, nkv, hs)
     gathered = k[packed.kv_index], v[packed.kv_index]
     expected = attention._attend_each(q, *gathered, packed, SCALE, window, softcap)
     got = kernels.packed_attention(q, k, v, packed.blocks[window], SCALE, window=window, softcap=softcap)
@@ -225,7 +226,7 @@ def test_attention_through_a_table(nh, nkv, hs, window, softcap):
     for i, size in enumerate(n.tolist()):
         slots = table[i, max(0, size - (window or size)) : size]
         close([(got[i], plain_attention(q[i : i + 1], k[slots], v[slots], SCALE, softcap)[0])])
-    close([(got, decode_attention(q, k, v, table, n, *how, 200, plain=True))])
+    close([(got, decode_attention(q, k, v, table, n, *how, plain=True))])
     n += 3  # so that all have what they share
     close(
         [

@@ -8,14 +8,14 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import LLAMA, randomize
+from conftest import LLAMA, decoded, randomize
 from torch import Tensor, nn
 
 from lit_model import attention, model, packing
 from lit_model.config import Layer
 from lit_model.kernels import cpu
 from lit_model.methods import adapter, prefix, prompt
-from lit_model.packing import Example, Segment, lay_out, pack
+from lit_model.packing import Example, pack
 from lit_model.rope import LongScaling, Rope, YarnScaling
 
 
@@ -188,30 +188,15 @@ def test_packed_loss_and_gradients_equal_a_naive_loop(family, methods, share, mo
 
 
 @pytest.mark.parametrize("methods", METHODS)
-def test_cached_decoding_equals_one_pass(family, methods):
+def test_cached_decoding_equals_one_pass(family, methods, monkeypatch):
     """Two examples decoded together, one token a step, from prompts of different length."""
     gpt = build(family, methods)
-    sequences = [torch.randint(0, 97, (n,)) for n in (11, 8)]
-    starts = [6, 3]
-    cache = gpt.new_cache(40)
-    root = Segment(gpt.n_virtual_tokens) if gpt.n_virtual_tokens else None
-    tails = [Segment(n, root) for n in starts]
-    packed = lay_out([root] * bool(root) + tails, gpt.n_virtual_keys, cached=0)
+    sequences, starts = [torch.randint(0, 97, (n,)) for n in (11, 8)], [6, 3]
     with torch.no_grad():
         expected = [gpt(s[None])[0] for s in sequences]
-        torch.testing.assert_close(expected[0], naive(gpt, sequences[0]), rtol=1e-9, atol=1e-9)
-        got = gpt(torch.cat([s[:n] for s, n in zip(sequences, starts)]), packed, cache)[gpt.n_virtual_tokens :]
-        got = [list(part) for part in got.split(starts)]
-        used = len(packed.pos)
-        for t in range(5):
-            tails = [Segment(1, tail) for tail in tails]
-            step = lay_out(tails, gpt.n_virtual_keys, cached=used)
-            logits = gpt(torch.stack([s[n + t] for s, n in zip(sequences, starts)]), step, cache)
-            used += 2
-            for one, row in zip(got, logits):
-                one.append(row)
-    for one, whole in zip(got, expected):
-        torch.testing.assert_close(torch.stack(one), whole, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(expected[0], naive(gpt, sequences[0]), rtol=1e-9, atol=1e-9)
+    for got, whole, n in zip(decoded(gpt, sequences, starts, monkeypatch), expected, starts, strict=True):
+        torch.testing.assert_close(got, whole[n - 1 :], rtol=1e-9, atol=1e-9)
 
 
 def test_rows_hold_every_example_once_and_no_padding():

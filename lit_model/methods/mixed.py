@@ -34,7 +34,7 @@ def mix(slots: Mapping[str | None, Slots], choice: Choice) -> Slots:
         if path.endswith("attn.deltas"):
             parts = {f"{i} {n}": Gated(d, i, choice) for i, deltas in found.items() for n, d in deltas.items()}
             mixed[path] = nn.ModuleDict(parts)
-        elif alone:
+        elif alone and path.endswith("deltas"):
             mixed[path] = slots[choice.names[0]][path]
         else:
             mixed[path] = nn.ModuleDict({"mix": Mixed(found, choice)} if found and path.endswith("deltas") else {})

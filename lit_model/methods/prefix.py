@@ -20,9 +20,10 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from lit_model.decode import Decoder, Request
 from lit_model.files import require_positive
 from lit_model.model import GPT, Config
-from lit_model.packing import Segment, lay_out
+from lit_model.sampling import Sampling
 
 
 @dataclass
@@ -82,10 +83,8 @@ def init_from_base(gpt: GPT, ids: Sequence[int]) -> None:
     if not ids:
         raise ValueError("prefix.text is empty: give it a text, or --prefix.init zero")
     prefix = gpt.virtual_keys.pop("prefix")
-    device, cache = gpt.device, gpt.new_cache(prefix.length)
-    idx = torch.tensor(list(islice(cycle(ids), prefix.length)), device=device)
-    gpt(idx, lay_out([Segment(prefix.length)], cached=0).to(device), cache)
-    prefix.kv.copy_(torch.stack((cache.k, cache.v), dim=1))
+    decoder = Decoder.of(gpt, [Request([*islice(cycle(ids), prefix.length)], 1, Sampling(0))])
+    prefix.kv.copy_(decoder.kv[:, :, decoder.lines[0][: prefix.length]])
     gpt.virtual_keys["prefix"] = prefix
 
 

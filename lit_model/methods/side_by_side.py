@@ -16,7 +16,6 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from lit_model.attention import KVCache
 from lit_model.model import GPT, CausalSelfAttention, Config, Linear
 from lit_model.packing import Packed
 
@@ -44,12 +43,11 @@ class SideBySide(GPT):
         self,
         idx: Tensor,
         packed: Packed | None = None,
-        cache: KVCache | None = None,
         method: str | Sequence[str | None] | None = None,
     ) -> Tensor:
         """As GPT.forward. method: of all examples of a (B, T) batch, or of each; None: what `switch` has set."""
         if method is None:
-            return super().forward(idx, packed, cache)
+            return super().forward(idx, packed)
         methods, rows, logits = [method] * len(idx) if isinstance(method, str) else method, [], []
         for name in dict.fromkeys(methods):
             mine = torch.tensor([other == name for other in methods], device=idx.device)  # (B,)
