@@ -122,9 +122,9 @@ class Decoder:
             self.front = np.arange(n_keys + sum(segment.length for segment, *_ in rows))
             self.users = np.zeros(len(self.front) + slots, dtype=int)  # sequences that see each slot
             self.users[self.front] = 1
-            c, dtype, slots = gpt.config, gpt.dtype or gpt.wte.weight.dtype, len(self.users) + 1
-            self.kv = torch.zeros(c.n_layer, 2, slots, c.n_kv_head, c.head_size, dtype=dtype, device=self.device)
-            # the last slot: of what nobody wants
+            c, dtype = gpt.config, gpt.dtype or gpt.wte.weight.dtype
+            sizes = len(self.users) + 1, c.n_kv_head, c.head_size  # the last slot: of what nobody wants
+            self.kv = torch.zeros(c.n_layer, 2, *sizes, dtype=dtype, device=self.device)
             for segment, kv in front:  # (L, 2, P, nkv, hs)
                 self.kv[:, :, segment.keys] = kv.to(dtype)
             self._prefill(rows, n_keys, self.front, [])
