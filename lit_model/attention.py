@@ -63,7 +63,7 @@ class PackedRow:
         """
         packed = self.packed
         blocks = packed.blocks.get(self.window) if packed.blocks and _has_kernels(q) else None
-        is_plain = q.shape[-1] <= 128 and q.shape[-1].bit_count() == 1  # the kernel takes what goes with most networks
+        is_plain = q.shape[-1] <= 128 and q.shape[-1].bit_count() == 1  # else the kernel takes no RoPE and no prompt
         if rope is not None and not (blocks and is_plain and rope.turns_all_of(q)):
             (q, k), rope = self.rotated(q, k), None
         if blocks:

@@ -148,7 +148,7 @@ def test_mistakes_in_training_end_in_one_line(args, says, tiny, tmp_path, capsys
         ("--top_k 0", "top_k is 0"),
         ("--top_p 2", "top_p is 2.0"),
         ("--max_new_tokens 0", "max_new_tokens is 0"),
-        ("--input x", "has no {input} in it: the input 'x' would be left out"),
+        ("--input x", "the style 'none' has no {input} in it: the input 'x' would be left out"),
         ("--style chatml", "the style 'chatml' cannot be taken"),
         ("--device gpu", "there is no device 'gpu' here"),
     ],

@@ -93,11 +93,11 @@ def render(style: str, instruction: str, input: str = "", tokenizer: Tokenizer |
         return chat_text(tokenizer, style, [*messages, _question(instruction, input)], asks=True)
     if system:
         raise ValueError("a system prompt goes with the styles chat and chatml")
-    style = {"none": "{instruction}", "alpaca": ALPACA_INPUT if input else ALPACA}.get(style, style)
-    if input and "{input}" not in style:
+    template = {"none": "{instruction}", "alpaca": ALPACA_INPUT if input else ALPACA}.get(style, style)
+    if input and "{input}" not in template:
         raise ValueError(f"the style {style!r} has no {{input}} in it: the input {input[:40]!r} would be left out")
     values = {"{instruction}": instruction, "{text}": instruction, "{input}": input}
-    return re.sub("|".join(values), lambda match: values[match[0]], style.replace("\\n", "\n"))
+    return re.sub("|".join(values), lambda match: values[match[0]], template.replace("\\n", "\n"))
 
 
 def _question(instruction: str, input: str) -> dict[str, str]:
