@@ -14,6 +14,7 @@ import json
 import os
 import re
 import socket
+import sys
 import time
 import uuid
 from collections.abc import AsyncIterator, Callable
@@ -93,6 +94,7 @@ def main(options: Options) -> None:
     for name, least in (("places", 1), ("queue", 0), ("context", 2), ("slots", 2)):
         if (value := getattr(options, name)) is not None and value < least:
             raise ValueError(f"--{name} is {value}; it must be {least} or more")
+    sys.setswitchinterval(5e-4)  # seconds: the thread that decodes waits less for the one that writes answers
     key = os.environ.get("LIT_API_KEY") if options.api_key is None else options.api_key
     is_six = ":" in options.host
     try:  # before the weights are loaded

@@ -2,8 +2,9 @@
 
 A context is what a layer knows of its row beside x. It decides which keys the queries meet.
 
-On a GPU in 16 bit kernels/packed_attention.py computes it, or without Triton torch's variable-length attention over the
-keys that each segment sees, gathered; on a CPU (kernels/cpu.py), or in float32, one segment after the other.
+On a GPU in 16 bit kernels/packed_attention.py computes it, or kernels/long_attention.py if the examples are long, or
+without Triton torch's variable-length attention over the keys that each segment sees, gathered; on a CPU
+(kernels/cpu.py), or in float32, one segment after the other.
 """
 
 import inspect
@@ -63,10 +64,15 @@ class PackedRow:
         """
         packed = self.packed
         blocks = packed.blocks.get(self.window) if packed.blocks and _has_kernels(q) else None
+        is_long = packed.bounds is not None and self.window is None and self.softcap is None and _has_cudnn(q)
         is_plain = q.shape[-1] <= 128 and q.shape[-1].bit_count() == 1  # else the kernel takes no RoPE and no prompt
-        if rope is not None and not (blocks and is_plain and rope.turns_all_of(q)):
+        if rope is not None and (is_long or not (blocks and is_plain and rope.turns_all_of(q))):
             (q, k), rope = self.rotated(q, k), None
-        if blocks:
+        if is_long:
+            from lit_model.kernels.long_attention import long_attention
+
+            y = long_attention(q, k, v, packed.bounds, self.scale)
+        elif blocks:
             fits = prompts and len(prompts[0][0]) <= MOST_PROMPT_KEYS and prompts[0][2].ndim == 1  # one gate for all
             prompt, *prompts = prompts if fits and is_plain and self.softcap is None else (None, *prompts)
             from lit_model.kernels.packed_attention import packed_attention  # needs Triton to be imported
@@ -113,6 +119,12 @@ def _has_kernels(q: Tensor) -> bool:
         return False
     most = 256 if torch.cuda.get_device_capability(q.device)[0] in (9, 10) else 128  # what their shared memory holds
     return 16 <= q.shape[-1] <= most
+
+
+def _has_cudnn(q: Tensor) -> bool:
+    """Whether cuDNN's attention is the faster one; measured on Hopper."""
+    hs = q.shape[-1]
+    return _fast_16_bit(q) and torch.cuda.get_device_capability(q.device)[0] in (9, 10) and hs <= 128 and hs % 8 == 0
 
 
 @torch.compiler.disable  # every row has other segments: it would be compiled anew for each

@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate, groupby
 from operator import itemgetter
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import numpy as np
 import torch
@@ -28,11 +28,15 @@ from torch import Tensor
 BLOCK = 64  # queries or keys that a program of kernels/packed_attention.py takes at a time
 MOST_QUERY_BLOCKS = 16  # that one program goes through for a block of keys,
 LONGER = 4  # or this many times the mean of the row: in one long example no list is, and none is cut
+LONG_EXAMPLE = 2048  # tokens: a row whose examples have as many on average goes through kernels/long_attention.py
+LITTLE = 1 / 16  # of the tokens of long examples: if they share fewer, that kernel gains more
 MIN_SHARED = 16  # a common beginning shorter than this is cheaper computed twice than kept as a segment of its own
 
 
 class Movable:
     """A dataclass of tensors, of others of its kind, and of dicts of these."""
+
+    stays: ClassVar[str] = ""  # name of a tensor that stays on the CPU
 
     def to(self, device: torch.device) -> Self:
         return self._map(lambda t: t.to(device, non_blocking=True))
@@ -43,7 +47,7 @@ class Movable:
     def _map(self, f: Callable[[Tensor], Tensor]) -> Self:
         changed = {}
         for name, value in vars(self).items():
-            if isinstance(value, Tensor):
+            if isinstance(value, Tensor) and name != self.stays:
                 changed[name] = f(value)
             elif isinstance(value, Movable):
                 changed[name] = value._map(f)
@@ -126,11 +130,13 @@ class Packed(Movable):
     max_k: int  # most keys of a segment
     kv_index: Tensor | None  # (S,) indices into the source of keys; None: this row's own keys, in order
     blocks: dict[int | None, Blocks] | None  # who sees whom, by window; None if some keys are of earlier rows
+    bounds: Tensor | None  # (N + 1,) cu_q on the CPU, if the segments are whole examples and long ones
     n_virtual_keys: int  # at the front of the source of keys
     wanted: Tensor | None  # (M,) tokens whose logits or loss are wanted; None: all
     targets: Tensor | None  # (M,) the token that each of them must predict
     last: "Packed | None" = None  # the row as the last layer needs it: with the queries of the wanted tokens only
     weight: float = 1.0  # 0.0: another process counts this row
+    stays = "bounds"
 
 
 class Segment:
@@ -179,11 +185,13 @@ def lay_out(
     of_keys = until, np.append(np.arange(n_virtual_keys), pos)
     windows = {window if window and window < sizes["max_k"] else None for window in windows}
     own_keys_only = not first and not any(s.parent for s in segments)
+    is_long = own_keys_only and len(pos) >= LONG_EXAMPLE * len(segments)
     packed = Packed(
         pos=torch.from_numpy(pos),
         **sizes,
         kv_index=None if own_keys_only else torch.from_numpy(np.concatenate(keys)),
         blocks=None if cached else {w: cut_into_blocks(np.arange(first, offset), *of_keys, w) for w in windows},
+        bounds=sizes["cu_q"] if is_long else None,
         n_virtual_keys=n_virtual_keys,
         wanted=None if wanted is None else torch.as_tensor(wanted),
         targets=None if targets is None else torch.from_numpy(targets).long(),
@@ -204,6 +212,7 @@ def _for_last_layer(packed: Packed, segments: Sequence[Segment], wanted: np.ndar
     row, b = wanted + packed.n_virtual_keys, next(iter(packed.blocks.values()))
     return replace(
         packed,
+        bounds=None,
         blocks={w: cut_into_blocks(row, b.until.numpy(), b.pos.numpy(), w) for w in packed.blocks},
         kv_index=torch.from_numpy(np.concatenate([s.keys for s, _ in some])),
         **_sizes([(n, len(s.keys)) for s, n in some]),
@@ -320,6 +329,9 @@ def _pack_row(
 ) -> tuple[Tensor, Packed]:
     root = Segment(n_virtual_tokens) if n_virtual_tokens else None
     segments, ids, leaves = tree(examples, root, share)
+    alone = sum(len(e.ids) - 1 for e in examples)
+    if alone >= LONG_EXAMPLE * len(examples) and sum(s.length for s in segments) > (1 - LITTLE) * alone:
+        segments, ids, leaves = tree(examples, root, share=False)
     segments = [root, *segments] if root else segments
     ends = dict(zip(segments, accumulate(s.length for s in segments)))
     wanted, targets = [], []

@@ -4,26 +4,33 @@ import copy
 import os
 import subprocess
 import sys
+from functools import partial
 from itertools import islice
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import FAMILIES, ROOT, randomize
 from lightning_fabric import Fabric
 from safetensors.torch import load_file
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from finetune import loop, run
 from finetune.report import Ask, Step
-from lit_model import generate, model, moe
+from lit_model import attention, generate, model, moe
 from lit_model.decode import Decoder
 from lit_model.generate import generate_batch
 from lit_model.load import method_module, method_options
 from lit_model.methods import lora
-from lit_model.packing import Example, pack
+from lit_model.packing import Example, Segment, lay_out, pack
 from lit_model.quantize import FP8MLP, quantize
 from lit_model.sampling import Sampling
+
+if torch.cuda.is_available():
+    from lit_model.kernels.long_attention import long_attention
+    from lit_model.kernels.packed_attention import packed_attention
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
@@ -102,6 +109,65 @@ def test_compiled_blocks_equal_eager_ones_and_rows_of_new_shapes_compile_nothing
         assert (got_grad - grad).norm() < rounding(family, 5e-2) * grad.norm()
     print(f"{method}: {made} graphs for {len(gpt.blocks)} blocks")
     assert made[-1] == made[1]
+
+
+@pytest.mark.parametrize("hs, lengths", [(64, [2500, 4000]), (96, [2100]), (128, [2048, 2049, 3000])])
+def test_attention_of_long_examples(hs, lengths):
+    """Beside torch's in float64; in a compiled function, too. The packed kernels may be off by as much."""
+    packed = lay_out([Segment(n) for n in lengths]).to(torch.device("cuda"))
+    torch.manual_seed(0)
+    q, k, v, towards = (torch.randn(sum(lengths), n, hs, device="cuda", dtype=torch.bfloat16) for n in (4, 2, 2, 4))
+    tensors, errors = [t.requires_grad_() for t in (q, k, v)], []
+    expected = attention._attend_each(*(t.double() for t in tensors), packed, hs**-0.5)
+    expected = expected, *torch.autograd.grad(expected, tensors, towards.double())
+    compiled = torch.compile(long_attention, dynamic=True, fullgraph=True)
+    kernels = partial(long_attention, bounds=packed.bounds), partial(compiled, bounds=packed.bounds)
+    for attend in (partial(packed_attention, blocks=packed.blocks[None]), *kernels):
+        y = attend(q, k, v, scale=hs**-0.5)
+        got = y, *torch.autograd.grad(y, tensors, towards)
+        errors.append([((a - b).norm() / b.norm()).item() for a, b in zip(got, expected)])
+    print(*errors, sep="\n")
+    assert np.max(errors) < 6e-3
+
+
+def test_gradients_of_32_thousand_tokens():
+    """Of both kernels beside torch's own attention, which is as far from them as they are from each other."""
+    packed = lay_out([Segment(32768)]).to(torch.device("cuda"))
+    q, k, v, towards = (torch.randn(32768, n, 128, device="cuda", dtype=torch.bfloat16) for n in (4, 1, 1, 4))
+    tensors = [t.requires_grad_() for t in (q, k, v)]
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+        heads = [t.transpose(0, 1)[None] for t in (q, k.expand(-1, 4, -1), v.expand(-1, 4, -1))]
+        y = F.scaled_dot_product_attention(*heads, is_causal=True)[0].transpose(0, 1)
+    expected = torch.autograd.grad(y, tensors, towards)
+    for y in (
+        packed_attention(q, k, v, packed.blocks[None], 128**-0.5),
+        long_attention(q, k, v, packed.bounds, 128**-0.5),
+    ):
+        for a, b in zip(torch.autograd.grad(y, tensors, towards), expected):
+            assert (a - b).norm() < 1e-2 * b.norm()
+
+
+def test_long_rows_compile_nothing_anew(monkeypatch):
+    config = dict(vocab_size=97, block_size=8192, n_layer=2, n_head=4, n_kv_head=2, n_embd=64, n_hidden=96)
+    gpt = build(config, "lora").cuda()
+    gpt.dtype = torch.bfloat16
+    rng = np.random.default_rng(0)
+    sizes = [[2100, 2500], [4000], [2300], [2049, 3000, 2600], [5000], [70, 30], [6000]]
+    rows = [[Example(rng.integers(0, 97, n).astype(np.int32), n // 2) for n in row] for row in sizes]
+    gpt.recompute = 1
+    with monkeypatch.context() as m:
+        m.setattr(attention, "_has_cudnn", lambda q: False)
+        expected = [step(gpt, row) for row in rows]
+    torch._dynamo.reset()
+    graphs, made = torch._dynamo.utils.counters["stats"], []
+    graphs.clear()
+    gpt.compile()
+    for row, (loss, grad) in zip(rows, expected):
+        got_loss, got_grad = step(gpt, row)
+        made.append(graphs["unique_graphs"])
+        assert abs(got_loss - loss) < 1e-2 * loss and (got_grad - grad).norm() < 5e-2 * grad.norm()
+    print(made)
+    assert made[4] == made[1] and made[-1] == made[-2]
 
 
 @pytest.fixture

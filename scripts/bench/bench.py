@@ -36,7 +36,8 @@ from scripts.bench.kernel_time import mfu, print_kernels, product_seconds, sync
 from scripts.bench.workload import RandomFolder, alpaca_lengths, demo_examples, of_length
 
 ALL_LINEARS = dict(r=16, targets="q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj")
-VARIANTS = {"lora-all": ("lora", ALL_LINEARS), "dora-all": ("dora", ALL_LINEARS)}
+VARIANTS = {name: (name[:4], ALL_LINEARS) for name in ("lora-all", "dora-all")}
+VARIANTS["lora-all-r32"] = "lora", ALL_LINEARS | dict(r=32)
 PRECISIONS = {"bf16": "none", "fp32": "none", "fp8": "fp8", "int8": "int8", "nf4": "nf4"}  # the base weights
 PEER_PRECISIONS = ("bf16", "fp32", "nf4")  # nf4: bitsandbytes'
 WARM_UP, PROFILED = 3, 3  # steps that are not counted
@@ -50,7 +51,7 @@ class Options:
     """shape of the network: a name in lit_model/presets.json"""
     methods: str = "adapter,lora"
     """names of methods, such as full or lora (rank 8 on q and v); also lora-all, dora-all (rank 16 on all linear
-    layers)"""
+    layers), lora-all-r32"""
     precision: str = "bf16"
     """some of bf16, fp8, int8, nf4 (the base weights; activations in bf16) and fp32"""
     peers: Literal["", "hf-peft", "hf-peft-plain"] = ""
@@ -67,7 +68,7 @@ class Options:
     batch_size: int = 128
     """examples per optimizer step and device"""
     steps: int = 10
-    """optimizer steps that count, after three that do not, or after one that does not if it is one; the peer takes two
+    """optimizer steps that count, after three that do not; a single one is the very first. The peer takes two
     after one"""
     memory_gb: float | None = None
     """most GiB of the GPU's memory to use"""
@@ -194,7 +195,7 @@ def ours(case: Case) -> Result:
             steps.append((step, len(rows), sum(len(p.pos) for p in own), sum(len(p.targets) for p in own)))
         return steps
 
-    take(WARM_UP if options.steps > 1 else 1)
+    take(WARM_UP if options.steps > 1 else 0)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     start = sync(device)
