@@ -5,12 +5,12 @@ The gradient of a chunk is made in the forward pass, while its logits are there,
 twice and nothing of size (M, vocab_size) waits for the backward pass.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from lit_model.attention import HAS_TRITON
 from lit_model.packing import Packed
 
 CHUNK = 2**26  # logits at a time: enough rows for fast products
@@ -26,17 +26,22 @@ def chunk_loss(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     return loss, grad.to(logits.dtype)
 
 
-def _on_cpu(chunk_loss: Callable, logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """The same in pieces that stay in the cache. The gradient takes the place of the logits."""
+def chunk_loss_(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """The same; the gradient takes the place of the logits. On a CPU in pieces that stay in the cache."""
+    if logits.is_cuda and HAS_TRITON and logits.dtype is not torch.float64:
+        from lit_model.kernels.cross_entropy import cross_entropy_
+
+        return cross_entropy_(logits, targets)
     losses = []
-    for piece, of_piece in zip(logits.split(CPU_ROWS), targets.split(CPU_ROWS), strict=True):
+    n = len(logits) if logits.is_cuda else CPU_ROWS
+    for piece, of_piece in zip(logits.split(n), targets.split(n), strict=True):
         loss, grad = chunk_loss(piece, of_piece)
         piece.copy_(grad)
         losses.append(loss)
     return torch.stack(losses).sum(), logits
 
 
-def cross_entropy(head: nn.Linear, x: Tensor, row: Packed, chunk_loss: Callable = chunk_loss) -> Tensor:
+def cross_entropy(head: nn.Linear, x: Tensor, row: Packed) -> Tensor:
     """The default objective: the sum over the row's targets of -log softmax(head(x))[target], as a float32 scalar
     (float64 for float64 input). An objective is objective(head, x, row) -> scalar sum.
 
@@ -44,30 +49,26 @@ def cross_entropy(head: nn.Linear, x: Tensor, row: Packed, chunk_loss: Callable 
         head: the output layer with whatever a method added to it; called as head(x) -> (m, vocab_size). Of the trained
             tensors that it uses, those in head.parameters() get a gradient.
         x: (M, C) hidden states at the wanted tokens of the row.
-        chunk_loss: the function of this name above, or what torch.compile has made of it.
     """
     trains = torch.is_grad_enabled()  # inside a Function, needs_input_grad does not know that
     weights = [p for p in head.parameters() if p.requires_grad and trains]
-    return _HeadLoss.apply(head, x, row.targets, chunk_loss, *weights)
+    return _HeadLoss.apply(head, x, row.targets, *weights)
 
 
 class _HeadLoss(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, head: nn.Linear, x: Tensor, targets: Tensor, chunk_loss: Callable, *weights: Tensor
-    ) -> Tensor:
+    def forward(ctx: Any, head: nn.Linear, x: Tensor, targets: Tensor, *weights: Tensor) -> Tensor:
         wants_grad = any(ctx.needs_input_grad)
         wide = torch.promote_types(x.dtype, torch.float32)
         n_chunks = len(x) * head.out_features // CHUNK + 1
         total = x.new_zeros((), dtype=wide)
         grads = [torch.zeros_like(x), *(torch.zeros_like(w, dtype=wide) for w in weights)] if wants_grad else []
-        for i in range(n_chunks):  # all of one size: torch.compile would compile anew for a last one of one row
+        for i in range(n_chunks):
             rows = slice(len(x) * i // n_chunks, len(x) * (i + 1) // n_chunks)
             chunk = x[rows].detach().requires_grad_(wants_grad)
             with torch.set_grad_enabled(wants_grad):
                 logits = head(chunk)  # (m, V)
-            of_chunk = logits.detach(), targets[rows]
-            loss, grad = chunk_loss(*of_chunk) if x.is_cuda else _on_cpu(chunk_loss, *of_chunk)
+            loss, grad = chunk_loss_(logits.detach(), targets[rows])
             total += loss
             if wants_grad:
                 grad_x, *grad_weights = torch.autograd.grad(logits, (chunk, *weights), grad)
@@ -80,4 +81,4 @@ class _HeadLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple:
         grad_x, *grad_weights = ((g.to(grad.dtype) * grad).to(g.dtype) for g in ctx.saved_tensors)
-        return None, grad_x, None, None, *grad_weights
+        return None, grad_x, None, *grad_weights

@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from lit_model.attention import PackedRow, is_few
 from lit_model.config import Config, Layer
 from lit_model.kernels.cpu import Packed1, RMSNormCPU
-from lit_model.loss import chunk_loss, cross_entropy
+from lit_model.loss import cross_entropy
 from lit_model.packing import Packed, equal_examples
 from lit_model.recompute import Offload, in_tiles, recomputed
 from lit_model.rope import rope_angles
@@ -247,7 +247,7 @@ class GPT(nn.Module):
         self.tie()
 
     def compile(self) -> None:
-        """Compiles each block, which are all the same to the compiler, and the loss. Rows may have any length."""
+        """Compiles each block, which are all the same to the compiler. Rows may have any length."""
         torch.fx.experimental._config.use_duck_shape = False  # two sizes that agree in one row may differ in the next
         torch._dynamo.config.recompile_limit = 64  # blocks are one code, and with windows and odd ranks of many kinds
         torch._dynamo.config.specialize_float = True  # else eps and a LoRA's scale become inputs, computed on the host
@@ -261,8 +261,6 @@ class GPT(nn.Module):
         for block in self.blocks:
             block.compile(dynamic=True, options=options)
             block.feed = torch.compile(block.feed, dynamic=True, options=options)  # of a row in tiles
-        if self.objective is cross_entropy:
-            self.objective = partial(cross_entropy, chunk_loss=torch.compile(chunk_loss, dynamic=True))
 
     def tie(self) -> None:
         if self.config.tie:

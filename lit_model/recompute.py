@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
-TILE = 8192  # tokens
+TILE = 4096  # tokens
 PIECE = 2**30  # bytes of the host's memory: torch takes the next power of two for what it pins
 
 

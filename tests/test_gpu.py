@@ -111,7 +111,7 @@ def test_compiled_blocks_equal_eager_ones_and_rows_of_new_shapes_compile_nothing
     assert made[-1] == made[1]
 
 
-@pytest.mark.parametrize("hs, lengths", [(64, [2500, 4000]), (96, [2100]), (128, [2048, 2049, 3000])])
+@pytest.mark.parametrize("hs, lengths", [(64, [2500, 4000]), (96, [2100]), (128, [2048, 2049, 3000]), (256, [4000])])
 def test_attention_of_long_examples(hs, lengths):
     """Beside torch's in float64; in a compiled function, too. The packed kernels may be off by as much."""
     packed = lay_out([Segment(n) for n in lengths]).to(torch.device("cuda"))
@@ -122,7 +122,7 @@ def test_attention_of_long_examples(hs, lengths):
     expected = expected, *torch.autograd.grad(expected, tensors, towards.double())
     compiled = torch.compile(long_attention, dynamic=True, fullgraph=True)
     kernels = partial(long_attention, bounds=packed.bounds), partial(compiled, bounds=packed.bounds)
-    for attend in (partial(packed_attention, blocks=packed.blocks[None]), *kernels):
+    for attend in (partial(packed_attention, blocks=packed.blocks[None]), *(kernels if hs <= 128 else ())):
         y = attend(q, k, v, scale=hs**-0.5)
         got = y, *torch.autograd.grad(y, tensors, towards)
         errors.append([((a - b).norm() / b.norm()).item() for a, b in zip(got, expected)])

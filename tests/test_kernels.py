@@ -20,6 +20,7 @@ from lit_model.quantize import _to_fp8, quantize
 from lit_model.rope import Rope, rope_angles
 
 kernels = pytest.importorskip("lit_model.kernels.packed_attention")
+cross_entropy = pytest.importorskip("lit_model.kernels.cross_entropy")
 decode_kernels = pytest.importorskip("lit_model.kernels.decode")
 swiglu_fp8 = pytest.importorskip("lit_model.kernels.swiglu_fp8")
 SCALE = 0.3  # of the scores
@@ -61,6 +62,8 @@ def random(*shape: int) -> Tensor:
 )
 @pytest.mark.parametrize("only_some", [False, True])
 def test_packed_attention(n_tokens, nh, nkv, hs, n_virtual, window, softcap, only_some, monkeypatch):
+    if DEVICE == "cuda" and hs > 128:
+        pytest.skip("in float32 such heads want more shared memory than there is; test_gpu.py has them in bfloat16")
     monkeypatch.setattr(packing, "MOST_QUERY_BLOCKS", 2)
     monkeypatch.setattr(packing, "LONGER", 0)  # so that even a short row has keys that several programs share
     segments = tree(n_tokens, seed=n_tokens)
@@ -168,18 +171,17 @@ def test_nothing_is_compiled_anew_for_other_segments_where_there_is_no_kernel(mo
     assert len(set(graphs[2:])) == 1, graphs  # the second row says which sizes vary
 
 
-GRAPHS = dict(adapter=5, adapter_v2=5, bottleneck=4, dora=4, ia3=4, lora=4, pissa=4, prefix=4, prompt=3)
+GRAPHS = dict(adapter=4, adapter_v2=4, bottleneck=3, dora=3, ia3=3, lora=3, pissa=3, prefix=3, prompt=2)
 
 
 @pytest.mark.parametrize("method", GRAPHS)
 def test_nothing_is_compiled_anew_for_rows_of_another_length(method, monkeypatch):
     """Blocks are compiled once each for: the first ones, whose input needs no gradient (with and without an adapter);
-    those between; the last one. And the loss. Nothing in them ends a graph early."""
+    those between; the last one. Nothing in them ends a graph early."""
     monkeypatch.setattr(attention, "_has_kernels", lambda q: True)
     if DEVICE == "cpu":  # what the kernels compute does not matter here, and the interpreter takes its time
         for name in ("_forward", "_backward_q", "_backward_kv", "_add_parts"):
             monkeypatch.setattr(kernels, name, defaultdict(lambda: lambda *args, **options: None))
-    monkeypatch.setattr(loss, "CPU_ROWS", 1000)  # all targets at a time, as on a GPU
     count_only(monkeypatch)
     shape = dict(vocab_size=97, n_layer=5, n_head=2, n_embd=32, n_hidden=48)
     gpt = GPT(Config(**shape)).requires_grad_(False)
@@ -259,6 +261,18 @@ def test_products_of_few_tokens(kind, m):
     else:
         got = decode_kernels.few_times(x, *linear.stored())
     close([(got, x @ linear.dense().T)], 1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_cross_entropy(dtype):
+    """The gradient takes the place of the logits, of which a row is no whole number of blocks."""
+    logits = (30 * torch.randn(5, 9000, device=DEVICE)).to(dtype)
+    targets = torch.tensor([0, 8999, 4096, 4095, 17], device=DEVICE)
+    expected = loss.chunk_loss(logits.float(), targets)
+    got = cross_entropy.cross_entropy_(logits, targets)
+    assert got[1] is logits
+    close([(got[0], expected[0])])
+    close([(got[1].float(), expected[1])], 1e-5 if dtype is torch.float32 else 5e-3)
 
 
 def test_the_norm_of_few_rows():

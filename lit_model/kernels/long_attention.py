@@ -13,24 +13,27 @@ import torch.nn.functional as F
 from torch import Tensor
 
 _OPS = torch.ops.aten
-LENGTHS = 16  # that a power of two and the next one have between them
+LENGTHS = 16  # that it meets between a power of two and the next
+MOST_PADDED = 2**15  # tokens
 
 
 def _padding(n: int) -> int:
-    return -n % (2 ** max(0, n.bit_length() - 1) // LENGTHS or 1)
+    """Tokens behind n of them. Where attention takes seconds a plan is nothing, and a copy of all is much."""
+    return -n % max(1, 2 ** (n.bit_length() - 1) // LENGTHS) if n < MOST_PADDED else 0
 
 
 def _examples(bounds: Tensor, *tensors: Tensor) -> Iterator[list[Tensor]]:
     """Of each example what cuDNN takes of each tensor (T, heads, hs): (1, heads, its padded length, hs)."""
     numbers = bounds.tolist()
     for start, end in zip(numbers, numbers[1:]):
-        behind = (0, 0, 0, 0, 0, _padding(end - start))
-        yield [F.pad(t[start:end], behind).transpose(0, 1)[None] for t in tensors]
+        parts, n = [t[start:end] for t in tensors], _padding(end - start)
+        yield [(F.pad(t, (0, 0, 0, 0, 0, n)) if n else t).transpose(0, 1)[None] for t in parts]
 
 
 def _joined(bounds: Tensor, parts: list[Tensor]) -> Tensor:
     """What `_examples` has cut."""
-    return torch.cat([part[0].transpose(0, 1)[:n] for part, n in zip(parts, bounds.diff().tolist(), strict=True)])
+    cut = [part[0].transpose(0, 1)[:n] for part, n in zip(parts, bounds.diff().tolist(), strict=True)]
+    return torch.cat(cut) if len(cut) > 1 else cut[0].contiguous()
 
 
 @torch.library.custom_op("lit_model::long_attention", mutates_args=())
