@@ -28,7 +28,7 @@ from torch import Tensor
 BLOCK = 64  # queries or keys that a program of kernels/packed_attention.py takes at a time
 MOST_QUERY_BLOCKS = 16  # that one program goes through for a block of keys,
 LONGER = 4  # or this many times the mean of the row: in one long example no list is, and none is cut
-LONG_EXAMPLE = 2048  # tokens: a row whose examples have as many on average goes through kernels/long_attention.py
+LONG_EXAMPLE = 2560  # tokens: a row whose examples have as many on average goes through kernels/long_attention.py
 LITTLE = 1 / 16  # of the tokens of long examples: if they share fewer, that kernel gains more
 MIN_SHARED = 16  # a common beginning shorter than this is cheaper computed twice than kept as a segment of its own
 

@@ -21,6 +21,7 @@ from lit_model.rope import Rope, rope_angles
 
 kernels = pytest.importorskip("lit_model.kernels.packed_attention")
 cross_entropy = pytest.importorskip("lit_model.kernels.cross_entropy")
+long_attention = pytest.importorskip("lit_model.kernels.long_attention")
 decode_kernels = pytest.importorskip("lit_model.kernels.decode")
 swiglu_fp8 = pytest.importorskip("lit_model.kernels.swiglu_fp8")
 SCALE = 0.3  # of the scores
@@ -119,6 +120,30 @@ def test_no_kernel_is_compiled_anew_for_a_row_of_another_length():
         of_each = (kernels._forward, kernels._backward_q, kernels._backward_kv, kernels._add_parts)
         counts.append([len(kernel.device_caches[0][0]) for kernel in of_each])
     assert counts[0] == counts[-1] and min(counts[0]) > 0
+
+
+def test_long_attention_of_padded_examples(monkeypatch):
+    """With cuDNN's two operations written out; test_gpu.py has the real ones."""
+
+    def scores(q, k, scale):
+        return (q @ k.mT * scale).masked_fill(torch.ones(q.shape[2], q.shape[2]).triu(1).bool(), -torch.inf)
+
+    def forward(q, k, v, *rest, scale):
+        s = scores(q, k, scale)
+        return s.softmax(-1) @ v, s.logsumexp(-1, keepdim=True)
+
+    def backward(dy, q, k, v, y, lse, *rest, scale):
+        p = (scores(q, k, scale) - lse).exp()
+        ds = p * (dy @ v.mT - (dy * y).sum(-1, keepdim=True)) * scale
+        return ds @ k, ds.mT @ q, p.mT @ dy
+
+    monkeypatch.setattr(long_attention._OPS, "_scaled_dot_product_cudnn_attention", forward)
+    monkeypatch.setattr(long_attention._OPS, "_scaled_dot_product_cudnn_attention_backward", backward)
+    assert [long_attention._padding(n) for n in (1, 61, 64, 99, 4097, 2**17 + 1)] == [0, 1, 0, 1, 255, 0]
+    q, k, v, towards = (torch.randn(160, 2, 16, requires_grad=True) for _ in range(4))
+    expected = attention._attend_each(q, k, v, lay_out([Segment(99), Segment(61)]), SCALE)
+    got = long_attention.long_attention(q, k, v, torch.tensor([0, 99, 160]), SCALE)
+    close([(got, expected), *zip(*(torch.autograd.grad(y, (q, k, v), towards) for y in (got, expected)))])
 
 
 def test_packed_attention_reads_heads_of_a_wider_tensor():

@@ -238,6 +238,21 @@ def test_a_preamble_is_shared_up_to_the_token_before_the_first_target():
     assert [q for q, _ in packed.lengths] == [29, 29]
 
 
+def test_long_examples_stay_whole_if_they_share_little():
+    """So that a kernel for whole examples can take them; where they begin and end stays on the CPU."""
+    rng = np.random.default_rng(0)
+    start = rng.integers(0, 97, 2500)
+    for shared, whole in ((30, True), (2500, False)):
+        ids = [np.concatenate((start[:shared], rng.integers(0, 97, 3000 - shared))).astype(np.int32) for _ in "ab"]
+        ((_, packed),) = pack([Example(i, 2800) for i in ids], row_tokens=8192)
+        assert len(packed.lengths) == (2 if whole else 3)
+        if whole:
+            assert packed.to(torch.device("meta")).bounds.tolist() == [0, 2999, 5998] and packed.last.bounds is None
+        else:
+            assert packed.bounds is None
+    assert pack([Example(ids[0][:500], 400)], row_tokens=8192)[0][1].bounds is None
+
+
 def test_chunks_of_the_loss_change_nothing(monkeypatch):
     from lit_model import loss
 

@@ -63,7 +63,7 @@ class LoRADelta(nn.Module):
 
     def forward(self, linear: Linear, x: Tensor, y: Tensor) -> Tensor:  # x (T, n_in), y (T, n_out)
         A, B = self.factors()
-        x = F.dropout(x, self.dropout, self.training)
+        x = F.dropout(x, self.dropout, self.training) if self.dropout else x  # compiled, one of 0 copies x
         return y + linear.times(linear.times(x, A.to(x.dtype)) * self.scale, B.to(x.dtype))
 
     def factors(self) -> tuple[Tensor, Tensor]:

@@ -35,9 +35,8 @@ from scripts.bench.bench_table import Result, commit, read_lines, table
 from scripts.bench.kernel_time import mfu, print_kernels, product_seconds, sync
 from scripts.bench.workload import RandomFolder, alpaca_lengths, demo_examples, of_length
 
-ALL_LINEARS = dict(r=16, targets="q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj")
-VARIANTS = {name: (name[:4], ALL_LINEARS) for name in ("lora-all", "dora-all")}
-VARIANTS["lora-all-r32"] = "lora", ALL_LINEARS | dict(r=32)
+ALL = dict(r=16, targets="q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj")
+VARIANTS = {"lora-all": ("lora", ALL), "lora-all-r32": ("lora", ALL | dict(r=32)), "dora-all": ("dora", ALL)}
 PRECISIONS = {"bf16": "none", "fp32": "none", "fp8": "fp8", "int8": "int8", "nf4": "nf4"}  # the base weights
 PEER_PRECISIONS = ("bf16", "fp32", "nf4")  # nf4: bitsandbytes'
 WARM_UP, PROFILED = 3, 3  # steps that are not counted

@@ -71,7 +71,7 @@ def product_seconds(gpt: GPT, device: torch.device, n_rows: int, n_computed: int
 def _time_products(
     m: int, n_in: int, n_out: int, backward: bool, trained: bool, fp8: bool, dtype: torch.dtype, device: torch.device
 ) -> float:
-    m, whole = min(m, 32768), m  # more would not be faster, and may not fit beside the network
+    m, whole = min(m, 32768, 2**28 // max(n_in, n_out)), m  # more would be no faster, and may not fit
     x, grad, w = (torch.randn(*shape, device=device, dtype=dtype) for shape in ((m, n_in), (m, n_out), (n_out, n_in)))
     if fp8:
         runs = [_fp8_product(x, w)] + [_fp8_product(grad, w.t())] * backward
