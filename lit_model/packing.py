@@ -130,7 +130,7 @@ class Packed(Movable):
     max_k: int  # most keys of a segment
     kv_index: Tensor | None  # (S,) indices into the source of keys; None: this row's own keys, in order
     blocks: dict[int | None, Blocks] | None  # who sees whom, by window; None if some keys are of earlier rows
-    bounds: Tensor | None  # (N + 1,) cu_q on the CPU, if the segments are whole examples and long ones
+    bounds: Tensor | None  # (N + 1,) cu_q on the CPU, if the segments are whole examples, and long ones with targets
     n_virtual_keys: int  # at the front of the source of keys
     wanted: Tensor | None  # (M,) tokens whose logits or loss are wanted; None: all
     targets: Tensor | None  # (M,) the token that each of them must predict
@@ -185,7 +185,7 @@ def lay_out(
     of_keys = until, np.append(np.arange(n_virtual_keys), pos)
     windows = {window if window and window < sizes["max_k"] else None for window in windows}
     own_keys_only = not first and not any(s.parent for s in segments)
-    is_long = own_keys_only and len(pos) >= LONG_EXAMPLE * len(segments)
+    is_long = own_keys_only and targets is not None and len(pos) >= LONG_EXAMPLE * len(segments)
     packed = Packed(
         pos=torch.from_numpy(pos),
         **sizes,

@@ -121,13 +121,31 @@ def test_attention_of_long_examples(hs, lengths):
     expected = attention._attend_each(*(t.double() for t in tensors), packed, hs**-0.5)
     expected = expected, *torch.autograd.grad(expected, tensors, towards.double())
     compiled = torch.compile(long_attention, dynamic=True, fullgraph=True)
-    kernels = partial(long_attention, bounds=packed.bounds), partial(compiled, bounds=packed.bounds)
+    bounds = torch.tensor([0, *np.cumsum(lengths)])
+    kernels = partial(long_attention, bounds=bounds), partial(compiled, bounds=bounds)
     for attend in (partial(packed_attention, blocks=packed.blocks[None]), *(kernels if hs <= 128 else ())):
         y = attend(q, k, v, scale=hs**-0.5)
         got = y, *torch.autograd.grad(y, tensors, towards)
         errors.append([((a - b).norm() / b.norm()).item() for a, b in zip(got, expected)])
     print(*errors, sep="\n")
     assert np.max(errors) < 6e-3
+
+
+@pytest.mark.parametrize("hs", [96, 128, 256])
+@pytest.mark.parametrize("window, softcap", [(200, None), (None, 20.0), (200, 20.0)])
+def test_windows_and_caps_in_bfloat16(hs, window, softcap):
+    """Of parents and children, as the packed kernels compute them, beside float64."""
+    root = Segment(100)
+    packed = lay_out([root, Segment(400, root), Segment(300, root), Segment(90)], windows=(window,))
+    packed = packed.to(torch.device("cuda"))
+    q, k, v, towards = (torch.randn(890, n, hs, device="cuda", dtype=torch.bfloat16) for n in (4, 2, 2, 4))
+    tensors = [t.requires_grad_() for t in (q, k, v)]
+    q64, *kv64 = (t.double() for t in tensors)
+    expected = attention._attend_each(q64, *(t[packed.kv_index] for t in kv64), packed, hs**-0.5, window, softcap)
+    expected = expected, *torch.autograd.grad(expected, tensors, towards.double())
+    y = packed_attention(q, k, v, packed.blocks[window], hs**-0.5, window=window, softcap=softcap)
+    for got, right in zip((y, *torch.autograd.grad(y, tensors, towards)), expected):
+        assert (got - right).norm() < 6e-3 * right.norm()
 
 
 def test_gradients_of_32_thousand_tokens():
@@ -141,7 +159,7 @@ def test_gradients_of_32_thousand_tokens():
     expected = torch.autograd.grad(y, tensors, towards)
     for y in (
         packed_attention(q, k, v, packed.blocks[None], 128**-0.5),
-        long_attention(q, k, v, packed.bounds, 128**-0.5),
+        long_attention(q, k, v, torch.tensor([0, 32768]), 128**-0.5),
     ):
         for a, b in zip(torch.autograd.grad(y, tensors, towards), expected):
             assert (a - b).norm() < 1e-2 * b.norm()
