@@ -58,7 +58,7 @@ def test_bench_measures_the_peer_beside_us(preset, tmp_path, capsys, monkeypatch
 
 def test_the_table_compares_with_the_peer_and_with_one_device():
     line = dict(method="lora", precision="fp8", setting="", step_ms=1.0, peak_gib=1.0, loss=1.0)
-    line |= dict(strategy="ddp", start_s=None, mfu=0.5, products=None)
+    line |= dict(strategy="ddp", start_s=None, mfu=0.5, products=None, attention=None)
     ours = dict(line, system="lit-model", tokens_per_second=300.0, world=1)
     peer = dict(line, system="transformers + peft", precision="bf16", tokens_per_second=100.0, world=1)
     assert "| 300 | 3.00 x |" in table([ours, peer])

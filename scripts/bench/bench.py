@@ -30,9 +30,9 @@ from finetune.run import Run, RunOptions, Train, batches, build, prepare
 from lit_model.cli import cli
 from lit_model.load import METHODS, method_options
 from lit_model.model import Config
-from lit_model.packing import Example
+from lit_model.packing import Example, Packed
 from scripts.bench.bench_table import Result, commit, read_lines, table
-from scripts.bench.kernel_time import mfu, print_kernels, product_seconds, sync
+from scripts.bench.kernel_time import attention_seconds, mfu, print_kernels, product_seconds, sync
 from scripts.bench.workload import RandomFolder, alpaca_lengths, demo_examples, of_length
 
 ALL = dict(r=16, targets="q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj")
@@ -185,20 +185,21 @@ def ours(case: Case) -> Result:
         gpt.recompute = len(gpt.blocks)
     stream = ahead(run.steps(gpt))
 
-    def take(n: int) -> list[tuple[Step, int, int, int]]:
-        """Steps, and of this process the rows of each, and the tokens and targets in those that count."""
+    def take(n: int) -> list[tuple[Step, int, int, int, Packed]]:
+        """Steps, and of this process the rows of each, the tokens and targets in those that count, and the first."""
         steps = []
         for step, rows in islice(stream, n):
             train_step(run, network, optimizer, step, rows)
             own = [packed for _, packed in rows if packed.weight]
-            steps.append((step, len(rows), sum(len(p.pos) for p in own), sum(len(p.targets) for p in own)))
+            sizes = len(rows), sum(len(p.pos) for p in own), sum(len(p.targets) for p in own)
+            steps.append((step, *sizes, rows[0][1]))
         return steps
 
     take(WARM_UP if options.steps > 1 else 0)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     start = sync(device)
-    steps, *counts = zip(*take(options.steps))
+    steps, *counts, packed = zip(*take(options.steps))
     seconds = sync(device) - start
     peak = peak_memory(device)
     if options.profile:
@@ -215,6 +216,7 @@ def ours(case: Case) -> Result:
         start_s=start - began,
         mfu=mfu(gpt, n_computed, n_own_targets, seconds),
         products=product_seconds(gpt, device, n_rows, n_computed, n_own_targets) / seconds,
+        attention=attention_seconds(gpt, packed[0].to(device), device) * n_rows / seconds,
     )
 
 

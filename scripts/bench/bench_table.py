@@ -26,6 +26,8 @@ class Result:
     """share of the GPU's peak that the computed tokens' matrix products make"""
     products: float | None = None
     """share of the step's time that these products take alone, measured in the same run"""
+    attention: float | None = None
+    """share of it that attention takes alone, forward and backward"""
 
 
 def commit() -> str:
@@ -42,8 +44,10 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 def table(lines: list[dict[str, Any]]) -> str:
     """Lines of the file. "ratio": to the peer's speed, or to that of one device."""
-    text = ["| run | how | real tokens/s | ratio | step | memory a device | products alone | MFU | start | loss |"]
-    text.append("|---|---|---|---|---|---|---|---|---|---|")
+    text = [
+        "| run | how | real tokens/s | ratio | step | memory a device | products | attention | MFU | start | loss |"
+    ]
+    text.append("|---|---|---|---|---|---|---|---|---|---|---|")
     peers = {(r["method"], r["precision"]): r["tokens_per_second"] for r in lines if r["system"] != "lit-model"}
     alone = {(r["method"], r["precision"]): r["tokens_per_second"] for r in lines if r["world"] == 1}
     for r in lines:
@@ -53,7 +57,7 @@ def table(lines: list[dict[str, Any]]) -> str:
         ratio = f"{speed / base:.2f} x" if speed != base else ""
         run = f"{r['system']}: {' '.join(case)}{devices} | {r['setting']} | {speed:,.0f} | {ratio}"
         costs = f"{r['step_ms']:,.0f} ms | {r['peak_gib']:.1f} GiB"
-        shares = f"{_text(r['products'], '.0%')} | {_text(r['mfu'], '.0%')}"
+        shares = " | ".join(_text(r[name], ".0%") for name in ("products", "attention", "mfu"))
         text.append(f"| {run} | {costs} | {shares} | {_text(r['start_s'], '.0f', ' s')} | {r['loss']:.3f} |")
     return "\n".join(text)
 

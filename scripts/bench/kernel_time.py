@@ -1,4 +1,5 @@
-"""What the time of a step goes to: how many operations it takes, its matrix products alone, and its kernels."""
+"""What the time of a step goes to: how many operations it takes, its matrix products and its attention alone, and its
+kernels."""
 
 import re
 import time
@@ -9,7 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lit_model.attention import PackedRow
 from lit_model.model import GPT, Linear
+from lit_model.packing import Packed
 
 # TFLOP/s of matrix products in bf16 without sparsity, from the makers' data sheets, half of those in fp8; the first
 # name that fits counts
@@ -77,14 +80,34 @@ def _time_products(
         runs = [_fp8_product(x, w)] + [_fp8_product(grad, w.t())] * backward
     else:
         runs = [lambda: x @ w.t()] + [lambda: grad @ w] * backward + [lambda: grad.t() @ x] * trained
-    n, seconds = 10 if device.type == "cuda" else 2, 0.0
-    for run in runs:
+    n = 10 if device.type == "cuda" else 2
+    return sum(_seconds(run, device, n) for run in runs) * whole / m
+
+
+def attention_seconds(gpt: GPT, packed: Packed, device: torch.device) -> float:
+    """Time that the attention of all layers takes for a row, forward and backward, when nothing else is done."""
+    seconds, T, c = 0.0, len(packed.pos), gpt.config
+    rows = gpt.contexts(packed, packed.pos, packed.max_k, gpt.dtype)
+    for window, n in Counter(row.window for row in rows).items():
+        row = PackedRow(packed, None, None, window, c.attn_scale, c.attn_softcap)
+        sizes = (T, c.n_head), (T + packed.n_virtual_keys, c.n_kv_head), (T + packed.n_virtual_keys, c.n_kv_head)
+        qkv = [torch.randn(*size, c.head_size, device=device, dtype=gpt.dtype, requires_grad=True) for size in sizes]
+
+        def run(row=row, qkv=qkv) -> None:
+            y = row.over(*qkv, [])
+            torch.autograd.grad(y, qkv, torch.ones_like(y))
+
+        seconds += n * _seconds(run, device, 2)
+    return seconds
+
+
+def _seconds(run: Callable[[], Any], device: torch.device, n: int) -> float:
+    """The mean of n runs after one."""
+    run()
+    start = sync(device)
+    for _ in range(n):
         run()
-        start = sync(device)
-        for _ in range(n):
-            run()
-        seconds += (sync(device) - start) / n
-    return seconds * whole / m
+    return (sync(device) - start) / n
 
 
 def _fp8_product(a: Tensor, b: Tensor) -> Callable[[], Tensor]:  # a b^T
