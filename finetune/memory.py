@@ -1,8 +1,8 @@
 """How a run fits into the memory of a GPU, tried before the first step; on a CPU, freed memory is kept.
 
 The longest row of some batches goes forward and backward beside what AdamW will keep. If it does not fit, rows are
-halved, at most twice. Then as many blocks as must be are recomputed in the backward pass, and if all of them are not
-enough the inputs of as many as must be wait on the host (lit_model/recompute.py).
+halved, at most twice. Then compiled blocks keep less; then as many blocks as must be are recomputed in the backward
+pass, and if all of them are not enough the inputs of as many as must be wait on the host (lit_model/recompute.py).
 """
 
 import ctypes
@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+import torch._functorch.config as functorch_config
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 
@@ -56,6 +57,9 @@ def plan(run: "Run", gpt: GPT, batches: Sequence[list[Example]], share: bool) ->
         if peak <= room:
             break
     if peak > room:
+        # compiled blocks compute norms and activations again in the backward pass, and keep a third less
+        functorch_config.ban_recompute_materialized_backward = False
+        torch._dynamo.reset()
         needs, most = _line(run, gpt, batches, share, T), len(gpt.blocks) - 1
         counts = [(n, 0) for n in range(most + 1)] + [(most, n) for n in range(3, most + 1)]
         for gpt.recompute, gpt.offload in counts:

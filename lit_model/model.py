@@ -251,6 +251,7 @@ class GPT(nn.Module):
         torch.fx.experimental._config.use_duck_shape = False  # two sizes that agree in one row may differ in the next
         torch._dynamo.config.recompile_limit = 64  # blocks are one code, and with windows and odd ranks of many kinds
         torch._dynamo.config.specialize_float = True  # else eps and a LoRA's scale become inputs, computed on the host
+        torch._functorch.config.ban_recompute_materialized_backward = True  # until memory is short (finetune/memory.py)
         torch._functorch.config.autograd_cache_allow_custom_autograd_functions = True  # the next run starts sooner
         options = {
             "triton.multi_kernel": 3,  # reductions read a token once, not twice; 1 dies of its own cache in torch 2.11

@@ -81,6 +81,13 @@ def test_shorter_rows_first_then_recomputing_then_the_host(plan):
     assert line.endswith("rows of 400 tokens, 7 of 8 blocks recomputed, the inputs of 6 kept on the host")
 
 
+def test_compiled_blocks_keep_less_where_memory_is_short(plan):
+    for mib, keeps_all in ((5000, True), (1920, False)):
+        plan.gpt.compile()
+        plan(mib)
+        assert memory.functorch_config.ban_recompute_materialized_backward is keeps_all
+
+
 def test_a_long_row_is_not_tried(plan, monkeypatch):
     monkeypatch.setattr(memory, "LONG", 1000)
     monkeypatch.setattr(memory, "TRIED", 100)
