@@ -186,22 +186,17 @@ def _texts(row: Row, tokenizer: Tokenizer, options: ExampleOptions, notes: Notes
         except ValueError as e:
             notes.leave_out("their conversation cannot be rendered", place(row), e)
             return
-        for i, (text, learned) in enumerate(turns):
-            yield Text(text, learned, row, style, follows=i > 0)
-        is_empty = not turns
-    elif "text" in row:
-        is_empty = not row["text"].strip()
-        if not is_empty:
-            yield Text(row["text"], [(0, len(row["text"]))], row, "none")
     else:
-        prompt, answer = row.get("prompt"), row["completion"] if "completion" in row else row["output"]
-        style = options.style if prompt is None else "none"
-        prompt = render(style, row["instruction"], row["input"], tokenizer) if prompt is None else prompt
-        is_empty = not answer.strip()
-        if not is_empty:
-            yield Text(prompt + answer, [(len(prompt), len(prompt + answer))], row, style)
-    if is_empty:
+        style, prompt, answer = "none", row.get("prompt", ""), row.get("completion", row.get("text"))
+        if "output" in row:
+            style, answer = options.style, row["output"]
+            prompt = render(style, row["instruction"], row["input"], tokenizer)
+        text = prompt + answer
+        turns = [(text, [(len(prompt), len(text))])] if answer.strip() else []
+    if not turns:
         notes.leave_out(EMPTY, place(row))
+    for i, (text, learned) in enumerate(turns):
+        yield Text(text, learned, row, style, follows=i > 0)
 
 
 def _examples(
