@@ -11,6 +11,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from copy import copy
 from dataclasses import dataclass
+from itertools import tee
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -23,7 +24,6 @@ from lit_model.packing import Example
 if TYPE_CHECKING:
     from lit_model.data.labels import Task
 
-BATCH = 256  # rows that are tokenized at a time
 EMPTY, CUT = "they have nothing to learn", "cut to examples.max_length"
 LONG = "their prompt alone fills examples.max_length"
 NAMES = {"{instruction}", "{input}", "{text}"}  # that a style of one's own may have in it
@@ -157,17 +157,14 @@ def tokenize(
 
         return examples(rows, tokenizer, options, task)
     notes, found, before = Notes(options.strict), [], None
-    with tqdm(total=len(rows), desc=f"tokenizing {len(rows)} {name}", leave=False) as bar:
-        for start in range(0, len(rows), BATCH):
-            batch = rows[start : start + BATCH]
-            texts = [text for row in batch for text in _texts(row, tokenizer, options, notes)]
-            encoded = tokenizer.encode_with_places([text.text for text in texts])
-            for text, (ids, places) in zip(texts, encoded, strict=True):
-                for e in _examples(text, ids, places, tokenizer, options, notes):
-                    e.follows = text.follows and before is text.row
-                    before = text.row
-                    found.append(e)
-            bar.update(len(batch))
+    with tqdm(rows, desc=f"tokenizing {len(rows)} {name}", leave=False) as bar:
+        texts, copies = tee(text for row in bar for text in _texts(row, tokenizer, options, notes))
+        encoded = tokenizer.encode_with_places(text.text for text in copies)
+        for text, (ids, places) in zip(texts, encoded, strict=True):
+            for e in _examples(text, ids, places, tokenizer, options, notes):
+                e.follows = text.follows and before is text.row
+                before = text.row
+                found.append(e)
     notes.say(len(rows), name)
     return found
 
