@@ -35,9 +35,9 @@ def padded(batch: Sequence[Example], size: int, device: torch.device) -> Iterato
         yield dict(input_ids=ids.to(device), attention_mask=mask.to(device), labels=labels.to(device))
 
 
-def random_network(preset: str, dtype: torch.dtype, device: torch.device) -> torch.nn.Module:
+def random_network(preset: str, dtype: torch.dtype, device: torch.device, use_cache: bool = False) -> torch.nn.Module:
     """transformers' network of this shape, with random weights."""
-    shape = AutoConfig.for_model(**PRESETS[preset], use_cache=False)
+    shape = AutoConfig.for_model(**PRESETS[preset], use_cache=use_cache)
     with torch.device(device):
         return AutoModelForCausalLM.from_config(shape, dtype=dtype, attn_implementation="sdpa")
 
