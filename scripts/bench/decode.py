@@ -60,10 +60,8 @@ def main(options: Options) -> None:
     for row in options.rows.split(","):
         with torch.no_grad():
             result = dict(row=row) | measure(row, options, device) | dict(device=name, commit=commit())
-        print(
-            " | ".join(f"{value:.4g}" if isinstance(value, float) else str(value) for value in result.values()),
-            flush=True,
-        )
+        values = [f"{value:.4g}" if isinstance(value, float) else str(value) for value in result.values()]
+        print(" | ".join(values), flush=True)
         with open(options.out, "a") as file:
             file.write(json.dumps(result) + "\n")
 
