@@ -40,7 +40,7 @@ from lit_model.data.rows import read_rows, split_rows
 from lit_model.data.score import judge
 from lit_model.data.tokenizer import Tokenizer
 from lit_model.files import reading, refuse_used, validate_fields, write_text
-from lit_model.load import method_file, method_options
+from lit_model.load import choose_device, method_file, method_options
 from lit_model.packing import Example
 from lit_model.weights.demo import DEMO_CHECKPOINT, DEMO_DATA, Asset, fetch, fetch_if_demo, once
 from lit_model.weights.folder import Folder
@@ -173,7 +173,7 @@ def prepare(options: Options) -> Comparison:
     tokenizer = Tokenizer(options.checkpoint_dir)
     examples = ExampleOptions(task.style, max_length=options.max_length, val_fraction=options.n_val / len(train))
     test_examples = labels.examples(test, tokenizer, examples, task)
-    device = torch.device("cuda" if options.devices == "auto" and torch.cuda.is_available() else "cpu")
+    device = choose_device(options.devices)
 
     decisive = ("max_steps", "batch_size", "n_test", "n_val", "shots", "question", "max_length")
     settings = {name: getattr(options, name) for name in decisive}

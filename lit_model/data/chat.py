@@ -13,7 +13,6 @@ from functools import cache
 from os.path import commonprefix
 from typing import Any, NoReturn
 
-import numpy as np
 from jinja2 import Template, TemplateError, nodes
 from jinja2.ext import Extension
 from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -66,12 +65,6 @@ def chat_text(
         raise ValueError(f"the checkpoint's chat template cannot take {start}: {type(e).__name__}: {e}") from None
 
 
-def is_learned(messages: Sequence[Message]) -> list[bool]:
-    """For each message whether it is: what the assistant says, but not to begin with, and not nothing."""
-    says = [bool(m["content"].strip() or m.get("tool_calls")) and m.get("weight") != 0 for m in messages]
-    return [i > 0 and m["role"] == "assistant" and says[i] for i, m in enumerate(messages)]
-
-
 def learned_turns(tokenizer: Tokenizer, style: str, row: Row, notes: Notes) -> list[tuple[str, list[tuple[int, int]]]]:
     """The conversation of a row as texts in which every turn that is learned stands as it will be asked: behind what
     the template makes of the messages before it. Most templates add to that what follows: then one text holds several
@@ -83,7 +76,10 @@ def learned_turns(tokenizer: Tokenizer, style: str, row: Row, notes: Notes) -> l
     """
     messages, tools = [_as_given(message) for message in row["messages"]], row.get("tools")
     found: list[tuple[str, list[tuple[int, int]]]] = []
-    for i in np.flatnonzero(is_learned(row["messages"])):
+    for i, message in enumerate(row["messages"]):
+        says = message["content"].strip() or message.get("tool_calls")
+        if i == 0 or message["role"] != "assistant" or not says or message.get("weight") == 0:
+            continue  # learned is what the assistant says, but not to begin with, and not nothing
         asked = chat_text(tokenizer, style, messages[:i], asks=True, tools=tools)
         text = chat_text(tokenizer, style, messages[: i + 1], asks=False, tools=tools)
         start = len(commonprefix((asked, text)))

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from copy import copy
 from dataclasses import dataclass
+from itertools import tee
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -23,7 +24,6 @@ from lit_model.packing import Example
 if TYPE_CHECKING:
     from lit_model.data.labels import Task
 
-BATCH = 256  # rows that are tokenized at a time
 EMPTY, CUT = "they have nothing to learn", "cut to examples.max_length"
 LONG = "their prompt alone fills examples.max_length"
 NAMES = {"{instruction}", "{input}", "{text}"}  # that a style of one's own may have in it
@@ -157,17 +157,14 @@ def tokenize(
 
         return examples(rows, tokenizer, options, task)
     notes, found, before = Notes(options.strict), [], None
-    with tqdm(total=len(rows), desc=f"tokenizing {len(rows)} {name}", leave=False) as bar:
-        for start in range(0, len(rows), BATCH):
-            batch = rows[start : start + BATCH]
-            texts = [text for row in batch for text in _texts(row, tokenizer, options, notes)]
-            encoded = tokenizer.encode_with_places([text.text for text in texts])
-            for text, (ids, places) in zip(texts, encoded, strict=True):
-                for e in _examples(text, ids, places, tokenizer, options, notes):
-                    e.follows = text.follows and before is text.row
-                    before = text.row
-                    found.append(e)
-            bar.update(len(batch))
+    with tqdm(rows, desc=f"tokenizing {len(rows)} {name}", leave=False) as bar:
+        texts, copies = tee(text for row in bar for text in _texts(row, tokenizer, options, notes))
+        encoded = tokenizer.encode_with_places(text.text for text in copies)
+        for text, (ids, places) in zip(texts, encoded, strict=True):
+            for e in _examples(text, ids, places, tokenizer, options, notes):
+                e.follows = text.follows and before is text.row
+                before = text.row
+                found.append(e)
     notes.say(len(rows), name)
     return found
 
@@ -186,22 +183,17 @@ def _texts(row: Row, tokenizer: Tokenizer, options: ExampleOptions, notes: Notes
         except ValueError as e:
             notes.leave_out("their conversation cannot be rendered", place(row), e)
             return
-        for i, (text, learned) in enumerate(turns):
-            yield Text(text, learned, row, style, follows=i > 0)
-        is_empty = not turns
-    elif "text" in row:
-        is_empty = not row["text"].strip()
-        if not is_empty:
-            yield Text(row["text"], [(0, len(row["text"]))], row, "none")
     else:
-        prompt, answer = row.get("prompt"), row["completion"] if "completion" in row else row["output"]
-        style = options.style if prompt is None else "none"
-        prompt = render(style, row["instruction"], row["input"], tokenizer) if prompt is None else prompt
-        is_empty = not answer.strip()
-        if not is_empty:
-            yield Text(prompt + answer, [(len(prompt), len(prompt + answer))], row, style)
-    if is_empty:
+        style, prompt, answer = "none", row.get("prompt", ""), row.get("completion", row.get("text"))
+        if "output" in row:
+            style, answer = options.style, row["output"]
+            prompt = render(style, row["instruction"], row["input"], tokenizer)
+        text = prompt + answer
+        turns = [(text, [(len(prompt), len(text))])] if answer.strip() else []
+    if not turns:
         notes.leave_out(EMPTY, place(row))
+    for i, (text, learned) in enumerate(turns):
+        yield Text(text, learned, row, style, follows=i > 0)
 
 
 def _examples(

@@ -22,7 +22,6 @@ from lit_model.model import GPT, Linear
 from lit_model.packing import Example
 
 STYLE = "{text}\nLabel:"
-BATCH = 1024  # texts that are tokenized at a time
 
 
 @dataclass
@@ -90,22 +89,20 @@ def examples(
     first, labels = tokenizer.bos if bos else [], label_ids(task, tokenizer)
     number = {name: i for i, name in enumerate(task.classes)}
     notes, examples = Notes(), []
-    for start in range(0, len(rows), BATCH):
-        batch = rows[start : start + BATCH]
-        texts = [before + row["text"].strip() for row in batch]
-        encoded = tokenizer.encode_with_places([text + after for text in texts])
-        for row, text, (ids, places) in zip(batch, texts, encoded, strict=True):
-            if row["label"] not in number:
-                raise ValueError(f"the label {row['label']!r} was never seen; there are {', '.join(task.classes)}")
-            n = int((places < len(text)).sum())
-            room = options.max_length - len(first) - (len(ids) - n) - max(map(len, labels))
-            if room <= (places < len(before)).sum():
-                what = f"examples.max_length {options.max_length} leaves no room for a text beside {task.style!r}"
-                raise ValueError(what)
-            if n > room:
-                notes.add(CUT, place(row))
-            prompt = [*first, *ids[: min(n, room)], *ids[n:]]
-            examples.append(Example(np.array(prompt + labels[number[row["label"]]], dtype=np.int32), len(prompt)))
+    texts = [before + row["text"].strip() for row in rows]
+    encoded = tokenizer.encode_with_places(text + after for text in texts)
+    for row, text, (ids, places) in zip(rows, texts, encoded, strict=True):
+        if row["label"] not in number:
+            raise ValueError(f"the label {row['label']!r} was never seen; there are {', '.join(task.classes)}")
+        n = int((places < len(text)).sum())
+        room = options.max_length - len(first) - (len(ids) - n) - max(map(len, labels))
+        if room <= (places < len(before)).sum():
+            what = f"examples.max_length {options.max_length} leaves no room for a text beside {task.style!r}"
+            raise ValueError(what)
+        if n > room:
+            notes.add(CUT, place(row))
+        prompt = [*first, *ids[: min(n, room)], *ids[n:]]
+        examples.append(Example(np.array(prompt + labels[number[row["label"]]], dtype=np.int32), len(prompt)))
     notes.say(len(rows), "rows")
     return examples
 

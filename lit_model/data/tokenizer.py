@@ -1,7 +1,8 @@
 """Text to token ids and back: a checkpoint folder's tokenizer.json, or sentencepiece's tokenizer.model."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from datetime import datetime
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from tokenizers import Tokenizer as HFTokenizer
 from lit_model.files import read_json, reading
 from lit_model.weights.folder import tokenizer_files
 
+BATCH = 256  # texts that are tokenized at a time
 TURN_ENDS = ("<|im_end|>", "<|eot_id|>", "<end_of_turn>", "<|end|>")  # of ChatML, LLaMA 3, Gemma, Phi
 
 
@@ -71,17 +73,16 @@ class Tokenizer:
         with reading(self.folder):  # its expressions may fail on a text
             return self.hf.encode(text, add_special_tokens=False).ids
 
-    def encode_with_places(self, texts: Sequence[str]) -> list[tuple[np.ndarray, np.ndarray]]:
+    def encode_with_places(self, texts: Iterable[str]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """For each text its ids (n,), and where in it each token stands (n,): at its last character, or, if it is an
         added token, which may have swallowed the spaces behind it, at its first."""
-        with reading(self.folder):
-            found = self.hf.encode_batch(list(texts), add_special_tokens=False)
-        added = np.array([*self.hf.get_added_tokens_decoder()], dtype=int)
-        encoded = []
-        for e in found:
-            ids, (starts, ends) = np.array(e.ids, dtype=int), np.array(e.offsets, dtype=int).reshape(-1, 2).T
-            encoded.append((ids, np.where(np.isin(ids, added), starts, ends - 1)))
-        return encoded
+        texts, added = iter(texts), np.array([*self.hf.get_added_tokens_decoder()], dtype=int)
+        while batch := list(islice(texts, BATCH)):
+            with reading(self.folder):
+                encoded = self.hf.encode_batch(batch, add_special_tokens=False)
+            for e in encoded:
+                ids, (starts, ends) = np.array(e.ids, dtype=int), np.array(e.offsets, dtype=int).reshape(-1, 2).T
+                yield ids, np.where(np.isin(ids, added), starts, ends - 1)
 
     def token_start(self, text: str, i: int) -> int:
         """Where the token begins that the character i of a text lies in."""

@@ -8,7 +8,6 @@ same 1,000.
 """
 
 import json
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,11 +17,12 @@ import torch
 from lit_model import GPT
 from lit_model.cli import cli
 from lit_model.decode import Decoder, Request
-from lit_model.load import choose_device, install_method, is_base, load_base, method_options
+from lit_model.load import choose_device, empty_network, install_method, is_base, load_base, method_options
 from lit_model.methods.side_by_side import SideBySide
 from lit_model.model import Config
 from lit_model.sampling import Sampling
 from scripts.bench.bench_table import commit
+from scripts.bench.kernel_time import sync
 from scripts.bench.workload import RandomFolder
 
 ROWS = (
@@ -60,10 +60,8 @@ def main(options: Options) -> None:
     for row in options.rows.split(","):
         with torch.no_grad():
             result = dict(row=row) | measure(row, options, device) | dict(device=name, commit=commit())
-        print(
-            " | ".join(f"{value:.4g}" if isinstance(value, float) else str(value) for value in result.values()),
-            flush=True,
-        )
+        values = [f"{value:.4g}" if isinstance(value, float) else str(value) for value in result.values()]
+        print(" | ".join(values), flush=True)
         with open(options.out, "a") as file:
             file.write(json.dumps(result) + "\n")
 
@@ -111,13 +109,13 @@ def network(preset: str, precision: str, device: torch.device, method: str | Non
     config = Config.from_name(preset)
     if precision == "mixed":
         return mixed(config, device)
-    with torch.device("meta"):
-        gpt = GPT(config).requires_grad_(False)
+    dtype = torch.float32 if precision == "fp32" else torch.bfloat16
+    folder = RandomFolder(config, dtype, device)
+    gpt = empty_network(folder)
     if method:
         install_method(gpt, method, method_options(method), None)
-    dtype = torch.float32 if precision == "fp32" else torch.bfloat16
     quantize = precision if precision in ("int8", "nf4", "fp8") else "none"
-    load_base(gpt.requires_grad_(False), RandomFolder(config, dtype, device), dtype, device, quantize)
+    load_base(gpt.requires_grad_(False), folder, dtype, device, quantize)
     for name, p in gpt.named_parameters():
         if "deltas" in name:
             p.data.normal_(std=0.02)
@@ -126,20 +124,17 @@ def network(preset: str, precision: str, device: torch.device, method: str | Non
 
 def mixed(config: Config, device: torch.device) -> SideBySide:
     """LoRAs of four ranks, an adapter, a prefix and a prompt beside the base."""
-    with torch.device("meta"):
-        gpt = SideBySide(config).requires_grad_(False)
-    load_base(gpt, RandomFolder(config, torch.bfloat16, device), torch.bfloat16, device)
+    folder = RandomFolder(config, torch.bfloat16, device)
+    gpt = empty_network(folder, SideBySide)
+    load_base(gpt, folder, torch.bfloat16, device)
     loras = [("lora", dict(r=r)) for r in (4, 8, 16, 32)]
     for name, options in [*loras, ("adapter", {}), ("prefix", {}), ("prompt", {})]:
-        with torch.device("meta"):
-            donor = GPT(config).requires_grad_(False)
+        donor = empty_network(folder)
         install_method(donor, name, method_options(name, **options), None)
-        for path, p in list(donor.named_parameters()):
-            if not is_base(path):
-                owner, _, leaf = path.rpartition(".")
-                t = 0.02 * torch.randn(p.shape, device=device)
-                setattr(donor.get_submodule(owner), leaf, torch.nn.Parameter(t, requires_grad=False))
-        gpt.take(f"{name}{len(gpt.slots)}", donor)
+        own = {path: p.shape for path, p in donor.named_parameters() if not is_base(path)}
+        tensors = {path: 0.02 * torch.randn(shape, device=device) for path, shape in own.items()}
+        donor.load_state_dict(tensors, strict=False, assign=True)
+        gpt.take(f"{name}{len(gpt.slots)}", donor.requires_grad_(False))
     return gpt.eval()
 
 
@@ -152,11 +147,9 @@ def best(call, device: torch.device, n: int = 3) -> float:
     """The least seconds of n calls."""
     times = []
     for _ in range(n):
-        began = time.perf_counter()
+        began = sync(device)
         call()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - began)
+        times.append(sync(device) - began)
     return min(times)
 
 
@@ -168,16 +161,11 @@ def profile(decoder: Decoder) -> None:
 
 def transformers_speed(preset: str, batch: int, options: Options, device: torch.device) -> dict[str, float]:
     """transformers with a static cache, whose forward it compiles, and with its usual cache."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    from lit_model.families import PRESETS
+    from scripts.bench import peers  # only this needs transformers and peft
 
     torch.cuda.empty_cache()
-    stated = dict(PRESETS[preset])
-    with torch.device(device):
-        config = AutoConfig.for_model(stated.pop("model_type"), **stated)
-        hf = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
-    idx, speeds = torch.randint(5, config.vocab_size, (batch, options.prompt), device=device), {}
+    hf = peers.random_network(preset, torch.bfloat16, device, use_cache=True).eval()
+    idx, speeds = torch.randint(5, hf.config.vocab_size, (batch, options.prompt), device=device), {}
     how = dict(do_sample=True, temperature=0.8, top_k=200, pad_token_id=0, eos_token_id=None)
     for name, more in (("static", dict(cache_implementation="static")), ("usual", {})):
 

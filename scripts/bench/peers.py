@@ -35,9 +35,9 @@ def padded(batch: Sequence[Example], size: int, device: torch.device) -> Iterato
         yield dict(input_ids=ids.to(device), attention_mask=mask.to(device), labels=labels.to(device))
 
 
-def random_network(preset: str, dtype: torch.dtype, device: torch.device) -> torch.nn.Module:
+def random_network(preset: str, dtype: torch.dtype, device: torch.device, use_cache: bool = False) -> torch.nn.Module:
     """transformers' network of this shape, with random weights."""
-    shape = AutoConfig.for_model(**PRESETS[preset], use_cache=False)
+    shape = AutoConfig.for_model(**PRESETS[preset], use_cache=use_cache)
     with torch.device(device):
         return AutoModelForCausalLM.from_config(shape, dtype=dtype, attn_implementation="sdpa")
 
@@ -126,8 +126,7 @@ def fit(network: torch.nn.Module, run: Run) -> tuple[float, float, int]:
             group["lr"] = learning_rate(number, run.n_steps, run.n_steps // 10, train.lr)
         train_step(network, optimizer, batch, len(batch), run.dtype)
         n_tokens += sum(len(e.ids) for e in batch)
-        is_over = train.max_time is not None and seconds + time.perf_counter() - start >= 60 * train.max_time
-        if number % train.eval_interval == 0 or number == run.n_steps or is_over:
+        if number % train.eval_interval == 0 or number == run.n_steps:
             if run.device.type == "cuda":
                 torch.cuda.synchronize()
             seconds += time.perf_counter() - start
@@ -139,8 +138,6 @@ def fit(network: torch.nn.Module, run: Run) -> tuple[float, float, int]:
                 raise Diverged(f"validation loss {val_loss} at step {number}: try a lower learning rate")
             if val_loss < best:
                 best, best_values = val_loss, [p.detach().clone() for p in trained]
-            if is_over:
-                break
             start = time.perf_counter()
     with torch.no_grad():
         for p, value in zip(trained, best_values, strict=True):

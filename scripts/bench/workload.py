@@ -29,10 +29,11 @@ class RandomFolder:
         return t.fill_(name.endswith("weight"))  # a norm's are ones, biases zero
 
 
-def lengths(n: int = 52_002, mean: float = 130.0, sigma: float = 0.62, seed: int = 0) -> np.ndarray:
-    """Lengths in tokens like those of Alpaca's examples: lognormal, from 40 to 512."""
-    rng = np.random.default_rng(seed)
-    return np.clip(np.rint(rng.lognormal(np.log(mean) - sigma**2 / 2, sigma, n)), 40, 512).astype(int)
+def lengths(n: int = 52_002) -> np.ndarray:
+    """Lengths in tokens like those of Alpaca's examples: lognormal with a mean of 130, from 40 to 512."""
+    sigma = 0.62
+    drawn = np.random.default_rng(0).lognormal(np.log(130.0) - sigma**2 / 2, sigma, n)
+    return np.clip(np.rint(drawn), 40, 512).astype(int)
 
 
 def alpaca_lengths(vocab_size: int) -> list[Example]:
