@@ -22,7 +22,7 @@ from lit_model.methods.side_by_side import SideBySide
 from lit_model.model import Config
 from lit_model.sampling import Sampling
 from scripts.bench.bench_table import commit
-from scripts.bench.kernel_time import sync
+from scripts.bench.kernel_time import print_kernels, sync
 from scripts.bench.workload import RandomFolder
 
 ROWS = (
@@ -90,7 +90,7 @@ def measure(row: str, options: Options, device: torch.device) -> dict[str, float
     speed = batch * (options.new // 4) / seconds
     n_bytes = sum(p.numel() * p.element_size() for name, p in gpt.named_parameters() if "wte" not in name)
     if options.profile:
-        profile(decoder)
+        print_kernels(lambda: list(decoder.tokens(8)), device)
     result = dict(tokens_per_s=speed, step_ms=1e3 * batch / speed, weights_tb_s=n_bytes * speed / batch / 1e12)
     if options.peers and precision == "bf16" and not method:
         del gpt, decoder
@@ -151,12 +151,6 @@ def best(call, device: torch.device, n: int = 3) -> float:
         call()
         times.append(sync(device) - began)
     return min(times)
-
-
-def profile(decoder: Decoder) -> None:
-    with torch.profiler.profile() as found:
-        list(decoder.tokens(8))
-    print(found.key_averages().table(sort_by="cuda_time_total", row_limit=14, max_name_column_width=60))
 
 
 def transformers_speed(preset: str, batch: int, options: Options, device: torch.device) -> dict[str, float]:
