@@ -71,8 +71,6 @@ class Options:
     after one"""
     memory_gb: float | None = None
     """most GiB of the GPU's memory to use"""
-    recompute: Literal["auto", "on"] = "auto"
-    """on: recompute blocks in the backward pass (activation checkpointing) even if memory suffices without"""
     profile: bool = False
     """also print which kernels take the time of a step"""
     out: Path = Path("out/bench.jsonl")
@@ -181,8 +179,6 @@ def ours(case: Case) -> Result:
     )  # fmt: skip
     gpt = build(run, case.method, case.method_options)
     network, optimizer = prepare(run, gpt, share=True)
-    if options.recompute == "on":
-        gpt.recompute = len(gpt.blocks)
     stream = ahead(run.steps(gpt))
 
     def take(n: int) -> list[tuple[Step, int, int, int, Packed]]:
