@@ -206,8 +206,7 @@ def clip(trained: Sequence[nn.Parameter], most: float) -> Tensor:
     parts = [[p for p in trained if isinstance(p, DTensor) == spread] for spread in (False, True)]
     if not parts[1]:
         return nn.utils.clip_grad_norm_(trained, most)
-    norms = [nn.utils.get_total_norm([p.grad for p in part]) for part in parts if part]
-    norms = [whole(t) for t in norms]
+    norms = [whole(nn.utils.get_total_norm([p.grad for p in part])) for part in parts if part]
     norm = torch.stack([t.to(norms[0].device) for t in norms]).norm()
     for part in parts:
         nn.utils.clip_grads_with_norm_(part, most, norm)

@@ -53,9 +53,9 @@ def fit(
         share: compute what examples begin with once; not with dropout.
     """
     gpt.objective = objective
-    if run.options.dry_run:
-        return dry_run(run, gpt, share, lr_scale)
     network, optimizer = prepare(run, gpt, share, lr_scale)
+    if run.options.dry_run:
+        return dry_run(run, gpt, network, optimizer, share)
     run.resume(gpt, optimizer)
     with Watch(run, method) as watch:  # bar, metrics.csv, TensorBoard, signals, clock
         if not run.progress.step:
@@ -160,9 +160,8 @@ def ahead(items: Iterator, n: int = 2) -> Iterator:
             yield item
 
 
-def dry_run(run: Run, gpt: GPT, share: bool, lr_scale: Callable[[str], float] | None) -> Summary:
+def dry_run(run: Run, gpt: GPT, network: nn.Module, optimizer: torch.optim.Optimizer, share: bool) -> Summary:
     """Prints what a run would need of memory, time and disk; three steps are measured, and nothing is written."""
-    network, optimizer = prepare(run, gpt, share, lr_scale)
     for step, rows in islice(run.steps(gpt, share=share), 3):  # the first one compiles, and fills caches
         began = time.perf_counter()
         train_step(run, network, optimizer, step, rows)

@@ -179,9 +179,6 @@ class Watch:
         saved = f"{out_dir} keeps the best before it" if self.progress.best else "nothing was saved yet"
         raise Diverged(f"{what}: try a lower train.lr; {saved}")
 
-    def say(self, line: str) -> None:
-        self.bar.write(line)
-
     def evaluated(self, numbers: dict[str, float]) -> bool:
         """Takes the numbers of an evaluation: `val_loss` and what the task adds; none without validation rows. Returns
         whether it is the best so far. Raises Diverged."""
@@ -192,7 +189,7 @@ class Watch:
         if not math.isfinite(loss):
             self._diverged(f"validation loss {loss} after step {progress.step}")
         if numbers:
-            self.say(f"{f'step {progress.step}' if progress.step else 'before'}: {_listed(numbers)}")
+            self.bar.write(f"{f'step {progress.step}' if progress.step else 'before'}: {_listed(numbers)}")
         if not progress.step:
             progress.first = numbers
             return False
