@@ -9,7 +9,6 @@ go meanwhile (engine.py does that for a server), and leave their slots to others
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from operator import itemgetter
 
 import numpy as np
 import torch
@@ -163,13 +162,13 @@ class Decoder:
     def admit(self, requests: Sequence[Request]) -> None:
         """Computes prompts, and makes the first token of each; there must be places and slots."""
         numbers = [self.names.index(r.method) for r in requests]
-        leaves, rows = [], []
+        leaves, rows = {}, []
         for number in dict.fromkeys(numbers):
             mine = [i for i, other in enumerate(numbers) if other == number]
             segments, ids, ends = self._tree([requests[i].ids for i in mine], self.roots[number])
             rows += [(segment, part, number) for segment, part in zip(segments, ids, strict=True)]
-            leaves += zip(mine, ends, strict=True)
-        leaves = [leaf for _, leaf in sorted(leaves, key=itemgetter(0))]
+            leaves |= dict(zip(mine, ends, strict=True))
+        leaves = [leaves[i] for i in range(len(requests))]
         free, n_stored = np.flatnonzero(self.users == 0), sum(segment.length for segment, *_ in rows)
         slots = np.concatenate((self.front, free[:n_stored]))
         own = np.split(free[n_stored:], np.cumsum([r.n_new for r in requests]))  # for what follows each prompt
@@ -235,7 +234,7 @@ class Decoder:
         order = sorted(range(len(prompts)), key=lambda i: np.array(prompts[i]).tobytes())
         examples = [Example(np.array([*prompts[i], 0], dtype=np.int32), len(prompts[i])) for i in order]
         segments, ids, ends = tree(examples, root)
-        return segments, ids, [end for _, end in sorted(zip(order, ends), key=itemgetter(0))]
+        return segments, ids, [ends[i] for i in np.argsort(order)]
 
     def _prefill(self, rows: list, used: int, slots: np.ndarray, leaves: list[Segment]) -> list[Tensor]:
         """Stores keys and values of all (segment, its ids or its embeddings, number of its method), the i-th key in
