@@ -85,9 +85,7 @@ def train_step(
         waits = run.world > 1 and not run.sharded and i + 1 < len(rows)  # gradients of several rows are summed at once
         idx, packed = idx.to(run.device, non_blocking=True), packed.to(run.device)
         with run.fabric.no_backward_sync(network, enabled=waits):
-            row_loss = network(idx, packed) / step.n_targets
-            if not packed.weight:  # another process counts this row
-                row_loss = row_loss * 0.0
+            row_loss = network(idx, packed) / step.n_targets * packed.weight
             run.fabric.backward(row_loss * run.world if run.world > 1 else row_loss)  # DDP and FSDP average gradients
         step.loss += row_loss.detach()
     for group in optimizer.param_groups:
