@@ -58,11 +58,9 @@ def launch(devices: str, strategy: Strategy) -> Fabric:
     how: Any = "auto"
     if strategy.startswith("fsdp"):
         offload = strategy == "fsdp_offload" and kind != "cpu" and torch.cuda.is_available()
-        sizes = dict(data_parallel_size=world, tensor_parallel_size=1)
+        settings = dict(data_parallel_size=world, tensor_parallel_size=1, timeout=TIMEOUT)
         backend = "cpu:gloo,cuda:nccl" if offload else None  # the norm of what waits on the host is summed there
-        how = ModelParallelStrategy(
-            partial(shard, offload=offload), process_group_backend=backend, timeout=TIMEOUT, **sizes
-        )
+        how = ModelParallelStrategy(partial(shard, offload=offload), process_group_backend=backend, **settings)
     elif world > 1:
         torch.autograd.graph.set_warn_on_accumulate_grad_stream_mismatch(False)  # Lightning wraps on another stream
         how = DDPStrategy(timeout=TIMEOUT, gradient_as_bucket_view=True)

@@ -59,9 +59,7 @@ class Step:
         highest_ask = total(torch.full_like(self.loss, ask), dist.ReduceOp.MAX)
         values = torch.stack((total(self.loss), self.norm.to(self.loss), highest_ask))
         self.values = values.to("cpu", non_blocking=True)
-        self.arrived = torch.cuda.Event() if values.is_cuda else None
-        if self.arrived:
-            self.arrived.record()
+        self.arrived = torch.cuda.current_stream().record_event() if values.is_cuda else None
 
     def receive(self) -> tuple[float, float, Ask]:
         if self.arrived:
@@ -311,13 +309,11 @@ class Log:
 
         figure = Figure(figsize=(7, 4), layout="constrained")
         axes = figure.subplots()
-        for name, label, style in (
-            ("loss", "training", dict(lw=1, alpha=0.5)),
-            ("val_loss", "validation", dict(marker="o")),
-        ):
+        styles = dict(loss=dict(label="training", lw=1, alpha=0.5), val_loss=dict(label="validation", marker="o"))
+        for name, style in styles.items():
             points = [(int(row["step"]), float(row[name])) for row in self.rows if row.get(name)]
             if points:
-                axes.plot(*zip(*points), label=label, **style)
+                axes.plot(*zip(*points), **style)
         axes.set(xlabel="step", ylabel="loss per target token")
         if axes.lines:  # a run that ended at once has none
             axes.legend()
