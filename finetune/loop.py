@@ -165,9 +165,9 @@ def dry_run(run: Run, gpt: GPT, network: nn.Module, optimizer: torch.optim.Optim
         train_step(run, network, optimizer, step, rows)
         step.norm.item()  # waits for the GPU
     seconds = (time.perf_counter() - began) * run.n_steps
-    trained = {p: None for p in gpt.parameters() if p.requires_grad}
+    trained = [p for p in gpt.parameters() if p.requires_grad]
     n_local, n_whole = sum(local(p).numel() for p in trained), sum(p.numel() for p in trained)
-    frozen = sum(local(p).numel() * local(p).element_size() for p in set(gpt.parameters()) - trained.keys())
+    frozen = sum(local(p).nbytes for p in gpt.parameters() if not p.requires_grad)
     peak, gib = peak_memory(run.device), 2**30
     free = shutil.disk_usage(next(path for path in run.options.out_dir.absolute().parents if path.exists())).free
     print(f"what each of {run.world} processes would need:")
