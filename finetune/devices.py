@@ -58,11 +58,9 @@ def launch(devices: str, strategy: Strategy) -> Fabric:
     how: Any = "auto"
     if strategy.startswith("fsdp"):
         offload = strategy == "fsdp_offload" and kind != "cpu" and torch.cuda.is_available()
-        sizes = dict(data_parallel_size=world, tensor_parallel_size=1)
+        settings = dict(data_parallel_size=world, tensor_parallel_size=1, timeout=TIMEOUT)
         backend = "cpu:gloo,cuda:nccl" if offload else None  # the norm of what waits on the host is summed there
-        how = ModelParallelStrategy(
-            partial(shard, offload=offload), process_group_backend=backend, timeout=TIMEOUT, **sizes
-        )
+        how = ModelParallelStrategy(partial(shard, offload=offload), process_group_backend=backend, **settings)
     elif world > 1:
         torch.autograd.graph.set_warn_on_accumulate_grad_stream_mismatch(False)  # Lightning wraps on another stream
         how = DDPStrategy(timeout=TIMEOUT, gradient_as_bucket_view=True)
@@ -206,8 +204,7 @@ def clip(trained: Sequence[nn.Parameter], most: float) -> Tensor:
     parts = [[p for p in trained if isinstance(p, DTensor) == spread] for spread in (False, True)]
     if not parts[1]:
         return nn.utils.clip_grad_norm_(trained, most)
-    norms = [nn.utils.get_total_norm([p.grad for p in part]) for part in parts if part]
-    norms = [whole(t) for t in norms]
+    norms = [whole(nn.utils.get_total_norm([p.grad for p in part])) for part in parts if part]
     norm = torch.stack([t.to(norms[0].device) for t in norms]).norm()
     for part in parts:
         nn.utils.clip_grads_with_norm_(part, most, norm)

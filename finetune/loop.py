@@ -53,9 +53,9 @@ def fit(
         share: compute what examples begin with once; not with dropout.
     """
     gpt.objective = objective
-    if run.options.dry_run:
-        return dry_run(run, gpt, share, lr_scale)
     network, optimizer = prepare(run, gpt, share, lr_scale)
+    if run.options.dry_run:
+        return dry_run(run, gpt, network, optimizer, share)
     run.resume(gpt, optimizer)
     with Watch(run, method) as watch:  # bar, metrics.csv, TensorBoard, signals, clock
         if not run.progress.step:
@@ -85,9 +85,7 @@ def train_step(
         waits = run.world > 1 and not run.sharded and i + 1 < len(rows)  # gradients of several rows are summed at once
         idx, packed = idx.to(run.device, non_blocking=True), packed.to(run.device)
         with run.fabric.no_backward_sync(network, enabled=waits):
-            row_loss = network(idx, packed) / step.n_targets
-            if not packed.weight:  # another process counts this row
-                row_loss = row_loss * 0.0
+            row_loss = network(idx, packed) / step.n_targets * packed.weight
             run.fabric.backward(row_loss * run.world if run.world > 1 else row_loss)  # DDP and FSDP average gradients
         step.loss += row_loss.detach()
     for group in optimizer.param_groups:
@@ -160,17 +158,16 @@ def ahead(items: Iterator, n: int = 2) -> Iterator:
             yield item
 
 
-def dry_run(run: Run, gpt: GPT, share: bool, lr_scale: Callable[[str], float] | None) -> Summary:
+def dry_run(run: Run, gpt: GPT, network: nn.Module, optimizer: torch.optim.Optimizer, share: bool) -> Summary:
     """Prints what a run would need of memory, time and disk; three steps are measured, and nothing is written."""
-    network, optimizer = prepare(run, gpt, share, lr_scale)
     for step, rows in islice(run.steps(gpt, share=share), 3):  # the first one compiles, and fills caches
         began = time.perf_counter()
         train_step(run, network, optimizer, step, rows)
         step.norm.item()  # waits for the GPU
     seconds = (time.perf_counter() - began) * run.n_steps
-    trained = {p: None for p in gpt.parameters() if p.requires_grad}
+    trained = [p for p in gpt.parameters() if p.requires_grad]
     n_local, n_whole = sum(local(p).numel() for p in trained), sum(p.numel() for p in trained)
-    frozen = sum(local(p).numel() * local(p).element_size() for p in set(gpt.parameters()) - trained.keys())
+    frozen = sum(local(p).nbytes for p in gpt.parameters() if not p.requires_grad)
     peak, gib = peak_memory(run.device), 2**30
     free = shutil.disk_usage(next(path for path in run.options.out_dir.absolute().parents if path.exists())).free
     print(f"what each of {run.world} processes would need:")

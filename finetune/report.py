@@ -59,9 +59,7 @@ class Step:
         highest_ask = total(torch.full_like(self.loss, ask), dist.ReduceOp.MAX)
         values = torch.stack((total(self.loss), self.norm.to(self.loss), highest_ask))
         self.values = values.to("cpu", non_blocking=True)
-        self.arrived = torch.cuda.Event() if values.is_cuda else None
-        if self.arrived:
-            self.arrived.record()
+        self.arrived = torch.cuda.current_stream().record_event() if values.is_cuda else None
 
     def receive(self) -> tuple[float, float, Ask]:
         if self.arrived:
@@ -179,9 +177,6 @@ class Watch:
         saved = f"{out_dir} keeps the best before it" if self.progress.best else "nothing was saved yet"
         raise Diverged(f"{what}: try a lower train.lr; {saved}")
 
-    def say(self, line: str) -> None:
-        self.bar.write(line)
-
     def evaluated(self, numbers: dict[str, float]) -> bool:
         """Takes the numbers of an evaluation: `val_loss` and what the task adds; none without validation rows. Returns
         whether it is the best so far. Raises Diverged."""
@@ -192,7 +187,7 @@ class Watch:
         if not math.isfinite(loss):
             self._diverged(f"validation loss {loss} after step {progress.step}")
         if numbers:
-            self.say(f"{f'step {progress.step}' if progress.step else 'before'}: {_listed(numbers)}")
+            self.bar.write(f"{f'step {progress.step}' if progress.step else 'before'}: {_listed(numbers)}")
         if not progress.step:
             progress.first = numbers
             return False
@@ -314,13 +309,11 @@ class Log:
 
         figure = Figure(figsize=(7, 4), layout="constrained")
         axes = figure.subplots()
-        for name, label, style in (
-            ("loss", "training", dict(lw=1, alpha=0.5)),
-            ("val_loss", "validation", dict(marker="o")),
-        ):
+        styles = dict(loss=dict(label="training", lw=1, alpha=0.5), val_loss=dict(label="validation", marker="o"))
+        for name, style in styles.items():
             points = [(int(row["step"]), float(row[name])) for row in self.rows if row.get(name)]
             if points:
-                axes.plot(*zip(*points), label=label, **style)
+                axes.plot(*zip(*points), **style)
         axes.set(xlabel="step", ylabel="loss per target token")
         if axes.lines:  # a run that ended at once has none
             axes.legend()

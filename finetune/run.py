@@ -196,7 +196,7 @@ class Run:
         except OSError as e:
             if watch.signal:
                 raise
-            watch.say(f"{e}; the run continues")
+            watch.bar.write(f"{e}; the run continues")
         watch.saved_at = time.monotonic()
 
     @property

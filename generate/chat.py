@@ -10,6 +10,7 @@ these. Ctrl-C stops an answer, Ctrl-D ends.
 import sys
 import time
 from dataclasses import dataclass
+from itertools import count
 
 from generate.base import style_of
 from lit_model.cli import cli
@@ -47,7 +48,6 @@ class Chat:
         self.tokenizer = Tokenizer(options.checkpoint_dir)
         self.styles = {"base": "chat"} | {name: style_of(path) for name, path in folders.items()}
         self.name = [*self.styles][min(1, len(folders))]
-        self.messages: list[dict[str, str]] = []
         self.system(options.system)
 
     def system(self, text: str) -> None:
@@ -58,7 +58,7 @@ class Chat:
             raise ValueError(f"there is no method {name!r}; there are {', '.join(self.styles)}")
         self.name = name
 
-    def reset(self, _: str = "") -> None:
+    def reset(self, _: str) -> None:
         self.messages = [m for m in self.messages if m["role"] == "system"]
 
     def say(self, question: str) -> None:
@@ -69,23 +69,18 @@ class Chat:
         method = None if self.name == "base" else self.name
         way = Sampling(o.temperature, top_p=o.top_p, seed=o.seed)
         made = generate_batch(self.gpt, [ids], o.max_new_tokens, [way], stop_ids, [method])
-        began, n, answer = time.perf_counter(), 0, ""
-
-        def counted():
-            nonlocal n
-            for _, token in made:
-                n += 1
-                yield token
-
+        counter = count()  # zip takes a number for each token
+        tokens = (token for (_, token), _ in zip(made, counter))
+        began, answer = time.perf_counter(), ""
         try:
-            for piece in stream_text(self.tokenizer, counted()):
+            for piece in stream_text(self.tokenizer, tokens):
                 answer += piece
                 print(piece, end="", flush=True)
         except KeyboardInterrupt:
             print(" (stopped)", end="")
         print(flush=True)
-        speed = n / (time.perf_counter() - began)
-        print(f"({self.name}: {n} tokens, {speed:.1f} tokens/s)", file=sys.stderr, flush=True)
+        seconds, n = time.perf_counter() - began, next(counter)
+        print(f"({self.name}: {n} tokens, {n / seconds:.1f} tokens/s)", file=sys.stderr, flush=True)
         if answer:
             self.messages = [*messages, dict(role="assistant", content=answer)]
 

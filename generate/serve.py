@@ -21,6 +21,7 @@ from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from queue import Full
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -37,7 +38,7 @@ from generate.base import style_of
 from lit_model.cli import cli
 from lit_model.data.examples import chat_ids
 from lit_model.data.tokenizer import Tokenizer
-from lit_model.engine import Engine, Full, LiveRequest
+from lit_model.engine import Engine, LiveRequest
 from lit_model.generate import TextStream, room_after
 from lit_model.load import NetworkOptions, named_dirs
 from lit_model.methods.side_by_side import n_front
@@ -144,14 +145,14 @@ class Served:
 
 def fitting_slots(gpt: Any) -> int:
     """Keys and values that fit into half of the free memory."""
-    c, dtype = gpt.config, gpt.dtype or torch.float32
+    c = gpt.config
     if gpt.device.type == "cuda":
         free = torch.cuda.mem_get_info(gpt.device)[0]
     else:
         stated = Path("/proc/meminfo")  # where there is none, 8 GiB
         found = re.search(r"MemAvailable: *(\d+)", stated.read_text() if stated.exists() else "")
         free = int(found[1]) * 2**10 if found else 2**33
-    return int(free / 2 / (2 * c.n_layer * c.n_kv_head * c.head_size * dtype.itemsize))
+    return int(free / 2 / (2 * c.n_layer * c.n_kv_head * c.head_size * gpt.dtype.itemsize))
 
 
 def app(served: Served, key: str | None, options: Options) -> Starlette:

@@ -9,7 +9,6 @@ go meanwhile (engine.py does that for a server), and leave their slots to others
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from operator import itemgetter
 
 import numpy as np
 import torch
@@ -21,7 +20,6 @@ from lit_model.methods.mixed import Choice, mix
 from lit_model.methods.side_by_side import filled, n_front, places_in, slots_of
 from lit_model.model import GPT, Linear
 from lit_model.packing import Example, Packed, Segment, lay_out, tree
-from lit_model.rope import Angles
 from lit_model.sampling import LOOK, Sampler, Sampling
 
 MOST_GRAPHS = 32  # that are kept: one for each number of sequences and each way in which they are sampled
@@ -46,10 +44,23 @@ class CachedRow(PackedRow):
     layer: int
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, prompts: Sequence[GatedKeys]) -> Tensor:
-        q, k, v = self.state.store(self.layer, q, k, v, self.rope)
+        q, k, v = self.store(q, k, v)
         if self.packed.blocks is not None:  # it sees its own keys alone
             k, v = k[self.state.slot], v[self.state.slot]
         return self.over(q, k, v, prompts)
+
+    def store(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Stores k, rotated, and v (T, nkv, hs) in the slots of their tokens. Returns q (T, nh, hs), rotated, and the
+        keys and values in all slots of this layer, (slots, nkv, hs)."""
+        (keys, values), slot, rope = self.state.kv[self.layer], self.state.slot, self.rope
+        if q.is_cuda and HAS_TRITON and rope is not None and rope.turns_all_of(q) and q.shape[-1].bit_count() == 1:
+            from lit_model.kernels.decode import rotate_and_store
+
+            return rotate_and_store(q, k, v, rope, slot, keys, values), keys, values
+        q, k = self.rotated(q, k)
+        keys.index_copy_(0, slot, k)
+        values.index_copy_(0, slot, v)
+        return q, keys, values
 
 
 class DecodeRow(CachedRow):
@@ -58,7 +69,7 @@ class DecodeRow(CachedRow):
     def attend(self, q: Tensor, k: Tensor, v: Tensor, prompts: Sequence[GatedKeys]) -> Tensor:
         """q (B, nh, hs), k and v (B, nkv, hs) without positions. Returns (B, nh, hs)."""
         state = self.state
-        q, k, v = state.store(self.layer, q, k, v, self.rope)  # (slots, nkv, hs)
+        q, k, v = self.store(q, k, v)  # (slots, nkv, hs)
         how = self.scale, self.window, self.softcap, state.shared
         y = decode_attention(q, k, v, state.table[: len(q)], state.n[: len(q)], *how)
         for pk, pv, gate in prompts:
@@ -151,13 +162,13 @@ class Decoder:
     def admit(self, requests: Sequence[Request]) -> None:
         """Computes prompts, and makes the first token of each; there must be places and slots."""
         numbers = [self.names.index(r.method) for r in requests]
-        leaves, rows = [], []
+        leaves, rows = {}, []
         for number in dict.fromkeys(numbers):
             mine = [i for i, other in enumerate(numbers) if other == number]
             segments, ids, ends = self._tree([requests[i].ids for i in mine], self.roots[number])
             rows += [(segment, part, number) for segment, part in zip(segments, ids, strict=True)]
-            leaves += zip(mine, ends, strict=True)
-        leaves = [leaf for _, leaf in sorted(leaves, key=itemgetter(0))]
+            leaves |= dict(zip(mine, ends, strict=True))
+        leaves = [leaves[i] for i in range(len(requests))]
         free, n_stored = np.flatnonzero(self.users == 0), sum(segment.length for segment, *_ in rows)
         slots = np.concatenate((self.front, free[:n_stored]))
         own = np.split(free[n_stored:], np.cumsum([r.n_new for r in requests]))  # for what follows each prompt
@@ -223,7 +234,7 @@ class Decoder:
         order = sorted(range(len(prompts)), key=lambda i: np.array(prompts[i]).tobytes())
         examples = [Example(np.array([*prompts[i], 0], dtype=np.int32), len(prompts[i])) for i in order]
         segments, ids, ends = tree(examples, root)
-        return segments, ids, [end for _, end in sorted(zip(order, ends), key=itemgetter(0))]
+        return segments, ids, [ends[i] for i in np.argsort(order)]
 
     def _prefill(self, rows: list, used: int, slots: np.ndarray, leaves: list[Segment]) -> list[Tensor]:
         """Stores keys and values of all (segment, its ids or its embeddings, number of its method), the i-th key in
@@ -264,20 +275,6 @@ class Decoder:
         if packed:
             x, choice.of = x[packed.wanted], number[packed.wanted]
         return gpt.head(gpt.norm_f(x))
-
-    def store(self, layer: int, q: Tensor, k: Tensor, v: Tensor, rope: Angles | None) -> tuple[Tensor, Tensor, Tensor]:
-        """Stores k, rotated, and v (T, nkv, hs) in the slots of their tokens. Returns q (T, nh, hs), rotated, and the
-        keys and values in all slots of this layer, (slots, nkv, hs)."""
-        keys, values = self.kv[layer]
-        if q.is_cuda and HAS_TRITON and rope is not None and rope.turns_all_of(q) and q.shape[-1].bit_count() == 1:
-            from lit_model.kernels.decode import rotate_and_store
-
-            return rotate_and_store(q, k, v, rope, self.slot, keys, values), keys, values
-        if rope is not None:
-            q, k = rope.queries(q), rope.keys(k)
-        keys.index_copy_(0, self.slot, k)
-        values.index_copy_(0, self.slot, v)
-        return q, keys, values
 
     def _step(self, width: int) -> None:
         """For the first places: as many as were compiled for; what lies in those without a sequence is not wanted."""

@@ -6,6 +6,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass
+from queue import Full
 from typing import NamedTuple
 
 from lit_model.decode import ROW_TOKENS, Decoder, Request
@@ -30,10 +31,6 @@ class LiveRequest(Request):
     put: Callable[[Made], None]  # is called with the next tokens, from the engine's thread
     is_gone: bool = False  # nobody wants the rest
     n_made: int = 0
-
-
-class Full(Exception):
-    """The queue is full."""
 
 
 class Engine:
@@ -79,8 +76,10 @@ class Engine:
                 self.changed.wait_for(lambda: self.waiting or self.active)
                 fresh = self._fitting()
             try:
-                self._admit(fresh)
-                self._step()
+                if fresh:
+                    self._admit(fresh)
+                if self.active:
+                    self._step()
             except Exception as e:
                 self._fail(self.active, e)
                 for place in reversed(range(self.decoder.size)):
@@ -89,8 +88,6 @@ class Engine:
                 self.decoder.sampler.is_finite.fill_(True)
 
     def _admit(self, fresh: list[LiveRequest]) -> None:
-        if not fresh:
-            return
         try:
             self.decoder.admit(fresh)
             self.active += fresh
@@ -119,8 +116,6 @@ class Engine:
         return fresh
 
     def _step(self) -> None:
-        if not self.active:
-            return
         began, before = time.perf_counter(), self.n_tokens
         made = self.decoder.steps(min(LOOK, max(r.n_new - r.n_made for r in self.active)))
         sampler, logprobs = self.decoder.sampler, []

@@ -33,13 +33,12 @@ def generate(
     """
     from lit_model.sampling import Sampling
 
+    are_many = len(ids) and isinstance(ids[0], Sequence)
+    prompts = ids if are_many else [ids]
     way = Sampling(temperature, top_k, top_p, **more)
-    if len(ids) and isinstance(ids[0], Sequence):
-        ways = [way._replace(seed=None if seed is None else seed + i) for i in range(len(ids))]
-        yield from generate_batch(gpt, ids, max_new_tokens, ways, stop_ids)
-        return
-    for _, token in generate_batch(gpt, [ids], max_new_tokens, [way._replace(seed=seed)], stop_ids):
-        yield token
+    ways = [way._replace(seed=None if seed is None else seed + i) for i in range(len(prompts))]
+    for i, token in generate_batch(gpt, prompts, max_new_tokens, ways, stop_ids):
+        yield (i, token) if are_many else token
 
 
 def generate_batch(

@@ -98,7 +98,7 @@ class Sampler:
     def __call__(self, logits: Tensor, n: Tensor, places: slice) -> Tensor:
         """Tokens (B,) from logits (B, V), for sequences of n (B,) tokens in these places."""
         kind, logits, seen = self.kind, logits.float(), self.seen[places]
-        temperature, _, _, _, penalty = self.numbers[places].split(1, dim=-1)  # (B, 1) each
+        temperature, top_k, top_p, min_p, penalty = self.numbers[places].split(1, dim=-1)  # (B, 1) each
         self.is_finite &= logits.isfinite().all()
         x = logits
         if kind.has_penalty:
@@ -110,8 +110,10 @@ class Sampler:
                 x, ids = x.topk(kind.most, sorted=kind.is_filtered)
             elif kind.is_filtered:
                 x, ids = x.sort(-1, descending=True)
-            if kind.is_filtered:
-                x = self._filtered(x, places)
+            if kind.is_filtered:  # by top_k, then by top_p and min_p, in descending order
+                rank = torch.arange(x.shape[-1], device=x.device)
+                p = x.masked_fill(rank >= top_k, -torch.inf).softmax(-1)
+                x = x.masked_fill((p.cumsum(-1) - p >= top_p) | (p < min_p * p[:, :1]) | (p == 0), -torch.inf)
             at = (x + gumbel(self.seed[places], n[:, None], ids)).argmax(-1, keepdim=True)
             sampled = ids.expand_as(x).gather(1, at)[:, 0]
             token = torch.where(temperature[:, 0] < 1e-5, token, sampled)
@@ -123,13 +125,6 @@ class Sampler:
             ids = torch.cat((token[:, None], likeliest), dim=1)
             self.found[places, : ids.shape[1]] = torch.stack((ids, logp.gather(1, ids)), dim=-1).double()
         return token
-
-    def _filtered(self, x: Tensor, places: slice) -> Tensor:
-        """Minus infinity for what top_k, then top_p and min_p leave out of values in descending order."""
-        _, top_k, top_p, min_p, _ = self.numbers[places].split(1, dim=-1)
-        rank = torch.arange(x.shape[-1], device=x.device)
-        p = x.masked_fill(rank >= top_k, -torch.inf).softmax(-1)
-        return x.masked_fill((p.cumsum(-1) - p >= top_p) | (p < min_p * p[:, :1]) | (p == 0), -torch.inf)
 
 
 def gumbel(seed: Tensor, n: Tensor, ids: Tensor) -> Tensor:

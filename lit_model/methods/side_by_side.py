@@ -16,7 +16,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from lit_model.model import GPT, CausalSelfAttention, Config, Linear
+from lit_model.model import GPT, Config
 from lit_model.packing import Packed
 
 
@@ -88,8 +88,5 @@ def filled(places: list[tuple[dict, str, nn.ModuleDict]]) -> Iterator[None]:
 
 def _slots(gpt: GPT) -> dict[str, nn.ModuleDict]:
     """What fills the slots of a network, by their paths."""
-    slots = {"virtual_tokens": gpt.virtual_tokens, "virtual_keys": gpt.virtual_keys}
-    for path, m in gpt.named_modules():
-        if isinstance(m, (Linear, CausalSelfAttention)):
-            slots[f"{path}.deltas"] = m.deltas
-    return slots
+    slots = "virtual_tokens", "virtual_keys", "deltas"
+    return {path: m for path, m in gpt.named_modules() if path.endswith(slots)}
