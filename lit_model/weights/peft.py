@@ -31,7 +31,7 @@ from lit_model.methods.prefix import Prefix
 from lit_model.methods.prompt import Prompt
 from lit_model.methods.selective import Selective
 from lit_model.model import GPT
-from lit_model.weights.folder import Folder, network_shapes, unpickled
+from lit_model.weights.folder import Folder, network_shapes, opened
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 TOKENS = "token_adapter.trainable_tokens_delta"
@@ -86,7 +86,7 @@ def read_peft(folder: Path, base: Folder) -> tuple[dict[str, Any], Named]:
         if kind not in READERS:
             raise ValueError(f"its peft_type is {kind!r}; known are {', '.join(READERS)}")
     with reading(path):
-        stored = load_file(path) if path.is_file() else unpickled(path.with_suffix(".bin"))
+        stored = load_file(path) if path.is_file() else opened(path.with_suffix(".bin"))
         prefixes = rf"(_orig_mod\.|base_model\.model\.|{re.escape(base.family.prefix)}(?=.*\.))*"
         theirs = {re.sub(f"^{prefixes}", "", name.replace("._orig_mod.", ".")): t.float() for name, t in stored.items()}
         modules = Modules(base)
