@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -135,7 +136,7 @@ def _read_lora(config: dict[str, Any], theirs: Named, modules: Modules) -> tuple
     tensors = {}
     for name, (A, B, alpha) in layers.items():
         if not is_one:
-            A, B = _padded(A, 0, r), _padded(B, 1, r) * LoRA(len(A), alpha, rslora=rslora).scale
+            A, B = _of_rank(r, A, B * LoRA(len(A), alpha, rslora=rslora).scale)
         tensors |= {f"{name}.deltas.{method}.A": A, f"{name}.deltas.{method}.B": B.contiguous()}
     for name, size in sizes.items():
         for ours, part in modules.split(name, size.flatten()):
@@ -149,11 +150,9 @@ def _read_lora(config: dict[str, Any], theirs: Named, modules: Modules) -> tuple
     return method, options, tensors | head
 
 
-def _padded(t: Tensor, dim: int, n: int) -> Tensor:
-    """With zeros up to n along a dimension."""
-    missing = list(t.shape)
-    missing[dim] = n - t.shape[dim]
-    return torch.cat((t, t.new_zeros(missing)), dim)
+def _of_rank(r: int, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
+    """The same product, with zeros up to this rank."""
+    return F.pad(A, (0, 0, 0, r - len(A))), F.pad(B, (0, r - len(A)))
 
 
 def _read_virtual(config: dict[str, Any], theirs: Named, modules: Modules) -> tuple[str, Prefix | Prompt, Named]:
@@ -263,7 +262,7 @@ def lora_layers(
     r, padded = max(ranks), ", lower ranks padded with zeros" if len(ranks) > 1 else ""
     if not exact:
         print(f"one LoRA of rank {r} on {len(layers)} modules{padded}; its scale is folded into B")
-    return {name: (_padded(A, 0, r), _padded(B, 1, r)) for name, (A, B) in layers.items()}
+    return {name: _of_rank(r, *factors) for name, factors in layers.items()}
 
 
 def _write_lora(methods: Methods, kind: str, modules: Modules, exact: bool) -> tuple[dict[str, Any], Named]:
