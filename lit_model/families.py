@@ -229,10 +229,8 @@ def write_config(config: Config, like: dict[str, Any] | None = None) -> dict[str
         family = FAMILIES[kind]
         hf = {name: value for name, value in (like or {}).items() if name in family.known or _NO_MATTER.fullmatch(name)}
         hf |= {theirs: getattr(config, ours) for ours, theirs in family.fields.items()}
-        if "mlp_bias" in family.defaults:
-            hf |= dict(attention_bias=config.bias, mlp_bias=config.bias)
-        if "attention_out_bias" in family.defaults:
-            hf |= dict(attention_bias=config.qkv_bias, attention_out_bias=config.bias)
+        biases = dict(attention_bias=config.qkv_bias, attention_out_bias=config.bias, mlp_bias=config.bias)
+        hf |= {name: bias for name, bias in biases.items() if name in family.defaults}
         hf = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id")) | hf  # transformers' own may not fit
         hf |= dict(architectures=[family.architecture], model_type=kind)
         try:
@@ -247,8 +245,7 @@ def write_config(config: Config, like: dict[str, Any] | None = None) -> dict[str
 
 
 def _read_layers(hf: dict[str, Any], family: Family) -> tuple[Layer, ...]:
-    n, types = hf["num_hidden_layers"], hf.get("layer_types")
-    n = min(n, 2**16)
+    n, types = min(hf["num_hidden_layers"], 2**16), hf.get("layer_types")
     window = hf.get("sliding_window") if hf.get("use_sliding_window", True) else None
     every, first = hf.get("sliding_window_pattern"), hf.get("max_window_layers") or 0
     if types is None:
