@@ -64,12 +64,10 @@ def convert_gguf(src: Path, out_dir: Path, dtype: torch.dtype = torch.bfloat16) 
             raise ValueError(f"its tensor {odd[0]} has no place in the network")
 
         def tensors() -> Iterator[tuple[str, Tensor]]:
-            for first in names:
-                fused = family.fused(first)
-                if first == fused[0]:
-                    parts = gguf.tensor(names[first]).split([shapes[name][0] for name in fused])
-                    for name, t in zip(fused, parts, strict=True):
-                        yield name, cast(name, converted(name, t, config, arch), dtype)
+            for theirs, fused in {names[name]: family.fused(name) for name in names}.items():
+                parts = gguf.tensor(theirs).split([shapes[name][0] for name in fused])
+                for name, t in zip(fused, parts, strict=True):
+                    yield name, cast(name, converted(name, t, config, arch), dtype)
 
         save_folder(out_dir, config, tensors(), _tokenizer_files(gguf.fields, arch), hf)
 
