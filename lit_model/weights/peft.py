@@ -122,8 +122,8 @@ def _take_tokens(config: dict[str, Any], theirs: Named, modules: Modules) -> tup
 
 
 def _read_lora(config: dict[str, Any], theirs: Named, modules: Modules) -> tuple[str, LoRA, Named]:
-    method = "dora" if config.get("use_dora") else "lora"
-    As, Bs, sizes = (_take(theirs, f"lora_{kind}") for kind in ("A.weight", "B.weight", "magnitude_vector"))
+    method, kind = ("dora", DoRA) if config.get("use_dora") else ("lora", LoRA)
+    As, Bs, sizes = (_take(theirs, f"lora_{end}") for end in ("A.weight", "B.weight", "magnitude_vector"))
     rslora, layers = bool(config.get("use_rslora")), {}
     for name, A in As.items():
         patterns, full = config.get("alpha_pattern") or {}, modules.family.full_name(name)
@@ -144,7 +144,6 @@ def _read_lora(config: dict[str, Any], theirs: Named, modules: Modules) -> tuple
             tensors[f"{ours}.deltas.dora.magnitude"] = part - norms
     head = {name: theirs.pop(name) for name in list(theirs) if name == "lm_head.weight"}  # of modules_to_save
     alpha = alphas.pop() if is_one else float(r)
-    kind = LoRA if method == "lora" else DoRA
     theirs |= Bs
     options = kind(r, alpha, ",".join(layers), config.get("lora_dropout") or 0.0, rslora and is_one)
     return method, options, tensors | head
@@ -250,8 +249,7 @@ def lora_layers(
         for header, tensors in methods:
             found = [tensors[key] for name in ours if (key := f"{name}.deltas.{kind}.A") in tensors]
             if found:
-                none = {name: torch.empty(modules.n_out[name], 0) for name in ours}
-                blocks = [tensors.get(f"{name}.deltas.{kind}.B", none[name]) for name in ours]
+                blocks = [tensors.get(f"{name}.deltas.{kind}.B", torch.empty(modules.n_out[name], 0)) for name in ours]
                 As += found
                 Bs.append(torch.block_diag(*blocks) * LoRA(**header["options"]).scale)
         if As and "experts" in theirs:
