@@ -207,8 +207,7 @@ def read_fields(hf: dict[str, Any]) -> tuple[Family, dict[str, Any]]:
     stated = family.defaults | hf
     if missing := [theirs for theirs in family.fields.values() if theirs not in stated]:
         raise ValueError(f"it lacks {', '.join(missing)}")
-    values = {ours: stated[theirs] for ours, theirs in family.fields.items()}
-    values |= family.fixed
+    values = {ours: stated[theirs] for ours, theirs in family.fields.items()} | family.fixed
     if "rope_theta" in family.defaults:
         values["layers"] = _read_layers(stated, family)
     if "mlp_bias" in family.defaults:
