@@ -298,9 +298,8 @@ def _read_rope(rope: dict[str, Any], hf: dict[str, Any], family: Family) -> Rope
     known = _ROPE_FIELDS | family.defaults.keys()
     if odd := [name for name in rope if name not in known and rope[name] is not None]:
         raise ValueError(f"{odd[0]} of its rope parameters is {rope[odd[0]]!r:.80}, which is not supported")
-    if kind not in (*_SCALINGS, "default", "dynamic") or (
-        share != 1 and "partial_rotary_factor" not in family.defaults
-    ):
+    is_odd_share = share != 1 and "partial_rotary_factor" not in family.defaults
+    if is_odd_share or kind not in (*_SCALINGS, "default", "dynamic"):
         raise ValueError(f"rope scaling of type {kind!r}, of {share} of a head's numbers, is not supported")
     base = rope.get("rope_theta") or hf["rope_theta"]
     if kind in ("default", "dynamic"):  # the latter changes only what is longer than block_size, which we refuse
