@@ -207,8 +207,7 @@ def read_fields(hf: dict[str, Any]) -> tuple[Family, dict[str, Any]]:
     stated = family.defaults | hf
     if missing := [theirs for theirs in family.fields.values() if theirs not in stated]:
         raise ValueError(f"it lacks {', '.join(missing)}")
-    values = {ours: stated[theirs] for ours, theirs in family.fields.items()}
-    values |= family.fixed
+    values = {ours: stated[theirs] for ours, theirs in family.fields.items()} | family.fixed
     if "rope_theta" in family.defaults:
         values["layers"] = _read_layers(stated, family)
     if "mlp_bias" in family.defaults:
@@ -229,10 +228,8 @@ def write_config(config: Config, like: dict[str, Any] | None = None) -> dict[str
         family = FAMILIES[kind]
         hf = {name: value for name, value in (like or {}).items() if name in family.known or _NO_MATTER.fullmatch(name)}
         hf |= {theirs: getattr(config, ours) for ours, theirs in family.fields.items()}
-        if "mlp_bias" in family.defaults:
-            hf |= dict(attention_bias=config.bias, mlp_bias=config.bias)
-        if "attention_out_bias" in family.defaults:
-            hf |= dict(attention_bias=config.qkv_bias, attention_out_bias=config.bias)
+        biases = dict(attention_bias=config.qkv_bias, attention_out_bias=config.bias, mlp_bias=config.bias)
+        hf |= {name: bias for name, bias in biases.items() if name in family.defaults}
         hf = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id")) | hf  # transformers' own may not fit
         hf |= dict(architectures=[family.architecture], model_type=kind)
         try:
@@ -247,8 +244,7 @@ def write_config(config: Config, like: dict[str, Any] | None = None) -> dict[str
 
 
 def _read_layers(hf: dict[str, Any], family: Family) -> tuple[Layer, ...]:
-    n, types = hf["num_hidden_layers"], hf.get("layer_types")
-    n = min(n, 2**16)
+    n, types = min(hf["num_hidden_layers"], 2**16), hf.get("layer_types")
     window = hf.get("sliding_window") if hf.get("use_sliding_window", True) else None
     every, first = hf.get("sliding_window_pattern"), hf.get("max_window_layers") or 0
     if types is None:
@@ -302,9 +298,8 @@ def _read_rope(rope: dict[str, Any], hf: dict[str, Any], family: Family) -> Rope
     known = _ROPE_FIELDS | family.defaults.keys()
     if odd := [name for name in rope if name not in known and rope[name] is not None]:
         raise ValueError(f"{odd[0]} of its rope parameters is {rope[odd[0]]!r:.80}, which is not supported")
-    if kind not in (*_SCALINGS, "default", "dynamic") or (
-        share != 1 and "partial_rotary_factor" not in family.defaults
-    ):
+    is_odd_share = share != 1 and "partial_rotary_factor" not in family.defaults
+    if is_odd_share or kind not in (*_SCALINGS, "default", "dynamic"):
         raise ValueError(f"rope scaling of type {kind!r}, of {share} of a head's numbers, is not supported")
     base = rope.get("rope_theta") or hf["rope_theta"]
     if kind in ("default", "dynamic"):  # the latter changes only what is longer than block_size, which we refuse

@@ -55,15 +55,12 @@ class Merged:
         self.biases: dict[str, Tensor | None] = dict.fromkeys(take_biases(shape, self.base))
         """those that merging makes and no config.json can say; `tensors` fills them in"""
         may_leave = self.method == "adapter_v2" or all(name.startswith("heads.") for name in self.rest)
+        self.is_whole = not (self.rest or self.biases)
         if not self.is_whole and (as_a_whole or len(self.headers) > 1 or not may_leave):
             where = f"cannot be merged{' as a whole' * as_a_whole} into the base weights"
             raise ValueError(f"{self.method} {where}; generate with --method_dir instead")
         self.config = shape.config
         self.tokenizer = load_tokenizer(checkpoint_dir, method_dir)
-
-    @property
-    def is_whole(self) -> bool:
-        return not (self.rest or self.biases)
 
     def tensors(self) -> Iterator[tuple[str, Tensor, Tensor]]:
         """(name, merged tensor in float32, the base's), one at a time; the same one twice where nothing is merged. A
@@ -78,14 +75,12 @@ class Merged:
             for delta in getattr(m, "deltas", {}).values():
                 if hasattr(delta, "merged"):
                     pair = (None if t is None else t.float() for t in (after["weight"], after.get("bias")))
-                    after = {
-                        n: t for n, t in zip(("weight", "bias"), delta.merged(*pair), strict=True) if t is not None
-                    }
+                    after = dict(zip(("weight", "bias"), delta.merged(*pair), strict=True))
             for name, t in after.items():
-                base = before.get(name, before["weight"].new_zeros(len(t)))
-                if f"{path}.{name}".removesuffix(".bias") in self.biases and name == "bias":
+                if name == "bias" and path in self.biases:
                     self.biases[path] = t
-                else:
+                elif t is not None:
+                    base = before.get(name, before["weight"].new_zeros(len(t)))
                     yield f"{path}.{name}", t if t is base else t.detach(), base
 
 

@@ -53,42 +53,47 @@ def quantize(block: nn.Module, kind: Kind, keep: Container[str] = (), last: bool
                 mlp.__class__ = FP8MLP
 
 
-class _Dequantized(torch.autograd.Function):
-    """x W^T, with W made again for the backward pass."""
+class _Product(torch.autograd.Function):
+    """x W^T, of which only the layer is kept for the backward pass: no dequantized matrix."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, linear: "_DequantizedLinear") -> Tensor:
+    def forward(ctx: Any, x: Tensor, linear: "_QuantizedLinear") -> Tensor:
         ctx.linear = linear
-        return F.linear(x, linear.dequantized(x.dtype))
+        return linear.product(x)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple:
-        return grad @ ctx.linear.dequantized(grad.dtype), None
+        return ctx.linear.product(grad, back=True), None
 
 
-class _DequantizedLinear(Linear):
+class _QuantizedLinear(Linear):
     def dense(self) -> Tensor:
         return self.dequantized(torch.float32)
 
     def matmul(self, x: Tensor) -> Tensor:
-        return self.few_times(x) if is_few(x) and x.shape[-1] % 64 == 0 else _Dequantized.apply(x, self)
+        return self.few_times(x) if is_few(x) and x.shape[-1] % 64 == 0 else _Product.apply(x, self)
+
+    def product(self, x: Tensor, back: bool = False) -> Tensor:
+        """x W^T of (T, n_in); back: x W of (T, n_out)."""
+        weight = self.dequantized(x.dtype)
+        return x @ weight if back else F.linear(x, weight)
 
     def few_times(self, x: Tensor) -> Tensor:
         from lit_model.kernels.decode import few_times
 
         return few_times(x, *self.stored())
 
+    def stored(self) -> tuple[Tensor, ...]:
+        """What kernels/decode.py reads."""
+        return self.codes, self.scale
 
-class Int8Linear(_DequantizedLinear):
+
+class Int8Linear(_QuantizedLinear):
     def matmul(self, x: Tensor) -> Tensor:
         is_few = len(x) <= 64 and not torch.is_grad_enabled()  # decoding; an evaluation multiplies as training does
         if is_few and x.device.type == "cpu" and x.dtype == torch.bfloat16:
             return torch._weight_int8pack_mm(x, self.codes, self.scale.flatten().bfloat16())
         return super().matmul(x)
-
-    def stored(self) -> tuple[Tensor, ...]:
-        """What kernels/decode.py reads."""
-        return self.codes, self.scale
 
     def quantized(self, weight: Tensor) -> dict[str, Tensor]:
         scale = weight.float().abs().amax(-1, keepdim=True).clamp(min=1e-12) / 127
@@ -98,7 +103,7 @@ class Int8Linear(_DequantizedLinear):
         return (self.codes * self.scale).to(dtype)
 
 
-class NF4Linear(_DequantizedLinear):
+class NF4Linear(_QuantizedLinear):
     def stored(self) -> tuple[Tensor, ...]:
         if self.few_scales is None:  # half a bit a weight
             self.few_scales = self.scales()
@@ -169,7 +174,7 @@ def _weight_to_fp8(weight: Tensor) -> tuple[Tensor, Tensor]:
     return (weight / scale).to(FP8), scale
 
 
-class FP8Linear(Linear):
+class FP8Linear(_QuantizedLinear):
     def quantized(self, weight: Tensor) -> dict[str, Tensor]:
         if weight.is_cuda and torch.cuda.get_device_capability(weight.device) < (8, 9):
             raise ValueError(f"{torch.cuda.get_device_name()} has no fp8 products; use --quantize int8 or nf4")
@@ -178,29 +183,19 @@ class FP8Linear(Linear):
         (codes, scale), (codes_t, scale_t) = _weight_to_fp8(weight), _weight_to_fp8(weight.t().contiguous())
         return dict(codes=codes, scale=scale, codes_t=codes_t, scale_t=scale_t)
 
-    def dense(self) -> Tensor:
-        return self.codes.float() * self.scale
-
-    stored, few_times = Int8Linear.stored, _DequantizedLinear.few_times
+    def dequantized(self, dtype: torch.dtype) -> Tensor:
+        return (self.codes.float() * self.scale).to(dtype)
 
     def matmul(self, x: Tensor) -> Tensor:
-        return self.few_times(x) if is_few(x) else _FP8Product.apply(x.bfloat16(), self).to(x.dtype)
+        return self.few_times(x) if is_few(x) else _Product.apply(x.bfloat16(), self).to(x.dtype)
 
-    def product(self, x8: Tensor, x_scale: Tensor, back: bool = False) -> Tensor:
-        """x W^T of (T, n_in) in fp8 with scales (T, 1), as (T, n_out) in bfloat16; back: x W of (T, n_out)."""
+    def product(self, x: Tensor, back: bool = False) -> Tensor:
+        return self.product_of_fp8(*_to_fp8(x), back)
+
+    def product_of_fp8(self, x8: Tensor, x_scale: Tensor, back: bool = False) -> Tensor:
+        """Of x in fp8 with scales (T, 1), in bfloat16."""
         codes, scale = (self.codes_t, self.scale_t) if back else (self.codes, self.scale)
         return torch._scaled_mm(x8, codes.t(), x_scale, scale.t(), out_dtype=torch.bfloat16, use_fast_accum=True)
-
-
-class _FP8Product(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, linear: FP8Linear) -> Tensor:
-        ctx.linear = linear
-        return linear.product(*_to_fp8(x))
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple:
-        return ctx.linear.product(*_to_fp8(grad), back=True), None
 
 
 class FP8MLP(MLP):
@@ -220,19 +215,20 @@ class _FP8SwiGLU(torch.autograd.Function):
         from lit_model.kernels.swiglu_fp8 import swiglu_to_fp8
 
         x8 = _to_fp8(x)
-        gate, up = mlp.gate_proj.product(*x8), mlp.up_proj.product(*x8)
+        gate, up = mlp.gate_proj.product_of_fp8(*x8), mlp.up_proj.product_of_fp8(*x8)
         ctx.mlp = mlp
         ctx.save_for_backward(gate, up)
-        return mlp.down_proj.product(*swiglu_to_fp8(gate, up))
+        return mlp.down_proj.product_of_fp8(*swiglu_to_fp8(gate, up))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple:
         from lit_model.kernels.swiglu_fp8 import swiglu_backward_to_fp8
 
         mlp = ctx.mlp
-        grad = mlp.down_proj.product(*_to_fp8(grad), back=True)
+        grad = mlp.down_proj.product(grad, back=True)
         gate8, gate_scale, up8, up_scale = swiglu_backward_to_fp8(grad, *ctx.saved_tensors)
-        return mlp.gate_proj.product(gate8, gate_scale, back=True) + mlp.up_proj.product(up8, up_scale, back=True), None
+        grad = mlp.gate_proj.product_of_fp8(gate8, gate_scale, back=True)
+        return grad + mlp.up_proj.product_of_fp8(up8, up_scale, back=True), None
 
 
 KINDS = {"nf4": NF4Linear, "int8": Int8Linear, "fp8": FP8Linear}

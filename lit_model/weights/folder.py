@@ -10,7 +10,7 @@ import warnings
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -51,7 +51,7 @@ class Folder:
             self.hf = {name: self.hf[name] for name in OF_ALL_PARTS if name in self.hf} | self.hf["text_config"]
         with reading(file):
             self.family, config = read_config(self.hf)
-        self._shards: dict[Path, Any] = {}  # opened files
+        self._open = cache(opened)
         own = re.compile(LANGUAGE if is_wrapper else rf"(?:{re.escape(self.family.prefix)})?(.+)()")
         self._file_of, skipped = {}, set()
         for name, path in self._stored().items():
@@ -114,13 +114,6 @@ class Folder:
                 return {name: self.path / shard for name, shard in shards.items()}
         raise FileNotFoundError(f"{self.path} has no weights: neither model.safetensors nor pytorch_model.bin")
 
-    def _open(self, path: Path) -> Any:
-        if path not in self._shards:
-            refuse_pointer(path)
-            with reading(path):
-                self._shards[path] = unpickled(path) if path.suffix == ".bin" else safe_open(path, framework="pt")
-        return self._shards[path]
-
     def _sources(self, name: str) -> list[str]:
         """The stored tensors that our tensor `name` lies in: one, or one for each expert."""
         return expert_names(self.family.stored(name), self._shapes[name])
@@ -156,13 +149,16 @@ def network_shapes(config: Config) -> dict[str, torch.Size]:
     return shapes
 
 
-def unpickled(path: Path) -> dict[str, Tensor]:
-    """The tensors of a torch.save file, mapped into memory where its format allows. Nothing but tensors is unpacked.
+def opened(path: Path) -> Any:
+    """A .safetensors file, or the tensors of a torch.save file (.bin), mapped into memory where its format allows.
+    Nothing but tensors is unpacked.
 
     Raises ValueError if it is no such file, or holds anything else.
     """
     refuse_pointer(path)
     with reading(path), warnings.catch_warnings(action="ignore"):  # of pickle's protocols
+        if path.suffix != ".bin":
+            return safe_open(path, framework="pt")
         if zipfile.is_zipfile(path) and any(i.compress_type for i in zipfile.ZipFile(path).infolist()):
             raise ValueError("it is compressed, which torch.save never does")
         try:

@@ -64,12 +64,10 @@ def convert_gguf(src: Path, out_dir: Path, dtype: torch.dtype = torch.bfloat16) 
             raise ValueError(f"its tensor {odd[0]} has no place in the network")
 
         def tensors() -> Iterator[tuple[str, Tensor]]:
-            for first in names:
-                fused = family.fused(first)
-                if first == fused[0]:
-                    parts = gguf.tensor(names[first]).split([shapes[name][0] for name in fused])
-                    for name, t in zip(fused, parts, strict=True):
-                        yield name, cast(name, converted(name, t, config, arch), dtype)
+            for theirs, fused in {names[name]: family.fused(name) for name in names}.items():
+                parts = gguf.tensor(theirs).split([shapes[name][0] for name in fused])
+                for name, t in zip(fused, parts, strict=True):
+                    yield name, cast(name, converted(name, t, config, arch), dtype)
 
         save_folder(out_dir, config, tensors(), _tokenizer_files(gguf.fields, arch), hf)
 
@@ -84,28 +82,24 @@ class GGUF:
         self._at = 8
         n_tensors, n_fields = self._numbers("<u8", 2).tolist()
         self.fields = {self._text(): self._value(self._number("<u4")) for _ in range(n_fields)}
-        self._tensors = dict(self._tensor_info() for _ in range(n_tensors))
-        self.shapes = {name: shape for name, (shape, *_) in self._tensors.items()}
+        infos = [self._tensor_info() for _ in range(n_tensors)]
+        self.shapes = {name: shape for name, shape, *_ in infos}
         alignment = self.fields.get("general.alignment", 32)
-        self._start = -(-self._at // alignment) * alignment
-        self._part_of = dict.fromkeys(self.shapes, self)  # name of a tensor -> the part that it lies in
+        start = -(-self._at // alignment) * alignment
+        self._stored = {}  # name of a tensor -> its rows of bytes, and their kind
+        for name, shape, kind, offset in infos:
+            in_bytes, self._at = quant_shape_to_byte_shape(shape, kind), start + offset
+            self._stored[name] = self._numbers("u1", math.prod(in_bytes)).reshape(in_bytes), kind
         if is_first and self.fields.get("split.no"):
             raise ValueError("it is a part of several: name the first one")
         for i in range(2, self.fields.get("split.count", 1) * is_first + 1):
             part = GGUF(path.with_name(path.name.replace("-00001-of-", f"-{i:05}-of-")), is_first=False)
             self.shapes |= part.shapes
-            self._part_of |= part._part_of
+            self._stored |= part._stored
 
     def tensor(self, name: str) -> Tensor:
         """The tensor in float32."""
-        return self._part_of[name]._own_tensor(name)
-
-    def _own_tensor(self, name: str) -> Tensor:
-        shape, kind, offset = self._tensors[name]
-        in_bytes = quant_shape_to_byte_shape(shape, kind)
-        self._at = self._start + offset
-        rows = self._numbers("u1", math.prod(in_bytes)).reshape(in_bytes)
-        return torch.tensor(dequantize(rows, kind))
+        return torch.tensor(dequantize(*self._stored[name]))
 
     def _numbers(self, kind: str, n: int) -> np.ndarray:
         """A view of the next n numbers. Raises ValueError if the file ends before."""
@@ -129,10 +123,10 @@ class GGUF:
         kind, n = self._number("<u4"), self._number("<u8")
         return self._numbers(NUMBERS[kind], n) if kind in NUMBERS else [self._value(kind) for _ in range(n)]
 
-    def _tensor_info(self) -> tuple[str, tuple]:
+    def _tensor_info(self) -> tuple[str, tuple[int, ...], GGMLQuantizationType, int]:
         name, n_dims = self._text(), self._number("<u4")
         shape = tuple(reversed(self._numbers("<u8", n_dims).tolist()))
-        return name, (shape, GGMLQuantizationType(self._number("<u4")), self._number("<u8"))
+        return name, shape, GGMLQuantizationType(self._number("<u4")), self._number("<u8")
 
 
 def shape_of(

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -31,7 +32,7 @@ from lit_model.methods.prefix import Prefix
 from lit_model.methods.prompt import Prompt
 from lit_model.methods.selective import Selective
 from lit_model.model import GPT
-from lit_model.weights.folder import Folder, network_shapes, unpickled
+from lit_model.weights.folder import Folder, network_shapes, opened
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 TOKENS = "token_adapter.trainable_tokens_delta"
@@ -86,7 +87,7 @@ def read_peft(folder: Path, base: Folder) -> tuple[dict[str, Any], Named]:
         if kind not in READERS:
             raise ValueError(f"its peft_type is {kind!r}; known are {', '.join(READERS)}")
     with reading(path):
-        stored = load_file(path) if path.is_file() else unpickled(path.with_suffix(".bin"))
+        stored = load_file(path) if path.is_file() else opened(path.with_suffix(".bin"))
         prefixes = rf"(_orig_mod\.|base_model\.model\.|{re.escape(base.family.prefix)}(?=.*\.))*"
         theirs = {re.sub(f"^{prefixes}", "", name.replace("._orig_mod.", ".")): t.float() for name, t in stored.items()}
         modules = Modules(base)
@@ -121,8 +122,8 @@ def _take_tokens(config: dict[str, Any], theirs: Named, modules: Modules) -> tup
 
 
 def _read_lora(config: dict[str, Any], theirs: Named, modules: Modules) -> tuple[str, LoRA, Named]:
-    method = "dora" if config.get("use_dora") else "lora"
-    As, Bs, sizes = (_take(theirs, f"lora_{kind}") for kind in ("A.weight", "B.weight", "magnitude_vector"))
+    method, kind = ("dora", DoRA) if config.get("use_dora") else ("lora", LoRA)
+    As, Bs, sizes = (_take(theirs, f"lora_{end}") for end in ("A.weight", "B.weight", "magnitude_vector"))
     rslora, layers = bool(config.get("use_rslora")), {}
     for name, A in As.items():
         patterns, full = config.get("alpha_pattern") or {}, modules.family.full_name(name)
@@ -135,7 +136,7 @@ def _read_lora(config: dict[str, Any], theirs: Named, modules: Modules) -> tuple
     tensors = {}
     for name, (A, B, alpha) in layers.items():
         if not is_one:
-            A, B = _padded(A, 0, r), _padded(B, 1, r) * LoRA(len(A), alpha, rslora=rslora).scale
+            A, B = _of_rank(r, A, B * LoRA(len(A), alpha, rslora=rslora).scale)
         tensors |= {f"{name}.deltas.{method}.A": A, f"{name}.deltas.{method}.B": B.contiguous()}
     for name, size in sizes.items():
         for ours, part in modules.split(name, size.flatten()):
@@ -143,17 +144,14 @@ def _read_lora(config: dict[str, Any], theirs: Named, modules: Modules) -> tuple
             tensors[f"{ours}.deltas.dora.magnitude"] = part - norms
     head = {name: theirs.pop(name) for name in list(theirs) if name == "lm_head.weight"}  # of modules_to_save
     alpha = alphas.pop() if is_one else float(r)
-    kind = LoRA if method == "lora" else DoRA
     theirs |= Bs
     options = kind(r, alpha, ",".join(layers), config.get("lora_dropout") or 0.0, rslora and is_one)
     return method, options, tensors | head
 
 
-def _padded(t: Tensor, dim: int, n: int) -> Tensor:
-    """With zeros up to n along a dimension."""
-    missing = list(t.shape)
-    missing[dim] = n - t.shape[dim]
-    return torch.cat((t, t.new_zeros(missing)), dim)
+def _of_rank(r: int, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
+    """The same product, with zeros up to this rank."""
+    return F.pad(A, (0, 0, 0, r - len(A))), F.pad(B, (0, r - len(A)))
 
 
 def _read_virtual(config: dict[str, Any], theirs: Named, modules: Modules) -> tuple[str, Prefix | Prompt, Named]:
@@ -251,8 +249,7 @@ def lora_layers(
         for header, tensors in methods:
             found = [tensors[key] for name in ours if (key := f"{name}.deltas.{kind}.A") in tensors]
             if found:
-                none = {name: torch.empty(modules.n_out[name], 0) for name in ours}
-                blocks = [tensors.get(f"{name}.deltas.{kind}.B", none[name]) for name in ours]
+                blocks = [tensors.get(f"{name}.deltas.{kind}.B", torch.empty(modules.n_out[name], 0)) for name in ours]
                 As += found
                 Bs.append(torch.block_diag(*blocks) * LoRA(**header["options"]).scale)
         if As and "experts" in theirs:
@@ -263,7 +260,7 @@ def lora_layers(
     r, padded = max(ranks), ", lower ranks padded with zeros" if len(ranks) > 1 else ""
     if not exact:
         print(f"one LoRA of rank {r} on {len(layers)} modules{padded}; its scale is folded into B")
-    return {name: (_padded(A, 0, r), _padded(B, 1, r)) for name, (A, B) in layers.items()}
+    return {name: _of_rank(r, *factors) for name, factors in layers.items()}
 
 
 def _write_lora(methods: Methods, kind: str, modules: Modules, exact: bool) -> tuple[dict[str, Any], Named]:

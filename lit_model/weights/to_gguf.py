@@ -139,10 +139,8 @@ def _sizes(config: Config, family: Family, arch: str) -> dict[str, Any]:
     """The shape as GGUF's fields."""
     eps = "layer_norm_epsilon" if arch == "gpt2" else "layer_norm_rms_epsilon"
     windows, context = {layer.window for layer in config.layers} - {None}, config.block_size
-    sizes = {theirs: getattr(config, ours) for theirs, ours in SIZES.items() if ours in family.fields}
-    fields = {theirs: value for theirs, value in sizes.items() if value is not None} | {
-        "vocab_size": config.vocab_size, f"attention.{eps}": config.norm_eps,
-    }  # fmt: skip
+    fields = {theirs: getattr(config, ours) for theirs, ours in SIZES.items() if ours in family.fields}
+    fields |= {"vocab_size": config.vocab_size, f"attention.{eps}": config.norm_eps}
     if windows and arch in WINDOWED:
         fields["attention.sliding_window"] = min(windows)
     elif windows:  # llama.cpp has none here: up to there it answers as the network does
@@ -162,7 +160,7 @@ def _sizes(config: Config, family: Family, arch: str) -> dict[str, Any]:
             fields["rope.scaling.original_context_length"] = scaling.original_max_position_embeddings
         if isinstance(scaling, LongScaling):
             fields["rope.scaling.attn_factor"] = float(scaling.attention_factor)
-    named = {f"{arch}.{name}": value for name, value in fields.items()}
+    named = {f"{arch}.{name}": value for name, value in fields.items() if value is not None}
     return {"general.quantization_version": 2} | named
 
 
@@ -203,12 +201,10 @@ def _tokenizer(tokenizer: Tokenizer, config: Config) -> dict[str, Any]:
     else:
         raise ValueError(f"a tokenizer of the kind {model['type']} is not known to llama.cpp as we write it")
     ends = dict(zip(("eos_token_id", "eot_token_id"), tokenizer.stop_ids))
-    fields |= ends | dict(add_bos_token=bool(tokenizer.bos))
-    fields |= dict(bos_token_id=tokenizer.bos_id) if tokenizer.bos else {}
-    template = dict(chat_template=tokenizer.chat_template) if tokenizer.chat_template else {}
-    return {f"tokenizer.ggml.{name}": value for name, value in fields.items()} | {
-        f"tokenizer.{name}": value for name, value in template.items()
-    }
+    fields |= ends | dict(add_bos_token=bool(tokenizer.bos), bos_token_id=tokenizer.bos_id)
+    named = {f"tokenizer.ggml.{name}": value for name, value in fields.items()}
+    named["tokenizer.chat_template"] = tokenizer.chat_template or None
+    return {name: value for name, value in named.items() if value is not None}
 
 
 def _rule(hf: Any, takes_whole_words: bool) -> str:
