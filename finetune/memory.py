@@ -57,8 +57,10 @@ def plan(run: "Run", gpt: GPT, batches: Sequence[list[Example]], share: bool) ->
         if peak <= room:
             break
     if peak > room:
-        # compiled blocks compute norms and activations again in the backward pass, and keep a third less
+        # compiled blocks compute norms and activations again in the backward pass, and keep up to a third less; they
+        # unpack nf4 again, which they would do once for both passes, and keep
         functorch_config.ban_recompute_materialized_backward = False
+        functorch_config.cse = run.options.quantize != "nf4"
         torch._dynamo.reset()
         needs, most = _line(run, gpt, batches, share, T), len(gpt.blocks) - 1
         counts = [(n, 0) for n in range(most + 1)] + [(most, n) for n in range(3, most + 1)]
@@ -72,7 +74,9 @@ def plan(run: "Run", gpt: GPT, batches: Sequence[list[Example]], share: bool) ->
 
 
 def what_is_recomputed(gpt: GPT) -> str:
-    some = f", {gpt.recompute} of {len(gpt.blocks)} blocks recomputed" if gpt.recompute else ""
+    less = gpt.is_compiled and not functorch_config.ban_recompute_materialized_backward
+    some = ", norms and activations recomputed" if less else ""
+    some += f", {gpt.recompute} of {len(gpt.blocks)} blocks recomputed" if gpt.recompute else ""
     return some + (f", the inputs of {gpt.offload} kept on the host" if gpt.offload else "")
 
 

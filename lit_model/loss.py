@@ -28,7 +28,7 @@ def chunk_loss(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
 
 def chunk_loss_(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """The same; the gradient takes the place of the logits. On a CPU in pieces that stay in the cache."""
-    if logits.is_cuda and HAS_TRITON and logits.dtype is not torch.float64:
+    if logits.is_cuda and HAS_TRITON and logits.is_contiguous() and logits.dtype is not torch.float64:
         from lit_model.kernels.cross_entropy import cross_entropy_
 
         return cross_entropy_(logits, targets)
@@ -46,8 +46,9 @@ def cross_entropy(head: nn.Linear, x: Tensor, row: Packed) -> Tensor:
     (float64 for float64 input). An objective is objective(head, x, row) -> scalar sum.
 
     Args:
-        head: the output layer with whatever a method added to it; called as head(x) -> (m, vocab_size). Of the trained
-            tensors that it uses, those in head.parameters() get a gradient.
+        head: the output layer with whatever a method added to it; called as head(x) -> (m, vocab_size), which it
+            does not keep for its backward pass. Of the trained tensors that it uses, those in head.parameters() get a
+            gradient.
         x: (M, C) hidden states at the wanted tokens of the row.
     """
     trains = torch.is_grad_enabled()  # inside a Function, needs_input_grad does not know that

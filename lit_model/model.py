@@ -243,6 +243,7 @@ class GPT(nn.Module):
         self.virtual_tokens = nn.ModuleDict()
         self.virtual_keys = nn.ModuleDict()
         self.heads = nn.ModuleDict()
+        self.is_compiled = False
         self.recompute = self.offload = 0  # blocks, the first ones: less memory for more time (recompute.py)
         self.tie()
 
@@ -252,6 +253,9 @@ class GPT(nn.Module):
         torch._dynamo.config.recompile_limit = 64  # blocks are one code, and with windows and odd ranks of many kinds
         torch._dynamo.config.specialize_float = True  # else eps and a LoRA's scale become inputs, computed on the host
         torch._functorch.config.ban_recompute_materialized_backward = True  # until memory is short (finetune/memory.py)
+        torch._functorch.config.cse = True
+        torch._dynamo.reset()  # what was compiled with other settings
+        self.is_compiled = True
         torch._functorch.config.autograd_cache_allow_custom_autograd_functions = True  # the next run starts sooner
         options = {
             "triton.multi_kernel": 3,  # reductions read a token once, not twice; 1 dies of its own cache in torch 2.11

@@ -15,7 +15,7 @@ gathers these and runs over pairs (queries of a segment, keys of a segment).
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate, groupby
 from operator import itemgetter
@@ -280,7 +280,7 @@ def pack(
     rank: int = 0,
     world: int = 1,
     short_context: int | None = None,
-    windows: Iterable[int | None] = (None,),
+    windows: Collection[int | None] = (None,),
 ) -> list[tuple[Tensor, Packed]]:
     """Packs examples into the fewest rows of `row_tokens` tokens, all of about one size (a little over it, if need be).
 
@@ -295,6 +295,9 @@ def pack(
     """
     if share:  # any order will do in which examples with the same beginning are neighbours
         examples = sorted(examples, key=lambda e: e.ids.tobytes())
+        n_all = sum(len(e.ids) for e in examples)
+        if n_all >= LONG_EXAMPLE * len(examples) and None in windows and not n_virtual_tokens and not n_virtual_keys:
+            share = sum(map(_common, examples, examples[1:])) > LITTLE * n_all
     is_long = [len(e.ids) - 1 + n_virtual_tokens + n_virtual_keys > (short_context or math.inf) for e in examples]
     parts = [[e for e, flag in zip(examples, is_long) if flag == side] for side in (False, True)]
     groups = [group for part in parts if part for group in _fill(part, row_tokens, share, world)]
@@ -329,9 +332,6 @@ def _pack_row(
 ) -> tuple[Tensor, Packed]:
     root = Segment(n_virtual_tokens) if n_virtual_tokens else None
     segments, ids, leaves = tree(examples, root, share)
-    alone = sum(len(e.ids) - 1 for e in examples)
-    if alone >= LONG_EXAMPLE * len(examples) and sum(s.length for s in segments) > (1 - LITTLE) * alone:
-        segments, ids, leaves = tree(examples, root, share=False)
     segments = [root, *segments] if root else segments
     ends = dict(zip(segments, accumulate(s.length for s in segments)))
     wanted, targets = [], []

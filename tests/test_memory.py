@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from finetune import memory
-from finetune.run import Run
+from finetune.run import Run, RunOptions
 from lit_model import GPT, Config
 from lit_model.methods import lora
 from lit_model.packing import Example
@@ -51,7 +51,7 @@ def plan(monkeypatch, capsys):
         """(row_tokens, blocks recomputed, inputs on the host, line, limits)"""
         nonlocal size
         size = mib
-        fabric, options = SimpleNamespace(backward=lambda loss: loss.backward()), SimpleNamespace(memory_gb=memory_gb)
+        fabric, options = SimpleNamespace(backward=lambda loss: loss.backward()), RunOptions(memory_gb=memory_gb)
         more = dict(row_tokens=1600, rank=0, world=1, device=torch.device("cpu"))
         run = SimpleNamespace(fabric=fabric, options=options, **more)
         run.rows = partial(Run.rows, run)

@@ -1,10 +1,16 @@
 """Quantized layers: the codes are bitsandbytes', the gradients are right, and training works over all of them. On a GPU
 if there is one: its fp8 products are others than a CPU's."""
 
+from functools import partial
+
 import pytest
 import torch
+import torch._functorch.config as functorch_config
+import torch.nn.functional as F
+from functorch.compile import min_cut_rematerialization_partition, nop
 from test_methods import METHODS, NAMES, build, save, shake, trained
 from torch import nn
+from torch._dynamo.backends.common import aot_autograd
 
 from lit_model import load, model, quantize
 from lit_model.packing import Example, pack
@@ -155,3 +161,23 @@ def test_decoding_in_bfloat16_on_a_cpu_is_near_the_plain_products(kind, tiny):
     with torch.no_grad():
         got = gpt(ids).float()
     assert (got - expected).norm() <= 2e-2 * expected.norm()
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="as on a CPU")
+@pytest.mark.parametrize("kind, cse", [("none", True), ("int8", True), ("nf4", False)])
+def test_what_compiled_layers_keep_where_memory_is_short(kind, cse):
+    """With the settings of finetune/memory.py the input and what `a` makes of it: no matrix that was dequantized, and
+    no activation."""
+    torch._dynamo.reset()
+    layers, kept = nn.ModuleDict(dict(a=model.Linear(64, 96), b=model.Linear(96, 64))).bfloat16(), []
+    layers.requires_grad_(False)
+    if kind != "none":
+        quantize.quantize(layers, kind)
+    how = partial(min_cut_rematerialization_partition, compiler="inductor")
+    backend = aot_autograd(fw_compiler=nop, bw_compiler=nop, partition_fn=how)
+    run = torch.compile(lambda x: layers["b"](F.silu(layers["a"](F.silu(x)))), backend=backend, dynamic=True)
+    x, own = torch.randn(7, 64).bfloat16().requires_grad_(), {t.data_ptr() for t in layers.state_dict().values()}
+    settings = functorch_config.patch(ban_recompute_materialized_backward=False, cse=cse)
+    with settings, torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        run(x)
+    assert sorted(t.shape for t in kept if t.data_ptr() not in own) == [(7, 64), (7, 96)]

@@ -1,5 +1,5 @@
 """Attention of a row of long examples, by cuDNN. On an H200 it is faster than packed_attention.py, whose tiles fit
-short segments that share how they begin, from some 2,500 tokens an example on; from 8,000 on it takes half the time
+short segments that share how they begin, from some 2,500 tokens an example on; at 16,384 it takes half the time
 (docs/speed-log.md). It adds up the gradients of q in any order: repeats are not bit-identical.
 
 cuDNN plans anew for each length that it meets, for 0.14 s. Examples are padded at their end for it, so that it meets
@@ -20,7 +20,7 @@ MOST_PADDED = 2**15  # tokens
 
 def _padding(n: int) -> int:
     """Tokens behind n of them. Where attention takes seconds a plan is nothing, and a copy of all is much."""
-    return -n % max(1, 2 ** (n.bit_length() - 1) // LENGTHS) if n < MOST_PADDED else 0
+    return -n % max(128, 2 ** (n.bit_length() - 1) // LENGTHS) if n < MOST_PADDED else 0
 
 
 def _examples(bounds: Tensor, *tensors: Tensor) -> Iterator[list[Tensor]]:
