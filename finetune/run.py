@@ -108,8 +108,8 @@ class RunOptions:
     """dtype of the base weights and all activations; auto: bfloat16 on GPUs and CPUs that multiply it fast, else
     float32"""
     memory_gb: float | None = may_differ(None)
-    """most GiB of a GPU's memory to use: to stay below it, rows get shorter, then blocks are recomputed, then their
-    inputs move to the host's memory; null: all that is free"""
+    """most GiB of a GPU's memory to use: to stay below it, rows get shorter, then activations, then whole blocks are
+    recomputed, then their inputs move to the host's memory; null: all that is free"""
     overwrite: bool = may_differ(False)
     """replace the run that out_dir holds; otherwise it is resumed if it was interrupted"""
     init_from: Path | None = None

@@ -253,9 +253,7 @@ class GPT(nn.Module):
         torch._dynamo.config.recompile_limit = 64  # blocks are one code, and with windows and odd ranks of many kinds
         torch._dynamo.config.specialize_float = True  # else eps and a LoRA's scale become inputs, computed on the host
         torch._functorch.config.ban_recompute_materialized_backward = True  # until memory is short (finetune/memory.py)
-        torch._functorch.config.cse = True
-        torch._dynamo.reset()  # what was compiled with other settings
-        self.is_compiled = True
+        torch._functorch.config.cse = True  # likewise
         torch._functorch.config.autograd_cache_allow_custom_autograd_functions = True  # the next run starts sooner
         options = {
             "triton.multi_kernel": 3,  # reductions read a token once, not twice; 1 dies of its own cache in torch 2.11
@@ -263,6 +261,8 @@ class GPT(nn.Module):
             "triton.mix_order_reduction_non_strict_mode": True,  # would compile anew for rows of 8192 tokens and more
             "pattern_matcher": False,  # would add to a product in place, for which it copies the sum so far first
         }
+        torch._dynamo.reset()  # what was compiled with other settings
+        self.is_compiled = True
         for block in self.blocks:
             block.compile(dynamic=True, options=options)
             block.feed = torch.compile(block.feed, dynamic=True, options=options)  # of a row in tiles

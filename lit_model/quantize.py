@@ -54,7 +54,7 @@ def quantize(block: nn.Module, kind: Kind, keep: Container[str] = (), last: bool
 
 
 class _Product(torch.autograd.Function):
-    """x W^T, of which only the layer is kept for the backward pass: no dequantized matrix."""
+    """x W^T. Only the layer is kept for the backward pass; compiled code may keep W, too (finetune/memory.py)."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, linear: "_QuantizedLinear") -> Tensor:

@@ -45,9 +45,9 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 def table(lines: list[dict[str, Any]]) -> str:
     """Lines of the file. "ratio": to the peer's speed, or to that of one device."""
     text = [
-        "| run | how | real tokens/s | ratio | step | memory a device | products | attention | MFU | start | loss |"
+        "| run | how | real tokens/s | ratio | step | memory a device | products | attention | MFU | start | loss |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
-    text.append("|---|---|---|---|---|---|---|---|---|---|---|")
     peers = {(r["method"], r["precision"]): r["tokens_per_second"] for r in lines if r["system"] != "lit-model"}
     alone = {(r["method"], r["precision"]): r["tokens_per_second"] for r in lines if r["world"] == 1}
     for r in lines:
