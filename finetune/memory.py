@@ -100,6 +100,7 @@ def _line(run: "Run", gpt: GPT, batches: Sequence[list[Example]], share: bool, T
         return length, _peak(run, gpt, row)
 
     most = min(T, 4 * TRIED if T > LONG else TRIED)
+    measured(most // 2, n, n)  # compiling takes memory, too
     (short, least), (longer, most_of_all) = measured(most // 2, n, n), measured(most, n, n)
     on_gpu, kept = (measured(most // 2, count, 0)[1] for count in (n, n - some))
     run.row_tokens = tokens
@@ -140,8 +141,9 @@ def _peak(run: "Run", gpt: GPT, row: tuple[Tensor, Packed]) -> float:
     torch.cuda.reset_peak_memory_stats()
     try:
         states = torch.empty(_states(gpt, run.device), dtype=torch.uint8, device=run.device)
-        for _ in range(2):  # the second pass meets gradients
-            run.fabric.backward(gpt(idx.to(run.device), packed.to(run.device)) / len(packed.targets))
+        for p in (p for p in gpt.parameters() if p.requires_grad):
+            p.grad = torch.zeros_like(p)  # as for all rows of a step but the first
+        run.fabric.backward(gpt(idx.to(run.device), packed.to(run.device)) / len(packed.targets))
         peak = torch.cuda.max_memory_allocated()
         del states
     except torch.OutOfMemoryError:

@@ -203,7 +203,7 @@ class FP8MLP(MLP):
 
     def forward(self, x: Tensor) -> Tensor:
         linears = self.gate_proj, self.up_proj, self.down_proj
-        plain = all(not linear.deltas and linear.bias is None for linear in linears)
+        plain = all(len(linear.deltas) == 0 and linear.bias is None for linear in linears)
         if is_few(x) or not (plain and x.is_cuda and HAS_TRITON):
             return super().forward(x)
         return _FP8SwiGLU.apply(x.bfloat16(), self).to(x.dtype)

@@ -140,9 +140,9 @@ def test_long_attention_of_padded_examples(monkeypatch):
     monkeypatch.setattr(long_attention._OPS, "_scaled_dot_product_cudnn_attention", forward)
     monkeypatch.setattr(long_attention._OPS, "_scaled_dot_product_cudnn_attention_backward", backward)
     assert [long_attention._padding(n) for n in (99, 61, 4096, 4097, 2**17 + 1)] == [29, 67, 0, 255, 0]
-    q, k, v, towards = (torch.randn(160, 2, 16, requires_grad=True) for _ in range(4))
-    expected = attention._attend_each(q, k, v, lay_out([Segment(99), Segment(61)]), SCALE)
-    got = long_attention.long_attention(q, k, v, torch.tensor([0, 99, 160]), SCALE)
+    q, k, v, towards = (torch.randn(221, 2, 16, requires_grad=True) for _ in range(4))
+    expected = attention._attend_each(q, k, v, lay_out([Segment(99), Segment(61), Segment(61)]), SCALE)
+    got = long_attention.long_attention(q, k, v, torch.tensor([0, 99, 160, 221]), SCALE)
     close([(got, expected), *zip(*(torch.autograd.grad(y, (q, k, v), towards) for y in (got, expected)))])
 
 

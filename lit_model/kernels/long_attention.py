@@ -7,6 +7,7 @@ few: causal, nothing real sees what comes behind.
 """
 
 from collections.abc import Iterator
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -24,16 +25,20 @@ def _padding(n: int) -> int:
 
 
 def _examples(bounds: Tensor, *tensors: Tensor) -> Iterator[list[Tensor]]:
-    """Of each example what cuDNN takes of each tensor (T, heads, hs): (1, heads, its padded length, hs)."""
-    numbers = bounds.tolist()
-    for start, end in zip(numbers, numbers[1:]):
-        parts, n = [t[start:end] for t in tensors], _padding(end - start)
-        yield [(F.pad(t, (0, 0, 0, 0, 0, n)) if n else t).transpose(0, 1)[None] for t in parts]
+    """Of each B examples in turn that have one length what cuDNN takes of each tensor (T, heads, hs): (B, heads, their
+    padded length, hs)."""
+    start = 0
+    for length, group in groupby(bounds.diff().tolist()):
+        end, n = start + sum(group), _padding(length)
+        parts = [t[start:end].unflatten(0, (-1, length)) for t in tensors]
+        yield [(F.pad(t, (0, 0, 0, 0, 0, n)) if n else t).transpose(1, 2) for t in parts]
+        start = end
 
 
 def _joined(bounds: Tensor, parts: list[Tensor]) -> Tensor:
     """What `_examples` has cut."""
-    cut = [part[0].transpose(0, 1)[:n] for part, n in zip(parts, bounds.diff().tolist(), strict=True)]
+    lengths = [length for length, _ in groupby(bounds.diff().tolist())]
+    cut = [part.transpose(1, 2)[:, :n].flatten(0, 1) for part, n in zip(parts, lengths, strict=True)]
     return torch.cat(cut) if len(cut) > 1 else cut[0].contiguous()
 
 

@@ -37,6 +37,7 @@ from scripts.bench.workload import RandomFolder, alpaca_lengths, demo_examples, 
 
 ALL = dict(r=16, targets="q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj")
 VARIANTS = {"lora-all": ("lora", ALL), "lora-all-r32": ("lora", ALL | dict(r=32)), "dora-all": ("dora", ALL)}
+VARIANTS["lora-qkv"] = "lora", dict(r=16, targets="q_proj,k_proj,v_proj")
 PRECISIONS = {"bf16": "none", "fp32": "none", "fp8": "fp8", "int8": "int8", "nf4": "nf4"}  # the base weights
 PEER_PRECISIONS = ("bf16", "fp32", "nf4")  # nf4: bitsandbytes'
 WARM_UP, PROFILED = 3, 3  # steps that are not counted
@@ -50,7 +51,7 @@ class Options:
     """shape of the network: a name in lit_model/presets.json"""
     methods: str = "adapter,lora"
     """names of methods, such as full or lora (rank 8 on q and v); also lora-all, dora-all (rank 16 on all linear
-    layers), lora-all-r32"""
+    layers), lora-all-r32, lora-qkv"""
     precision: str = "bf16"
     """some of bf16, fp8, int8, nf4 (the base weights; activations in bf16) and fp32"""
     peers: Literal["", "hf-peft", "hf-peft-plain"] = ""
@@ -132,7 +133,7 @@ def measure_all(options: Options, pairs: list[tuple[str, str]]) -> None:
     fabric = launch(options.devices, options.strategy)
     if options.example_length:
         examples = of_length(options.example_length, config.vocab_size)
-        config = replace(config, block_size=max(config.block_size, options.example_length))
+        config = replace(config, block_size=max(config.block_size, options.example_length + 1))
     else:
         examples = demo_examples() if options.data == "demo" else alpaca_lengths(config.vocab_size)
     config.check_tokens(max(int(e.ids.max()) for e in examples))

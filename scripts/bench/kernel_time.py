@@ -80,8 +80,7 @@ def _time_products(
         runs = [_fp8_product(x, w)] + [_fp8_product(grad, w.t())] * backward
     else:
         runs = [lambda: x @ w.t()] + [lambda: grad @ w] * backward + [lambda: grad.t() @ x] * trained
-    n = 10 if device.type == "cuda" else 2
-    return sum(_seconds(run, device, n) for run in runs) * whole / m
+    return sum(_seconds(run, device, 10 if device.type == "cuda" else 2) for run in runs) * whole / m
 
 
 def attention_seconds(gpt: GPT, packed: Packed, device: torch.device) -> float:
