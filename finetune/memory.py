@@ -92,7 +92,7 @@ def _line(run: "Run", gpt: GPT, batches: Sequence[list[Example]], share: bool, T
     recomputed: the backward pass begins with it."""
     examples, tokens = sorted((e for batch in batches for e in batch), key=lambda e: -len(e.ids)), run.row_tokens
     n = len(gpt.blocks) - 1
-    some = min(2, n)
+    few, many = min(2, n - 1), min(4, n)  # not 0: the peak may lie where a block is recomputed, not where all are kept
 
     def measured(t: int, recompute: int, offload: int) -> tuple[int, float]:
         gpt.recompute, gpt.offload, run.row_tokens = recompute, offload, t
@@ -102,11 +102,11 @@ def _line(run: "Run", gpt: GPT, batches: Sequence[list[Example]], share: bool, T
     most = min(T, 4 * TRIED if T > LONG else TRIED)
     measured(most // 2, n, n)  # compiling takes memory, too
     (short, least), (longer, most_of_all) = measured(most // 2, n, n), measured(most, n, n)
-    on_gpu, kept = (measured(most // 2, count, 0)[1] for count in (n, n - some))
+    on_gpu, with_few, with_many = (measured(most // 2, n - count, 0)[1] for count in (0, few, many))
     run.row_tokens = tokens
     of_token = (most_of_all - least) / (longer - short)
     of_input = (on_gpu - least) / short / max(1, n - 2)  # two are on their way, and on the GPU
-    of_block = (kept - on_gpu) / short / some
+    of_block = (with_many - with_few) / short / (many - few)
 
     def needs(recompute: int, offload: int) -> float:
         more = (of_block, n - recompute), (of_input, n - max(2, offload))  # inf, where not even short rows have room

@@ -43,6 +43,11 @@ def test_mistakes_in_measuring_end_in_one_line(args, message, tmp_path, capsys, 
     assert message in fail(bench, capsys, monkeypatch, args)
 
 
+def test_a_run_that_measures_nothing_says_so(preset, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(bench, "ours", lambda case: 1 / 0)
+    assert "nothing could be measured" in fail(bench, capsys, monkeypatch, f"--preset tiny --out {tmp_path / 'a'}")
+
+
 def test_bench_measures_the_peer_beside_us(preset, tmp_path, capsys, monkeypatch):
     out = tmp_path / "bench.jsonl"
     args = "--preset tiny --methods lora,selective --precision fp32,int8 --devices cpu --batch_size 4 --steps 1"

@@ -33,7 +33,10 @@ def plan(monkeypatch, capsys):
         nonlocal peak
         tried.append(len(idx))
         inputs = gpt.recompute - max(0, gpt.offload - 2)  # two are on their way
-        peak = (1000 + (BLOCK * (N - gpt.recompute) + INPUT * inputs) * len(idx)) * MIB
+        of_token = BLOCK * (N - gpt.recompute) + INPUT * inputs
+        if gpt.recompute:
+            of_token = max(of_token, BLOCK + run.recomputing + INPUT * inputs)
+        peak = (1000 + of_token * len(idx)) * MIB
         if peak > size * MIB:
             raise torch.OutOfMemoryError
         return next(p for p in gpt.parameters() if p.requires_grad).sum()
@@ -60,7 +63,7 @@ def plan(monkeypatch, capsys):
         line = capsys.readouterr().out.strip()
         return run.row_tokens, gpt.recompute, gpt.offload, line, limits
 
-    run.tried, run.gpt = tried, gpt
+    run.tried, run.gpt, run.recomputing = tried, gpt, 0.0
     return run
 
 
@@ -98,6 +101,13 @@ def test_a_long_row_is_not_tried(plan, monkeypatch):
     plan.tried.clear()
     assert plan(1920)[:2] == (400, 3) and max(plan.tried) <= 400 and all(block.is_tiled for block in plan.gpt.blocks)
     assert plan(16000)[:2] == (400, 0) and max(plan.tried) <= 400
+
+
+def test_memory_that_recomputing_takes_does_not_hide_that_of_kept_blocks(plan, monkeypatch):
+    """With 400 tokens, four recomputed blocks take 1648 MiB, none 2200."""
+    monkeypatch.setattr(memory, "LONG", 300)
+    plan.recomputing = 0.3
+    assert plan(1920)[:2] == (400, 4)
 
 
 def test_a_little_is_spared_for_longer_rows(plan):

@@ -110,10 +110,11 @@ def main(options: Options) -> None:
     else:
         measure_all(options, pairs)
     lines = read_lines(options.out)[n_before:]
+    if not lines:
+        raise ValueError("nothing could be measured, see above")
     where = "{on}, torch {torch}, commit {commit}".format(**lines[0])
     print(f"\n{options.preset}, {options.batch_size} examples a step and device, {where}")
-    print(table(lines))
-    print(f"added {len(lines)} results to {options.out}")
+    print(table(lines), f"added {len(lines)} results to {options.out}", sep="\n")
 
 
 def launch_each(options: Options) -> None:
@@ -139,9 +140,9 @@ def measure_all(options: Options, pairs: list[tuple[str, str]]) -> None:
     config.check_tokens(max(int(e.ids.max()) for e in examples))
     for name, precision in pairs:
         measure(ours, Case(options, config, examples, fabric, name, precision))
-    for name, precision in dict.fromkeys((n, p if p in PEER_PRECISIONS else "bf16") for n, p in pairs):
-        if options.peers:
-            measure(theirs, Case(options, config, examples, fabric, name, precision))
+    theirs_too = ((n, p if p in PEER_PRECISIONS else "bf16") for n, p in pairs if options.peers)
+    for name, precision in dict.fromkeys(theirs_too):
+        measure(theirs, Case(options, config, examples, fabric, name, precision))
 
 
 def measure(measured: Callable[[Case], Result], case: Case) -> None:
@@ -198,9 +199,10 @@ def ours(case: Case) -> Result:
     start = sync(device)
     steps, *counts, packed = zip(*take(options.steps))
     seconds = sync(device) - start
-    peak = peak_memory(device)
     if options.profile:
         print_kernels(lambda: take(PROFILED), device)
+    if device.type == "cuda":
+        torch.cuda.set_per_process_memory_fraction(1.0)  # products alone may take more than --memory_gb
     n_real = sum(len(e.ids) for s in steps for e in s.batch)
     n_rows, n_computed, n_own_targets = map(sum, counts)
     return Result(
@@ -208,7 +210,7 @@ def ours(case: Case) -> Result:
         f"{n_rows / len(steps):.0f} rows of {n_computed / n_rows:,.0f} tokens{memory.what_is_recomputed(gpt)}",
         tokens_per_second=n_real / seconds,
         step_ms=1e3 * seconds / len(steps),
-        peak_gib=peak,
+        peak_gib=peak_memory(device),
         loss=total(steps[-1].loss).item(),
         start_s=start - began,
         mfu=mfu(gpt, n_computed, n_own_targets, seconds),
