@@ -109,7 +109,7 @@ def _line(run: "Run", gpt: GPT, batches: Sequence[list[Example]], share: bool, T
     of_block = (with_many - with_few) / short / (many - few)
 
     def needs(recompute: int, offload: int) -> float:
-        more = (of_block, n - recompute), (of_input, n - max(2, offload))  # inf, where not even short rows have room
+        more = (of_block, n - recompute), (of_input, n - max(2, offload))  # inf or nan: no room even for short rows
         return least + of_token * (T - short) + T * sum(size * count for size, count in more if count)
 
     return needs
