@@ -140,8 +140,7 @@ def measure_all(options: Options, pairs: list[tuple[str, str]]) -> None:
     config.check_tokens(max(int(e.ids.max()) for e in examples))
     for name, precision in pairs:
         measure(ours, Case(options, config, examples, fabric, name, precision))
-    theirs_too = ((n, p if p in PEER_PRECISIONS else "bf16") for n, p in pairs if options.peers)
-    for name, precision in dict.fromkeys(theirs_too):
+    for name, precision in dict.fromkeys((n, p if p in PEER_PRECISIONS else "bf16") for n, p in pairs if options.peers):
         measure(theirs, Case(options, config, examples, fabric, name, precision))
 
 
@@ -199,6 +198,7 @@ def ours(case: Case) -> Result:
     start = sync(device)
     steps, *counts, packed = zip(*take(options.steps))
     seconds = sync(device) - start
+    peak = peak_memory(device)
     if options.profile:
         print_kernels(lambda: take(PROFILED), device)
     if device.type == "cuda":
@@ -210,7 +210,7 @@ def ours(case: Case) -> Result:
         f"{n_rows / len(steps):.0f} rows of {n_computed / n_rows:,.0f} tokens{memory.what_is_recomputed(gpt)}",
         tokens_per_second=n_real / seconds,
         step_ms=1e3 * seconds / len(steps),
-        peak_gib=peak_memory(device),
+        peak_gib=peak,
         loss=total(steps[-1].loss).item(),
         start_s=start - began,
         mfu=mfu(gpt, n_computed, n_own_targets, seconds),
