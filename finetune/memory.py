@@ -3,6 +3,7 @@
 The longest row of some batches goes forward and backward beside what AdamW will keep. If it does not fit, rows are
 halved, at most twice. Then compiled blocks keep less; then as many blocks as must be are recomputed in the backward
 pass, and if all of them are not enough the inputs of as many as must be wait on the host (lit_model/recompute.py).
+Where more than two thirds of them must be, longer rows with all blocks recomputed are taken instead, if they fit.
 """
 
 import ctypes
@@ -44,8 +45,35 @@ def plan(run: "Run", gpt: GPT, batches: Sequence[list[Example]], share: bool) ->
     Raises:
         ValueError: it does not fit; the message says what would help.
     """
-    limit, wanted, T, peak = _limit(run), run.row_tokens, 0, math.inf
+    limit, wanted, most = _limit(run), run.row_tokens, len(gpt.blocks) - 1
     room = (1 - SPARE) * limit
+    T, peak = _halved(run, gpt, batches, share, room)
+    if peak > room:
+        short, run.row_tokens, gpt.recompute = run.row_tokens, wanted, most
+        long_T, long_peak = _halved(run, gpt, batches, share, room)
+        long, run.row_tokens = run.row_tokens, short
+        _keep_less(run, True)
+        peak = _fewest(run, gpt, batches, share, T, room)
+        if gpt.recompute > 2 / 3 * most and long_T > T and long_peak <= room:
+            # long rows with all blocks recomputed are faster than short ones with a few kept
+            _keep_less(run, False)
+            T, peak, run.row_tokens, gpt.recompute, gpt.offload = long_T, long_peak, long, most, 0
+        if peak > room:
+            raise ValueError(f"{T:,} tokens at a time do not fit into {limit / GIB:.1f} GiB: {ADVICE}")
+    print(f"training needs {peak / GIB:.1f} GiB of {limit / GIB:.1f}: rows of {T:,} tokens{what_is_recomputed(gpt)}")
+
+
+def what_is_recomputed(gpt: GPT) -> str:
+    less = gpt.is_compiled and not functorch_config.ban_recompute_materialized_backward
+    some = ", norms and activations recomputed" if less else ""
+    some += f", {gpt.recompute} of {len(gpt.blocks)} blocks recomputed" if gpt.recompute else ""
+    return some + (f", the inputs of {gpt.offload} kept on the host" if gpt.offload else "")
+
+
+def _halved(run: "Run", gpt: GPT, batches: Sequence[list[Example]], share: bool, room: float) -> tuple[int, float]:
+    """Halves `run.row_tokens` until rows fit, at most twice. Returns tokens of the longest row, and what it takes in
+    bytes; inf: it does not fit, or is too long to be tried."""
+    wanted, T = run.row_tokens, 0
     for run.row_tokens in (wanted, wanted // 2, wanted // 4):
         row, length = _longest(run, gpt, batches, share)
         if length == T:
@@ -56,28 +84,28 @@ def plan(run: "Run", gpt: GPT, batches: Sequence[list[Example]], share: bool) ->
         peak = math.inf if T > LONG else _peak(run, gpt, row)
         if peak <= room:
             break
-    if peak > room:
-        # compiled blocks compute norms and activations again in the backward pass, and keep up to a third less; they
-        # unpack nf4 again, which they would do once for both passes, and keep
-        functorch_config.ban_recompute_materialized_backward = False
-        functorch_config.cse = run.options.quantize != "nf4"
-        torch._dynamo.reset()
-        needs, most = _line(run, gpt, batches, share, T), len(gpt.blocks) - 1
-        counts = [(n, 0) for n in range(most + 1)] + [(most, n) for n in range(3, most + 1)]
-        for gpt.recompute, gpt.offload in counts:
-            peak = needs(gpt.recompute, gpt.offload)
-            if peak <= room and (T > LONG or (peak := _peak(run, gpt, row)) <= room):
-                break
-        else:
-            raise ValueError(f"{T:,} tokens at a time do not fit into {limit / GIB:.1f} GiB: {ADVICE}")
-    print(f"training needs {peak / GIB:.1f} GiB of {limit / GIB:.1f}: rows of {T:,} tokens{what_is_recomputed(gpt)}")
+    return T, peak
 
 
-def what_is_recomputed(gpt: GPT) -> str:
-    less = gpt.is_compiled and not functorch_config.ban_recompute_materialized_backward
-    some = ", norms and activations recomputed" if less else ""
-    some += f", {gpt.recompute} of {len(gpt.blocks)} blocks recomputed" if gpt.recompute else ""
-    return some + (f", the inputs of {gpt.offload} kept on the host" if gpt.offload else "")
+def _keep_less(run: "Run", less: bool) -> None:
+    """Compiled blocks compute norms and activations again in the backward pass, and keep up to a third less; they
+    unpack nf4 again, which they would do once for both passes, and keep."""
+    functorch_config.ban_recompute_materialized_backward = not less
+    functorch_config.cse = not (less and run.options.quantize == "nf4")
+    torch._dynamo.reset()
+
+
+def _fewest(run: "Run", gpt: GPT, batches: Sequence[list[Example]], share: bool, T: int, room: float) -> float:
+    """Sets how many blocks are recomputed, and how many inputs are on the host: as few as must be. Returns what that
+    takes in bytes; inf: all are not enough."""
+    needs, most = _line(run, gpt, batches, share, T), len(gpt.blocks) - 1
+    row, _ = _longest(run, gpt, batches, share)
+    counts = [(n, 0) for n in range(most + 1)] + [(most, n) for n in range(3, most + 1)]
+    for gpt.recompute, gpt.offload in counts:
+        peak = needs(gpt.recompute, gpt.offload)
+        if peak <= room and (T > LONG or (peak := _peak(run, gpt, row)) <= room):
+            return peak
+    return math.inf
 
 
 def _longest(run: "Run", gpt: GPT, batches: Sequence[list[Example]], share: bool) -> tuple[tuple[Tensor, Packed], int]:

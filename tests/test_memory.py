@@ -84,6 +84,14 @@ def test_shorter_rows_first_then_recomputing_then_the_host(plan):
     assert line.endswith("rows of 400 tokens, 7 of 8 blocks recomputed, the inputs of 6 kept on the host")
 
 
+def test_long_rows_with_all_blocks_recomputed_before_short_ones_with_a_few_kept(plan):
+    """With 400 tokens five recomputed blocks take 1510 MiB, four 1648; seven with 800 tokens 1468, with 1600 1936."""
+    assert plan(1700)[:3] == (400, 4, 0)
+    plan.gpt.compile()
+    line = "training needs 1.4 GiB of 1.6: rows of 800 tokens, 7 of 8 blocks recomputed"
+    assert plan(1600)[:4] == (800, 7, 0, line) and memory.functorch_config.ban_recompute_materialized_backward
+
+
 def test_compiled_blocks_keep_less_where_memory_is_short(plan):
     for mib, keeps_all in ((5000, True), (1920, False)):
         plan.gpt.compile()
@@ -125,8 +133,8 @@ def test_no_room_for_the_optimizer_shows_in_trying(plan, monkeypatch):
 
 
 def test_no_more_than_allowed(plan):
-    _, recompute, _, _, limits = plan(8000, memory_gb=1.6)
-    assert recompute == 5 and limits == [pytest.approx(1.6 * 1024 / 8000)]
+    _, recompute, _, _, limits = plan(8000, memory_gb=1.75)
+    assert recompute == 4 and limits == [pytest.approx(1.75 * 1024 / 8000)]
 
 
 def test_a_word_for_what_does_not_fit(plan):

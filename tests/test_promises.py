@@ -24,8 +24,8 @@ SCRIPTS = files(ROOT, "scripts")
     "what, count, most",
     [
         # 7,900 before the families of 2026 (+ 500), the ways out (+ 700; to be 350), decoding (+ 970; to be 650), the
-        # server (+ 850; to be 350); then 260 were thrown out; long rows (+ 193, scripts + 17, of 300)
-        ("lines of lit_model, finetune and generate", lambda: n_lines(LIBRARY), 10853),
+        # server (+ 850; to be 350); then 260 were thrown out; long rows (+ 221, scripts + 17, of 300)
+        ("lines of lit_model, finetune and generate", lambda: n_lines(LIBRARY), 10881),
         ("lines of scripts", lambda: n_lines(SCRIPTS), 2137),
         ("lines of the core list", lambda: n_lines([ROOT / name for name in CORE if (ROOT / name).exists()]), 1350),
         ("lines of model.py", lambda: n_lines([ROOT / "lit_model/model.py"]), 400),
