@@ -3,7 +3,7 @@
 The longest row of some batches goes forward and backward beside what AdamW will keep. If it does not fit, rows are
 halved, at most twice. Then compiled blocks keep less; then as many blocks as must be are recomputed in the backward
 pass, and if all of them are not enough the inputs of as many as must be wait on the host (lit_model/recompute.py).
-Where more than two thirds of them must be, longer rows with all blocks recomputed are taken instead, if they fit.
+Where more than two thirds of them must be, longer rows with all blocks recomputed are faster, and taken if they fit.
 """
 
 import ctypes
@@ -50,12 +50,11 @@ def plan(run: "Run", gpt: GPT, batches: Sequence[list[Example]], share: bool) ->
     T, peak = _halved(run, gpt, batches, share, room)
     if peak > room:
         short, run.row_tokens, gpt.recompute = run.row_tokens, wanted, most
-        long_T, long_peak = _halved(run, gpt, batches, share, room)
+        long_T, long_peak = _halved(run, gpt, batches, share, room, T)
         long, run.row_tokens = run.row_tokens, short
         _keep_less(run, True)
         peak = _fewest(run, gpt, batches, share, T, room)
-        if gpt.recompute > 2 / 3 * most and long_T > T and long_peak <= room:
-            # long rows with all blocks recomputed are faster than short ones with a few kept
+        if gpt.recompute > 2 / 3 * most and long_peak <= room:
             _keep_less(run, False)
             T, peak, run.row_tokens, gpt.recompute, gpt.offload = long_T, long_peak, long, most, 0
         if peak > room:
@@ -70,17 +69,19 @@ def what_is_recomputed(gpt: GPT) -> str:
     return some + (f", the inputs of {gpt.offload} kept on the host" if gpt.offload else "")
 
 
-def _halved(run: "Run", gpt: GPT, batches: Sequence[list[Example]], share: bool, room: float) -> tuple[int, float]:
-    """Halves `run.row_tokens` until rows fit, at most twice. Returns tokens of the longest row, and what it takes in
-    bytes; inf: it does not fit, or is too long to be tried."""
-    wanted, T = run.row_tokens, 0
+def _halved(
+    run: "Run", gpt: GPT, batches: Sequence[list[Example]], share: bool, room: float, tried: int = 0
+) -> tuple[int, float]:
+    """Halves `run.row_tokens` until rows fit, at most twice, or until they have the tokens that were `tried`. Returns
+    tokens of the longest row, and what it takes in bytes; inf: it does not fit, or is too long to be tried."""
+    wanted, T, peak = run.row_tokens, 0, math.inf
     for run.row_tokens in (wanted, wanted // 2, wanted // 4):
         row, length = _longest(run, gpt, batches, share)
-        if length == T:
+        for block in gpt.blocks:
+            block.is_tiled = length > LONG
+        if length in (T, tried):
             break  # one example, which is not cut
         T = length
-        for block in gpt.blocks:
-            block.is_tiled = T > LONG
         peak = math.inf if T > LONG else _peak(run, gpt, row)
         if peak <= room:
             break
@@ -199,9 +200,8 @@ def _states(gpt: GPT, device: torch.device) -> int:
 def keep_freed_memory() -> None:
     """Tells glibc to reuse large blocks instead of giving them back after every operation: on a CPU, fetching and
     clearing their pages again takes 15 % of a step with long rows and 35 % with short ones."""
-    m_trim_threshold, m_mmap_threshold, gib = -1, -3, 2**30
-    if sys.platform == "linux":
-        libc = ctypes.CDLL(None)
-        if hasattr(libc, "mallopt"):
-            libc.mallopt(m_mmap_threshold, gib)
-            libc.mallopt(m_trim_threshold, gib)
+    m_trim_threshold, m_mmap_threshold = -1, -3
+    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+    if hasattr(libc, "mallopt"):  # that is glibc
+        libc.mallopt(m_mmap_threshold, GIB)
+        libc.mallopt(m_trim_threshold, GIB)
